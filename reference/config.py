@@ -1,0 +1,201 @@
+"""The model's sizes and constants, read from a Hugging Face `config.json`.
+
+Two dialects of that file exist: the released one (`rotary_dim` and `rope_theta` at top level) and the one that
+transformers 5 writes (`rope_parameters`). Both give the same `ModelConfig`; where they say different things, or where a
+key asks for something MiniMax-M2 does not do, that is an error, because the alternative is a model that is silently
+another model. Field names are Hugging Face's. Keys that do not change the computation are not kept here: the bridge
+carries the file itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+FP8_BLOCK = 128
+
+# Keys that some config.json files carry, with the only values under which the formulas of this package hold.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("minimax_m2",),
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "use_qk_norm": (True,),
+    "qk_norm_type": ("per_layer",),
+    "use_routing_bias": (True,),
+    "shared_intermediate_size": (0, None),
+    "sliding_window": (None,),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False, None),
+    "router_jitter_noise": (0, None),
+    "attention_dropout": (0, None),
+}
+
+_QUANTIZATION_FIXED: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("float8_e4m3fn", "e4m3", None),
+    "activation_scheme": ("dynamic", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """FP8 storage: one float32 `scale_inv` for each `block_size` x `block_size` block of a quantised matrix."""
+
+    block_size: int = FP8_BLOCK
+    modules_to_not_convert: tuple[str, ...] = ("gate", "e_score_correction_bias", "lm_head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and constants of one MiniMax-M2 model; the defaults are `transformers`' `MiniMaxM2Config`, which are M2's.
+
+    Raises:
+        ValueError: a size is not a positive integer, heads do not divide into groups, `rotary_dim` is odd or larger
+            than `head_dim`, or more experts are chosen than there are.
+    """
+
+    num_hidden_layers: int = 62
+    hidden_size: int = 3072
+    vocab_size: int = 200064
+    num_attention_heads: int = 48
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rotary_dim: int  # no default: its absence once made every model silently wrong (SPEC: full rotary)
+    rope_theta: float = 5_000_000.0
+    intermediate_size: int = 1536
+    num_local_experts: int = 256
+    num_experts_per_tok: int = 8
+    rms_norm_eps: float = 1e-6
+    router_aux_loss_coef: float = 0.001
+    max_position_embeddings: int = 196608
+    initializer_range: float = 0.02
+    quantization: QuantizationConfig | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is int:
+                _require_positive_int(field.name, getattr(self, field.name))
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, found {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
+                f"({self.num_key_value_heads}): each key/value head serves the same number of query heads"
+            )
+        if self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_dim must be even and at most head_dim ({self.head_dim}), found {self.rotary_dim}: "
+                "half-split rotation pairs channel i with channel i + rotary_dim/2"
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_local_experts "
+                f"({self.num_local_experts})"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read a parsed config.json, in either dialect.
+
+        Missing keys take `transformers`' defaults, except the rotary width, which must be stated.
+        Source: `transformers` minimax_m2: MiniMaxM2Config; the released models' config.json.
+
+        Raises:
+            ValueError: a key contradicts another or asks for something MiniMax-M2 does not have; names the key, what
+                was found and what is supported.
+        """
+        _require_fixed(config, _FIXED, "config.json")
+        if "model_type" not in config:
+            raise ValueError("config.json has no model_type; expected 'minimax_m2'")
+        attention_types = set(config.get("attn_type_list") or [1])
+        if attention_types != {1}:
+            raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {sorted(attention_types)}")
+
+        head_dim = config.get("head_dim") or cls.head_dim
+        _require_positive_int("head_dim", head_dim)
+        same_name = {field.name for field in fields(cls)} - {"head_dim", "rotary_dim", "rope_theta", "quantization"}
+        given = {name: config[name] for name in same_name if config.get(name) is not None}
+        return cls(
+            **given,
+            head_dim=head_dim,
+            quantization=_read_quantization(config.get("quantization_config")),
+            **_read_rope(config, head_dim, default_theta=cls.rope_theta),
+        )
+
+
+def _require_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _require_fixed(mapping: Mapping[str, Any], supported: dict[str, tuple[Any, ...]], where: str) -> None:
+    for key, values in supported.items():
+        if key in mapping and mapping[key] not in values:
+            raise ValueError(
+                f"{where}: {key} is {mapping[key]!r}, but only {' or '.join(map(repr, values))} is supported: "
+                "this is not a MiniMax-M2 computation"
+            )
+
+
+def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -> dict[str, Any]:
+    """`rotary_dim` and `rope_theta` out of every place where the two dialects write them; all must agree."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for where, section in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{where} must be an object, found {section!r}")
+        kind = section.get("rope_type", section.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{where}: rope_type is {kind!r}, but MiniMax-M2 uses 'default' (no RoPE scaling)")
+
+    widths: dict[str, float] = {}
+    if config.get("rotary_dim") is not None:
+        _require_positive_int("rotary_dim", config["rotary_dim"])
+        widths["rotary_dim"] = config["rotary_dim"]
+    for where, section in (("", config), ("rope_parameters.", parameters)):
+        factor = section.get("partial_rotary_factor")
+        if factor is not None:
+            widths[f"{where}partial_rotary_factor x head_dim"] = factor * head_dim
+    if not widths:
+        raise ValueError(
+            "config.json gives neither rotary_dim nor rope_parameters.partial_rotary_factor; add rotary_dim "
+            f"(released models: 64; all channels: {head_dim}). Assuming full rotary here would be silently wrong"
+        )
+    thetas = {
+        f"{where}rope_theta": section["rope_theta"]
+        for where, section in (("", config), ("rope_parameters.", parameters))
+        if section.get("rope_theta") is not None
+    }
+    width = _agreed(widths)
+    if width != int(width):
+        raise ValueError(f"the rotary width must be a whole number of channels, found {widths}")
+    return {"rotary_dim": int(width), "rope_theta": float(_agreed(thetas) if thetas else default_theta)}
+
+
+def _agreed(candidates: dict[str, float]) -> float:
+    if len(set(candidates.values())) > 1:
+        raise ValueError(f"config.json contradicts itself: {candidates}; make them equal or keep one")
+    return next(iter(candidates.values()))
+
+
+def _read_quantization(section: Mapping[str, Any] | None) -> QuantizationConfig | None:
+    if section is None:
+        return None
+    if "quant_method" not in section:
+        raise ValueError("quantization_config has no quant_method; expected 'fp8'")
+    _require_fixed(section, _QUANTIZATION_FIXED, "quantization_config")
+    block = section.get("weight_block_size") or [FP8_BLOCK, FP8_BLOCK]
+    if len(block) != 2 or block[0] != block[1]:
+        raise ValueError(f"weight_block_size must be two equal sizes such as [128, 128], found {block!r}")
+    _require_positive_int("weight_block_size", block[0])
+    excluded = section.get("modules_to_not_convert")
+    if excluded is None:
+        return QuantizationConfig(block_size=block[0])
+    return QuantizationConfig(block_size=block[0], modules_to_not_convert=tuple(excluded))
