@@ -1,0 +1,58 @@
+"""torch.distributed and megatron-core's process groups, for as long as a `with` block lasts.
+
+megatron-core modules look up their process groups when they are built, even in a program of one process. A conversion
+or a test enters `model_parallel()`; under torchrun the same line joins the ranks that torchrun started; inside a
+trainer, which has set up everything already, it does nothing. On exit only what was set up here is taken down.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+from bridge.cpu_megatron import megatron_on_cpu
+
+
+@contextmanager
+def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
+    """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
+
+    Args:
+        seed: for megatron-core's CUDA random states; torch's CPU generator is left alone.
+        sizes: for `megatron.core.parallel_state.initialize_model_parallel`, such as `pipeline_model_parallel_size=2`.
+
+    Raises:
+        ValueError: `sizes` are given, but megatron-core's process groups exist already.
+    """
+    with ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(megatron_on_cpu())
+        if not torch.distributed.is_initialized():
+            _start_processes()
+            stack.callback(torch.distributed.destroy_process_group)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(**sizes)
+            stack.callback(parallel_state.destroy_model_parallel)
+        elif sizes:
+            raise ValueError(
+                f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "
+                "use the groups as they are, or call megatron.core.parallel_state.destroy_model_parallel() first"
+            )
+        if not get_cuda_rng_tracker().is_initialized():
+            model_parallel_cuda_manual_seed(seed)
+            stack.callback(get_cuda_rng_tracker().reset)
+        yield
+
+
+def _start_processes() -> None:
+    """Join torchrun's ranks, or else make a world of one, which needs no network port."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(backend)

@@ -1,0 +1,179 @@
+"""The checkpoint on disk: which tensors it holds, of which shapes and dtypes, and what is wrong with one that differs.
+
+Everything here works on names, shapes and dtypes (a file's header), so that a checkpoint is judged before any of it is
+read. Quantised are the linear layers that `modules_to_not_convert` does not name; each has its scales beside it, as
+`<name>_scale_inv`. The router's weight and bias are float32 in the released files. Layers past `num_hidden_layers` are
+multi-token-prediction modules, as inference engines name them: MiniMax-M2 proper does not use them, and nothing is
+said about their insides.
+
+Source: the released files' headers (96,103 tensors for M2.7).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from reference.config import ModelConfig
+from reference.fp8 import FP8, scale_grid
+from reference.names import TABLE, Dialect, Row, Scope, find, instances
+
+SCALE_SUFFIX = "_scale_inv"
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Shape of each on-disk tensor, by the end of its name, in sizes of the model; True where quantisation applies.
+_SHAPES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "embed_tokens.weight": (("vocab", "hidden"), False),
+    "input_layernorm.weight": (("hidden",), False),
+    "q_proj.weight": (("query", "hidden"), True),
+    "k_proj.weight": (("key", "hidden"), True),
+    "v_proj.weight": (("key", "hidden"), True),
+    "o_proj.weight": (("hidden", "query"), True),
+    "q_norm.weight": (("query",), False),
+    "k_norm.weight": (("key",), False),
+    "post_attention_layernorm.weight": (("hidden",), False),
+    "gate.weight": (("experts", "hidden"), False),
+    "e_score_correction_bias": (("experts",), False),
+    "w1.weight": (("width", "hidden"), True),
+    "w3.weight": (("width", "hidden"), True),
+    "w2.weight": (("hidden", "width"), True),
+    "norm.weight": (("hidden",), False),
+    "lm_head.weight": (("vocab", "hidden"), True),
+}
+
+
+def _ending(template: str) -> str:
+    parts = template.split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "weight" else parts[-1]
+
+
+_ROW_SHAPES = {row: [_SHAPES[_ending(name)] for name in row.names[Dialect.HF_DISK]] for row in TABLE}
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor on disk must be: one of some dtypes, and a shape."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+
+
+def source_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
+    """The on-disk shapes of a row's parts."""
+    sizes = {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "query": config.num_attention_heads * config.head_dim,
+        "key": config.num_key_value_heads * config.head_dim,
+        "experts": config.num_local_experts,
+        "width": config.intermediate_size,
+    }
+    return [tuple(sizes[axis] for axis in axes) for axes, _ in _ROW_SHAPES[row]]
+
+
+def is_quantized(name: str, config: ModelConfig) -> bool:
+    """Whether this on-disk weight is stored as float8 with scales beside it."""
+    key = find(name, Dialect.HF_DISK)
+    if config.quantization is None or key is None or not _ROW_SHAPES[key.row][key.part][1]:
+        return False
+    return not any(_covers(module, name) for module in config.quantization.modules_to_not_convert)
+
+
+def _covers(module: str, name: str) -> bool:
+    """`module` is a whole component of the name ("lm_head"), or a path that the name begins with."""
+    return module in name.split(".") or name.startswith(f"{module}.")
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint on disk, scales included, in model order."""
+    expected: dict[str, TensorSpec] = {}
+    for row, layer, expert in instances(config):
+        names = row.format(Dialect.HF_DISK, layer, expert)
+        for name, shape in zip(names, source_shapes(row, config), strict=True):
+            if is_quantized(name, config):
+                assert config.quantization is not None
+                grid = scale_grid(shape, config.quantization.block_size)
+                expected[name] = TensorSpec((FP8,), shape)
+                expected[name + SCALE_SUFFIX] = TensorSpec((torch.float32,), grid)
+            else:
+                expected[name] = TensorSpec(PLAIN_DTYPES, shape)
+    return expected
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of weights, scales not counted."""
+    per_row = {Scope.MODEL: 1, Scope.LAYER: config.num_hidden_layers}
+    per_row[Scope.EXPERT] = config.num_hidden_layers * config.num_local_experts
+    return sum(per_row[row.scope] * sum(math.prod(shape) for shape in source_shapes(row, config)) for row in TABLE)
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def is_mtp(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer: `model.layers.{i}` with i >= num_hidden_layers."""
+    match = _LAYER.match(name)
+    return match is not None and int(match[1]) >= config.num_hidden_layers
+
+
+def problems(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> list[str]:
+    """Everything that is wrong with a checkpoint's (dtype, shape) by name; each entry names a tensor and a remedy."""
+    expected = expected_tensors(config)
+    bad = []
+    for name in expected:
+        if name not in found:
+            bad.append(_missing(name))
+        elif complaint := _mismatch(name, *found[name], expected[name]):
+            bad.append(complaint)
+    bad += [_unexpected(name, found) for name in found if name not in expected and not is_mtp(name, config)]
+    return bad
+
+
+def check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> None:
+    """The checkpoint holds exactly the model's tensors (and perhaps MTP layers).
+
+    Raises:
+        ValueError: it does not; lists the first problems and their number.
+    """
+    bad = problems(found, config)
+    if bad:
+        more = f"\n... and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise ValueError("\n".join(bad[:8]) + more)
+
+
+def _missing(name: str) -> str:
+    if name.endswith(SCALE_SUFFIX):
+        weight = name.removesuffix(SCALE_SUFFIX)
+        return (
+            f"{name}: missing, expected the block scales of {weight}, which config.json says is quantised; fetch the "
+            "checkpoint again, or name the module in quantization_config.modules_to_not_convert"
+        )
+    return f"{name}: missing from the checkpoint; fetch it again, or correct the sizes in config.json"
+
+
+def _mismatch(name: str, dtype: torch.dtype, shape: tuple[int, ...], spec: TensorSpec) -> str | None:
+    if dtype not in spec.dtypes:
+        allowed = " or ".join(str(allowed).removeprefix("torch.") for allowed in spec.dtypes)
+        return (
+            f"{name}: found dtype {str(dtype).removeprefix('torch.')}, expected {allowed}; correct "
+            "quantization_config in config.json, or convert the tensor"
+        )
+    if tuple(shape) != spec.shape:
+        what = "a grid of scales" if name.endswith(SCALE_SUFFIX) else "shape"
+        return (
+            f"{name}: found {what} {list(shape)}, expected {list(spec.shape)} from config.json's sizes"
+            f"{' and weight_block_size' if name.endswith(SCALE_SUFFIX) else ''}; file and config do not belong together"
+        )
+    return None
+
+
+def _unexpected(name: str, found: Mapping[str, object]) -> str:
+    weight = name.removesuffix(SCALE_SUFFIX)
+    if weight != name and weight not in found:
+        return f"{name}: scales without their tensor {weight}; fetch the checkpoint again"
+    if weight != name:
+        return f"{name}: scales of a tensor that config.json says is not quantised; correct quantization_config"
+    if find(name, Dialect.HF_MEMORY):
+        return f"{name}: a name of the model in memory, not of the file format; save it with save_pretrained"
+    return f"{name}: unknown tensor, MiniMax-M2 has none of this name; remove it or correct config.json"

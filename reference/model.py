@@ -1,0 +1,78 @@
+"""The whole model: logits from tokens and a dictionary of weights under their on-disk names.
+
+Weights are what the checkpoint says after dequantisation; nothing is held, nothing is changed. Activations are
+[seq, batch, hidden] inside; tokens and logits are [batch, seq, ...], as users have them.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reference.attention import attention_block, linear
+from reference.config import ModelConfig
+from reference.moe import moe_block
+from reference.norm import rms_norm
+
+
+def decoder_layer(
+    hidden: Float[Tensor, "seq batch hidden"],
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    *,
+    positions: Int[Tensor, " seq"] | None = None,
+) -> Float[Tensor, "seq batch hidden"]:
+    """h = x + attention(norm(x)); y = h + experts(norm(h)).
+
+    `weights` holds one layer, with the names behind `model.layers.{i}.`; `layer_weights` takes them out of a model.
+    Source: `transformers` minimax_m2: MiniMaxM2DecoderLayer.
+    """
+    eps = config.rms_norm_eps
+    normed = rms_norm(hidden, weights["input_layernorm.weight"], eps=eps)
+    hidden = hidden + attention_block(normed, _below(weights, "self_attn."), config, positions=positions)
+    normed = rms_norm(hidden, weights["post_attention_layernorm.weight"], eps=eps)
+    return hidden + moe_block(normed, _below(weights, "block_sparse_moe."), config)
+
+
+def layer_weights(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The weights of one layer, without their `model.layers.{layer}.` prefix."""
+    return _below(weights, f"model.layers.{layer}.")
+
+
+def embed(weights: dict[str, Tensor], tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "seq batch hidden"]:
+    """The rows of `model.embed_tokens.weight` that the tokens name."""
+    return F.embedding(tokens, weights["model.embed_tokens.weight"]).transpose(0, 1)
+
+
+def head(
+    weights: dict[str, Tensor], hidden: Float[Tensor, "seq batch hidden"], config: ModelConfig
+) -> Float[Tensor, "batch seq vocab"]:
+    """lm_head(norm(hidden)): the final norm and the untied output projection."""
+    normed = rms_norm(hidden, weights["model.norm.weight"], eps=config.rms_norm_eps)
+    return linear(normed, weights["lm_head.weight"]).transpose(0, 1)
+
+
+def forward(
+    weights: dict[str, Tensor], tokens: Int[Tensor, "batch seq"], config: ModelConfig
+) -> Float[Tensor, "batch seq vocab"]:
+    """logits = head(layers(embed(tokens))).
+
+    Source: `transformers` minimax_m2: MiniMaxM2ForCausalLM.
+    """
+    hidden = embed(weights, tokens)
+    for layer in range(config.num_hidden_layers):
+        hidden = decoder_layer(hidden, layer_weights(weights, layer), config)
+    return head(weights, hidden, config)
+
+
+def loss(logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean over positions of -log softmax(logits)[next token], in nats, float32 at least.
+
+    Source: `transformers` loss_utils: ForCausalLMLoss.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits[:, :-1].to(wide).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
