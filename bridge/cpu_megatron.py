@@ -42,7 +42,9 @@ class _TorchOnCPU:
         attribute = getattr(torch, name)
         if name not in ("zeros", "ones"):
             return attribute
-        return lambda *size, device=None, **kwargs: attribute(*size, device=CPU if device == "cuda" else device, **kwargs)
+        return lambda *size, device=None, **kwargs: attribute(
+            *size, device=CPU if device == "cuda" else device, **kwargs
+        )
 
 
 def _no_operation() -> Callable[..., None]:

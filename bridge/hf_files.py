@@ -94,6 +94,11 @@ class HFCheckpoint:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def num_files(self) -> int:
+        """Number of safetensors files."""
+        return len(self._shards)
+
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """The tensor, bit for bit as on disk, in memory of its own.
 

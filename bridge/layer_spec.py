@@ -2,7 +2,7 @@
 
 Three modules are ours, because megatron-core's own compute something else:
 
-- `FullDimRMSNorm`: megatron-core norms each query or key head by itself; MiniMax-M2 norms all heads of a token together.
+- `FullDimRMSNorm`: megatron-core norms each query or key head by itself; MiniMax-M2 norms a token's heads together.
 - `RMSNorm`: Hugging Face's two roundings, and sequence parallelism, which megatron-core's local norm refuses.
 - `Float32Router`: the checkpoint's router weight is float32; megatron-core would cast it to `params_dtype`.
 
@@ -69,6 +69,21 @@ class FullDimRMSNorm(nn.Module):
         return full_dim_rms_norm(x, self.weight, eps=self.eps)
 
 
+class _RouterLogits(torch.autograd.Function):
+    """x @ weight.T in float32, keeping for the backward pass x as it came and not its float32 copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).float()
+        return (grad_output @ weight).to(x.dtype), grad_weight
+
+
 class Float32Router(TopKRouter):
     """megatron-core's top-k router, with `weight` and `expert_bias` float32 whatever the model's dtype is.
 
@@ -91,8 +106,8 @@ class Float32Router(TopKRouter):
         self.weight.sequence_parallel = self.config.sequence_parallel
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits in float32. megatron-core's own product runs in TensorFloat-32 where Transformer Engine is there."""
-        return nn.functional.linear(input.float(), self.weight)
+        """Logits in float32, with torch's matrix product also where megatron-core would take Transformer Engine's."""
+        return _RouterLogits.apply(input, self.weight)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts and weigh them; megatron-core does not normalise the weight of a single chosen expert."""

@@ -1,8 +1,8 @@
 """A `ModelConfig` as megatron-core's configuration, and the model built from it.
 
 Every choice is a row of a table: what carries over under another name, what is the same for every MiniMax-M2, what
-follows from the dtype, and what differs on a host with or without a GPU. Parallelism, recomputation and the like are the
-caller's, as keyword arguments; they win over the tables.
+follows from the dtype, and what differs between hosts with and without a GPU. Parallelism, recomputation and the like
+are the caller's, as keyword arguments; they win over the tables.
 """
 
 from math import nextafter

@@ -123,7 +123,7 @@ class WeightKey(NamedTuple):
 
 
 # A number is an index where it stands alone between dots or ends `weight{expert}`; those in w1 or linear_fc1 are not.
-_INDEX = re.compile(r"(?:(?<=\.)|(?<=\.weight))(?:0|[1-9]\d*)(?=\.|$)")
+_INDEX = re.compile(r"(?:(?<=\.)|(?<=\.weight))(?:0|[1-9][0-9]*)(?=\.|$)")
 _FIELD = re.compile(r"\{(layer|expert)\}")
 
 
@@ -142,11 +142,11 @@ _TEMPLATES = {dialect: _index_templates(dialect) for dialect in Dialect}
 
 def find(name: str, dialect: Dialect) -> WeightKey | None:
     """What `name` means in `dialect`; None if it is not a weight's name there."""
-    match = _TEMPLATES[dialect].get(_INDEX.sub("#", name))
-    if match is None:
+    match, found = _TEMPLATES[dialect].get(_INDEX.sub("#", name)), _INDEX.findall(name)
+    if match is None or len(match[2]) != len(found):  # fewer were found: the name itself has a "#"
         return None
     row, part, field_names = match
-    indices = dict(zip(field_names, map(int, _INDEX.findall(name)), strict=True))
+    indices = dict(zip(field_names, map(int, found), strict=True))
     return WeightKey(row, part, indices.get("layer", 0), indices.get("expert", 0))
 
 
@@ -190,7 +190,7 @@ def remap(names: Iterable[str], config: ModelConfig, *, source: Dialect, target:
     Raises:
         ValueError: `names` is not exactly the model's names in `source`: one is unknown, given twice, or missing.
     """
-    counts = Counter(names)
+    counts = Counter(iter(names))  # a mapping's keys, not its values
     for name, count in counts.items():
         parse(name, source, config)
         if count > 1:

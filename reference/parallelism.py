@@ -107,7 +107,7 @@ class Parallelism:
                 f"{layers} layers do not divide over pp x vpp = {count} stages; give layers_per_stage, for example "
                 f"{spread_layers(layers, count)}"
             )
-        per_stage = self.layers_per_stage or (layers // count,) * count
+        per_stage = (layers // count,) * count if self.layers_per_stage is None else self.layers_per_stage
         if len(per_stage) != count or sum(per_stage) != layers or min(per_stage) < 0:
             raise ValueError(
                 f"layers_per_stage {per_stage} must be {count} counts (pp x vpp) that add up to {layers} layers, found "

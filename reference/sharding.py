@@ -189,12 +189,10 @@ def _run(stack: list[Piece], parts: int, index: int) -> Iterator[Piece]:
 
 
 def placements(held: dict[int, list[Parameter]]) -> dict[str, list[Placement]]:
-    """For each on-disk tensor, the placements that together hold it exactly once, ordered by position in the tensor.
+    """For each on-disk tensor, the different pieces that the ranks hold of it, ordered by position in the tensor.
 
     `held` is what `parameters` says for each rank. Where several ranks hold the same piece, the first of them is named.
-
-    Raises:
-        ValueError: the ranks given do not hold the whole of a tensor, or hold overlapping parts of it.
+    Whether the pieces make up the whole tensor is for `check_coverage` to say.
     """
     found: dict[str, dict[Piece, Placement]] = {}
     for rank, rank_parameters in held.items():

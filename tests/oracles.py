@@ -9,7 +9,11 @@ channel, so they are no oracle for this model (`hf_model` asserts the width).
 """
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +23,7 @@ from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 
 from reference.config import ModelConfig
 
+ROOT = Path(__file__).parents[1]
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -291,3 +296,49 @@ def remove_float32_casts(monkeypatch) -> None:
     monkeypatch.setattr(hf.MiniMaxM2TopKRouter, "forward", router_forward)
     monkeypatch.setattr(hf.MiniMaxM2RotaryEmbedding, "forward", rotary_forward)
     monkeypatch.setattr(hf, "eager_attention_forward", attention_forward)
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+
+
+class Errors(NamedTuple):
+    """The largest and the mean elementwise distance from the truth."""
+
+    max: float
+    mean: float
+
+
+def errors(value: Tensor, truth: Tensor) -> Errors:
+    """Elementwise |value - truth|, in float64."""
+    assert value.shape == truth.shape
+    difference = (value.detach().to(FLOAT64) - truth.detach().to(FLOAT64)).abs()
+    return Errors(difference.max().item(), difference.mean().item())
+
+
+def assert_calibrated(ours: Tensor, theirs: Tensor, truth: Tensor, name: str = "value") -> None:
+    """Our error against float64 is at most twice the other implementation's own, in the largest element and the mean.
+
+    Two evaluations of one formula in one dtype, which differ in the order of sums and in where they round, are two draws
+    of the same error; two is what is allowed for the draw. Prints both, so that `pytest -s` reports them.
+    """
+    ours_errors, their_errors = errors(ours, truth), errors(theirs, truth)
+    print(f"{name}: max {ours_errors.max:.2e} of {their_errors.max:.2e}, mean {ours_errors.mean:.2e} of {their_errors.mean:.2e}")
+    assert ours_errors.max <= 2 * their_errors.max, f"{name}: max {ours_errors.max} against {their_errors.max}"
+    assert ours_errors.mean <= 2 * their_errors.mean, f"{name}: mean {ours_errors.mean} against {their_errors.mean}"
+
+
+def assert_relative(ours: Tensor, truth: Tensor, bound: float, name: str = "value") -> None:
+    """The largest difference is at most `bound` of the largest true value; where all true values are 0, so are ours."""
+    assert ours.dtype == truth.dtype
+    difference, size = errors(ours, truth).max, truth.abs().max().item()
+    assert difference <= bound * size, f"{name}: off by {difference}, values up to {size}"
+
+
+def fresh_interpreter(code: str, *, typecheck: bool) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new Python, which pytest's --jaxtyping-packages does not reach."""
+    environment = {name: value for name, value in os.environ.items() if name != "MINIMAX_M2_TYPECHECK"}
+    if typecheck:
+        environment["MINIMAX_M2_TYPECHECK"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def write_small(out: Path, value: float, **options: Any) -> None:
 
 
 def all_values(dtype: torch.dtype) -> torch.Tensor:
-    """Every bit pattern of an 8- or 16-bit dtype; of a wider one each of these repeated over its bytes; 0 and 1 of bool."""
+    """Every bit pattern of one or two bytes, repeated to fill wider dtypes; False and True."""
     if dtype == torch.bool:
         return torch.tensor([[False, True]])
     width = dtype.itemsize
@@ -112,7 +114,7 @@ def test_only_one_shard_waits_in_memory(tmp_path: Path):
 
 
 def test_added_tensors_are_copies_of_what_they_were(tmp_path: Path):
-    """A reused buffer, two views of one storage, a tied weight, a transpose, a gradient leaf: safetensors refuses some."""
+    """A reused buffer, overlapping views, a tied weight, a transpose, a gradient leaf: safetensors refuses some."""
     buffer, matrix = torch.arange(6.0), torch.arange(12.0).reshape(3, 4)
     with HFWriter(tmp_path / "out") as writer:
         writer.add("buffer", buffer)
@@ -201,21 +203,24 @@ def test_a_checkpoint_is_replaced_only_when_asked(tmp_path: Path):
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("leave", ["exception", "interrupt", "no finish"])
-def test_leaving_early_leaves_everything_as_it_was(tmp_path: Path, leave: str, old: bool):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
+def test_leaving_early_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException] | None, old: bool):
+    folder = tmp_path / "folder"
+    folder.mkdir()
     if old:
-        write_small(tmp_path / "out", 1.0)
-    before = {k: v for k, v in snapshot(tmp_path).items() if k != str(tmp_path)}
-    error = {"exception": RuntimeError, "interrupt": KeyboardInterrupt, "no finish": AssertionError}[leave]
-    with pytest.raises(error), HFWriter(tmp_path / "out", overwrite=old, max_shard_bytes=4) as writer:
+        write_small(folder / "out", 1.0)
+    before = snapshot(folder / "out") if old else None
+    with (
+        pytest.raises(error) if error else nullcontext(),
+        HFWriter(folder / "out", overwrite=old, max_shard_bytes=4) as writer,
+    ):
         for i in range(5):
             writer.add(f"t{i}", torch.zeros(1))
-        if leave != "no finish":
+        assert len(list(folder.glob(".out.partial-*/shard-*"))) == 4
+        if error:
             raise error
-        writer.__exit__(None, None, None)
-        assert not writer.out.exists() or old
-        raise AssertionError
-    assert {k: v for k, v in snapshot(tmp_path).items() if k != str(tmp_path)} == before
+    assert os.listdir(folder) == (["out"] if old else [])
+    assert before is None or snapshot(folder / "out") == before
 
 
 def test_what_cannot_be_added_is_named(tmp_path: Path):
@@ -281,7 +286,7 @@ def test_the_old_checkpoint_is_put_back_when_the_new_one_cannot_move_in(tmp_path
 
 
 # Killed runs. A helper process imports torch once and forks a writer for each line it reads; the writer is killed with
-# SIGKILL before its n-th file operation (sys.addaudithook reports each before it happens), or after some seconds.
+# SIGKILL before its n-th change to the disk (sys.addaudithook reports each before it happens), or after some seconds.
 
 HELPER = """
 import json, os, signal, sys, time
@@ -289,17 +294,18 @@ from pathlib import Path
 import torch
 from bridge.hf_writer import HFWriter
 
-def write(out, value, kill_before, seen):
+CHANGES = {"os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir"}
+
+def write(out, value, kill_before, changes):
     def hook(event, args):
-        if event == "open" or event.startswith(("os.", "shutil.")):
-            seen.append([event, *(os.path.basename(str(a)) for a in args[:2])])
-            if len(seen) == kill_before:
+        if event in CHANGES or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
+            changes.append([event, *(os.path.basename(str(arg)) for arg in args[:2])])
+            if len(changes) == kill_before:
                 os.kill(os.getpid(), signal.SIGKILL)
-    carried = Path(out).parent / "carried"
     sys.addaudithook(hook)
     with HFWriter(out, overwrite=True, max_shard_bytes=16) as writer:
-        writer.add_file(carried, "sub/carried")
-        for i in range(6):
+        writer.add_file(Path(out).parent / "carried", "sub/carried")
+        for i in range(4):
             writer.add(f"t{i}", torch.full((3,), value + i))
         writer.finish({"value": value})
 
@@ -308,9 +314,9 @@ for line in sys.stdin:
     begin = time.monotonic()
     child = os.fork()
     if not child:
-        seen = []
-        write(job["out"], job["value"], job.get("kill_before"), seen)
-        Path(job["out"]).with_name("seen").write_text(json.dumps(seen))
+        changes = []
+        write(job["out"], job["value"], job.get("kill_before"), changes)
+        Path(job["out"]).with_name("changes").write_text(json.dumps(changes))
         os._exit(0)
     if "kill_after" in job:
         time.sleep(job["kill_after"])
@@ -318,6 +324,7 @@ for line in sys.stdin:
     status = os.waitpid(child, 0)[1]
     print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begin}), flush=True)
 """
+OLD, NEW = 1.0, 100.0
 
 
 @pytest.fixture(scope="module")
@@ -328,67 +335,70 @@ def helper() -> Iterator[subprocess.Popen]:
         process.stdin.close()
 
 
-def run(helper: subprocess.Popen, out: Path, **job: Any) -> dict[str, Any]:
+def run(helper: subprocess.Popen, out: Path, value: float = NEW, **job: Any) -> dict[str, Any]:
     (out.parent / "carried").write_text("carried")
-    helper.stdin.write(json.dumps({"out": str(out), "value": 100.0, **job}) + "\n")
+    helper.stdin.write(json.dumps({"out": str(out), "value": value, **job}) + "\n")
     helper.stdin.flush()
     return json.loads(helper.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def old_checkpoint(helper: subprocess.Popen, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("old") / "out"
+    assert run(helper, out, OLD)["code"] == 0
+    return out
 
 
 def value_of(folder: Path) -> float:
     """The value this folder was written with; fails unless every part of the checkpoint is there and of that value."""
     with HFCheckpoint(folder) as checkpoint:
         value = checkpoint.config["value"]
-        assert len(checkpoint.tensors) == 6
-        for i in range(6):
+        assert len(checkpoint.tensors) == 4
+        for i in range(4):
             assert torch.equal(checkpoint.read(f"t{i}"), torch.full((3,), value + i))
-        assert (folder / "sub/carried").read_text() == "carried"
-        assert len(os.listdir(folder)) == 6 + 3, "six shards, config.json, the index and sub"
-        return value
+    assert (folder / "sub/carried").read_text() == "carried"
+    assert len(os.listdir(folder)) == 4 + 3, "four shards, config.json, the index and sub"
+    return value
 
 
-def check_after_kill(out: Path, old: bool) -> str:
+def state_after_kill(out: Path, old: bool) -> str:
     """Where things stand: nothing complete is lost, nothing that looks complete is not."""
-    beside = [path for path in out.parent.iterdir() if path.name.startswith(".out.")]
-    complete = [
-        value_of(path)
-        for path in beside
-        if (path / "model.safetensors.index.json").exists() and not path.name.startswith(".out.old-")
-    ]
-    assert complete in ([], [100.0])
-    for path in beside:
-        if path.name.startswith(".out.partial-") and (path / "config.json").exists():
-            assert len(list(path.glob("model-*-of-00006.safetensors"))) == 6
+    for partial in out.parent.glob(".out.partial-*"):
+        if (partial / "config.json").exists():
+            assert len(list(partial.glob("model-*-of-00004.safetensors"))) == 4
+        if (partial / "model.safetensors.index.json").exists():
+            assert value_of(partial) == NEW
     if out.exists():
-        return {100.0: "new", 1.0: "old"}[value_of(out)]
-    if old:  # killed between the two renames
-        (aside,) = [path for path in beside if path.name.startswith(".out.old-")]
-        assert value_of(aside) == 1.0
-        assert complete == [100.0]
-        return "aside"
-    return "absent"
+        return {NEW: "new", OLD: "old"}[value_of(out)]
+    if not old:
+        return "absent"
+    (aside,) = out.parent.glob(".out.old-*")
+    (partial,) = out.parent.glob(".out.partial-*")
+    assert (value_of(aside), value_of(partial)) == (OLD, NEW)
+    return "between the renames"
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_killed_before_any_file_operation(helper: subprocess.Popen, tmp_path: Path, old: bool):
+def test_killed_before_each_change_to_the_disk(
+    helper: subprocess.Popen, old_checkpoint: Path, tmp_path: Path, old: bool
+):
     states = []
     for number in count(1):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         if old:
-            assert run(helper, out, value=1.0)["code"] == 0
+            shutil.copytree(old_checkpoint, out)
         code = run(helper, out, kill_before=number)["code"]
+        states.append(state_after_kill(out, old))
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        states.append(check_after_kill(out, old))
-    assert check_after_kill(out, old) == "new"
-    first_states = ["old", "aside"] if old else ["absent"]
-    assert list(dict.fromkeys(states)) == [*first_states, "new"], "each state was met, in this order"
-    assert states.count(first_states[0]) > 30
+    met = ["old", "between the renames", "new"] if old else ["absent", "new"]
+    assert list(dict.fromkeys(states)) == met, "each state was met, in this order"
+    assert states.count(met[0]) > 15
 
 
-def test_killed_at_random_moments(helper: subprocess.Popen, tmp_path: Path):
+def test_killed_at_random_moments(helper: subprocess.Popen, old_checkpoint: Path, tmp_path: Path):
     (tmp_path / "whole").mkdir()
     seconds = run(helper, tmp_path / "whole/out")["seconds"]
     moments = random.Random(0)
@@ -398,10 +408,10 @@ def test_killed_at_random_moments(helper: subprocess.Popen, tmp_path: Path):
         out.parent.mkdir()
         old = number % 2 == 0
         if old:
-            run(helper, out, value=1.0)
+            shutil.copytree(old_checkpoint, out)
         answer = run(helper, out, kill_after=moments.uniform(0, seconds))
         killed += answer["code"] == -signal.SIGKILL
-        check_after_kill(out, old)
+        state_after_kill(out, old)
         if killed == 12:
             return
     pytest.fail(f"only {killed} of 60 runs were killed before they were done")
@@ -409,18 +419,19 @@ def test_killed_at_random_moments(helper: subprocess.Popen, tmp_path: Path):
 
 def test_a_later_run_succeeds_and_leaves_the_dead_ones_folder(helper: subprocess.Popen, tmp_path: Path):
     out = tmp_path / "out"
-    assert run(helper, out, kill_before=30)["code"] == -signal.SIGKILL
+    assert run(helper, out, kill_before=10)["code"] == -signal.SIGKILL
     (stale,) = tmp_path.glob(".out.partial-*")
     before = snapshot(stale)
     assert run(helper, out)["code"] == 0
-    assert value_of(out) == 100.0
+    assert value_of(out) == NEW
     assert snapshot(stale) == before
     assert list(tmp_path.glob(".out.*")) == [stale]
 
 
-def test_the_index_is_the_last_file_before_the_folder_moves(helper: subprocess.Popen, tmp_path: Path):
+def test_the_index_is_the_last_change_before_the_folder_moves(helper: subprocess.Popen, tmp_path: Path):
     assert run(helper, tmp_path / "out")["code"] == 0
-    seen = json.loads((tmp_path / "seen").read_text())
-    renamed = [args[1] for event, *args in seen if event == "os.rename"]
-    shards = [f"model-0000{n}-of-00006.safetensors" for n in range(1, 7)]
+    changes = json.loads((tmp_path / "changes").read_text())
+    shards = [f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)]
+    renamed = [args[1] for event, *args in changes if event == "os.rename"]
     assert renamed == [*shards, "config.json", "model.safetensors.index.json", "out"]
+    assert [event for event, *_ in changes[-3:]] == ["open", "os.rename", "os.rename"]

@@ -1,0 +1,42 @@
+"""The proof on a small checkpoint made on the spot, for a machine that has none: `minimax-m2 demo`."""
+
+from pathlib import Path
+
+import torch
+
+from bridge.minimax_m2_bridge import MiniMaxM2Bridge
+from bridge.progress import Track, untracked
+from bridge.roundtrip import Finding, random_tokens, roundtrip
+from bridge.synthetic import SMALL_CONFIG, make_checkpoint
+from bridge.transformers_oracle import missing_packages, transformers_logits
+
+SHARD_BYTES = 4_000_000  # small, so that there are several files
+
+
+def demo(folder: Path, *, seed: int = 0, track: Track = untracked) -> list[Finding]:
+    """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, prove the two equal.
+
+    The model runs in float32, where equality of logits means most.
+
+    Raises:
+        ValueError: one of the two folders is there and not empty.
+    """
+    source = folder / "source"
+    make_checkpoint(source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, track=track)
+    with MiniMaxM2Bridge.from_hf_pretrained(source) as bridge:
+        tokens = random_tokens(bridge.config, seed=seed)
+        missing = missing_packages()
+        others = {} if missing else {"transformers MiniMaxM2ForCausalLM": transformers_logits(source, tokens)}
+        findings = roundtrip(
+            bridge, folder / "exported", tokens, params_dtype=torch.float32, others=others, track=track
+        )
+        made = Finding(
+            "made an FP8 checkpoint",
+            f"{len(bridge.checkpoint.tensors)} tensors in {bridge.checkpoint.num_files} files, "
+            f"{bridge.checkpoint.nbytes / 1e6:.1f} MB, {len(bridge.mtp_tensors)} of them MTP",
+            True,
+        )
+    if missing:
+        note = f"not compared: {', '.join(missing)} not installed; pip install -e '.[test]' brings it"
+        findings.append(Finding("logits: transformers = reference", note, None))
+    return [made, *findings]

@@ -1,0 +1,121 @@
+"""The proof on one checkpoint: Hugging Face -> megatron-core -> Hugging Face, and the logits on the way.
+
+Bytes are compared exactly. Logits are compared by what arithmetic allows: with the same weights, the reference is run
+in the model's dtype and in a wider one (float64 for float32, float32 for bfloat16), which serves as the truth. The
+megatron-core model passes if its error against the truth is at most twice the reference's own, as a root mean square
+over all logits (a maximum would hang on a single one, and in bfloat16 on a single token near the border between two
+experts).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bridge.compare import compare_checkpoints
+from bridge.hf_files import HFCheckpoint
+from bridge.minimax_m2_bridge import MiniMaxM2Bridge
+from bridge.progress import Track, untracked
+from bridge.reference_logits import reference_logits
+from bridge.single_process import model_parallel
+from reference.config import ModelConfig
+
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+ALLOWED_ERROR_RATIO = 2.0
+
+
+class Finding(NamedTuple):
+    """A claim, what was found, and whether the claim holds; None where it could not be looked at."""
+
+    claim: str
+    found: str
+    holds: bool | None
+
+
+class LogitTruth(NamedTuple):
+    """The reference's logits in a wider dtype, and the root mean square of its own error in the model's dtype."""
+
+    logits: Tensor
+    own_error: float
+
+
+def logit_truth(
+    bridge: MiniMaxM2Bridge, tokens: Tensor, *, params_dtype: torch.dtype, track: Track = untracked
+) -> LogitTruth:
+    """Run the reference in `params_dtype` and in the wider dtype of `WIDER`, layer by layer, on the same weights.
+
+    Raises:
+        ValueError: `params_dtype` has no wider dtype here.
+    """
+    if params_dtype not in WIDER:
+        raise ValueError(f"params_dtype must be one of {list(WIDER)}, found {params_dtype}")
+    dtypes = (params_dtype, WIDER[params_dtype])
+    own, truth = reference_logits(bridge, tokens, weight_dtype=params_dtype, compute_dtypes=dtypes, track=track)
+    return LogitTruth(truth, _rms(own - truth))
+
+
+def judge_logits(who: str, logits: Tensor, truth: LogitTruth) -> Finding:
+    """Whether someone's logits are as near to the truth as the reference's own, up to `ALLOWED_ERROR_RATIO`."""
+    error, size = _rms(logits - truth.logits), _rms(truth.logits)
+    found = f"relative error {error / size:.1e}; the reference's own in this dtype {truth.own_error / size:.1e}"
+    return Finding(f"logits: {who} = reference", found, error <= ALLOWED_ERROR_RATIO * truth.own_error)
+
+
+def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
+    """Uniformly random token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def megatron_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [batch, seq, vocab] of a megatron-core model that one process holds."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model.eval()(tokens, positions, None)
+
+
+def roundtrip(
+    bridge: MiniMaxM2Bridge,
+    out: Path,
+    tokens: Tensor,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    others: dict[str, Tensor] | None = None,
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> list[Finding]:
+    """Import the bridge's checkpoint into a real `GPTModel`, compare logits, export it to `out`, compare every byte.
+
+    `others` are further models' logits on the same tokens, by name, to be judged likewise. The reference runs before the
+    model is built, so that memory holds one layer and then one model. In a narrower `params_dtype` than the source's
+    own (float32 norms into bfloat16) bytes differ, and the findings say so.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or `out` cannot be used.
+    """
+    truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
+    with model_parallel():
+        model = bridge.to_megatron_model(params_dtype=params_dtype, load_weights=False, perform_initialization=False)
+        device = next(model.parameters()).device
+        bridge.load_hf_weights(model, track=track)
+        logits = {"megatron-core GPTModel": megatron_logits(model, tokens.to(device)).cpu(), **(others or {})}
+        quantization = "fp8" if bridge.config.quantization else None
+        bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, track=track)
+    with HFCheckpoint(out) as written:
+        same = compare_checkpoints(bridge.checkpoint, written, track=track)
+    judged = [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
+    return [*judged, *_byte_findings(same.tensors, same.nbytes, same.files, same.differences)]
+
+
+def _byte_findings(tensors: int, nbytes: int, files: int, differences: list[str]) -> list[Finding]:
+    compared = f"{tensors} tensors, {nbytes / 1e6:.1f} MB, and {files} other files compared"
+    findings = [Finding("bytes: exported = source", compared, not differences)]
+    findings += [Finding("bytes differ", line, False) for line in differences[:10]]
+    if len(differences) > 10:
+        findings.append(Finding("bytes differ", f"{len(differences) - 10} more differences", False))
+    return findings
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()

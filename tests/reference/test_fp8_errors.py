@@ -1,0 +1,122 @@
+"""What the FP8 functions refuse, by the tensor's name: the peers read such checkpoints without a word."""
+
+import json
+import re
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from oracles import BFLOAT16, FLOAT32, fresh_interpreter
+
+from reference.fp8 import FP8, check_scale_grid, dequantize_blockwise, quantize_blockwise, requantize_blockwise
+
+NAME = "model.layers.3.self_attn.q_proj.weight"
+SHAPE = (300, 200)  # in blocks of 128: a grid of 3 x 2
+FUNCTIONS = {
+    "dequantize": lambda weight, scale: dequantize_blockwise(weight.to(FP8), scale, name=NAME),
+    "quantize": lambda weight, scale: quantize_blockwise(weight, scale_inv=scale, name=NAME),
+    "requantize": lambda weight, scale: requantize_blockwise(weight, scale, name=NAME),
+}
+# weight, scales given, scales expected
+WRONG_GRIDS = [
+    ((300, 200), (2, 2), (3, 2)),
+    ((300, 200), (3, 1), (3, 2)),
+    ((300, 200), (2, 3), (3, 2)),
+    ((300, 200), (4, 2), (3, 2)),
+    ((300, 200), (1, 1), (3, 2)),
+    ((300, 200), (3, 2, 1), (3, 2)),
+    ((2, 300, 200), (3, 2), (2, 3, 2)),
+    ((2, 300, 200), (1, 3, 2), (2, 3, 2)),
+    ((128, 128), (0, 1), (1, 1)),
+]
+
+
+def grid_message(weight, found, expected) -> str:
+    return re.escape(f"{NAME}_scale_inv: found a grid of {list(found)} scales, expected {list(expected)} for a weight of")
+
+
+@pytest.mark.parametrize(("weight", "found", "expected"), WRONG_GRIDS)
+def test_check_scale_grid(weight, found, expected):
+    with pytest.raises(ValueError, match=grid_message(weight, found, expected)):
+        check_scale_grid(weight, found, name=NAME)
+    check_scale_grid(weight, expected, name=NAME)
+
+
+def test_block_size_decides_the_grid():
+    check_scale_grid((300, 200), (5, 4), block_size=64)
+    with pytest.raises(ValueError, match=re.escape("found a grid of [3, 2] scales, expected [5, 4]")):
+        check_scale_grid((300, 200), (3, 2), block_size=64)
+    with pytest.raises(ValueError, match=re.escape(f"{NAME}: block scales need a matrix, found shape [128]")):
+        check_scale_grid((128,), (1,), name=NAME)
+
+
+@pytest.mark.parametrize(("weight", "found", "expected"), WRONG_GRIDS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_wrong_grids_are_type_errors_under_the_hook(function, weight, found, expected):
+    with pytest.raises(TypeCheckError):
+        FUNCTIONS[function](torch.zeros(weight), torch.ones(found))
+
+
+CHILD = f"""
+import json, torch
+from reference.fp8 import FP8, dequantize_blockwise, quantize_blockwise, requantize_blockwise
+messages = []
+for weight, found, _ in {WRONG_GRIDS}:
+    for call in (
+        lambda w, s: dequantize_blockwise(w.to(FP8), s, name={NAME!r}),
+        lambda w, s: quantize_blockwise(w, scale_inv=s, name={NAME!r}),
+        lambda w, s: requantize_blockwise(w, s, name={NAME!r}),
+    ):
+        try:
+            call(torch.zeros(weight), torch.ones(found))
+            messages.append("accepted")
+        except ValueError as error:
+            messages.append(str(error))
+print(json.dumps(messages))
+"""
+
+
+def test_wrong_grids_are_value_errors_without_the_hook():
+    """Users run without the hook: there the functions themselves must refuse, and by name."""
+    child = fresh_interpreter(CHILD, typecheck=False)
+    assert child.returncode == 0, child.stderr
+    messages = json.loads(child.stdout)
+    assert len(messages) == len(WRONG_GRIDS) * len(FUNCTIONS)
+    for i, case in enumerate(WRONG_GRIDS):
+        for message in messages[i * len(FUNCTIONS) : (i + 1) * len(FUNCTIONS)]:
+            assert re.match(grid_message(*case), message), message
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf"), (0.0, "0.0"), (-0.0, "-0.0"), (-0.5, "-0.5")],
+)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_scale_that_is_not_finite_and_positive(function, value, shown):
+    scale = torch.full((3, 2), 0.1)
+    scale[1, 1] = value
+    message = f"{NAME}_scale_inv: scale of block [1, 1] is {shown}, expected a finite positive number (1 bad of 6)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FUNCTIONS[function](torch.zeros(SHAPE), scale)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_code(code):
+    weight = torch.zeros(SHAPE, dtype=torch.uint8)
+    weight[299, 130] = weight[299, 131] = code
+    message = f"{NAME}: float8 code at [299, 130] is NaN (2 of 60000), expected finite values"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dequantize_blockwise(weight.view(FP8), torch.ones(3, 2), name=NAME)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("function", ["fresh", "quantize", "requantize"])
+def test_a_weight_that_is_not_finite(function, value, dtype):
+    weight = torch.zeros(SHAPE, dtype=dtype)
+    weight[7, 150] = value
+    with pytest.raises(ValueError, match=re.escape(f"{NAME}: value at [7, 150] is {value}, expected finite values")):
+        if function == "fresh":
+            quantize_blockwise(weight, name=NAME)
+        else:
+            FUNCTIONS[function](weight, torch.ones(3, 2))
