@@ -14,7 +14,7 @@ SHARD_BYTES = 4_000_000  # small, so that there are several files
 
 
 def demo(folder: Path, *, seed: int = 0, track: Track = untracked) -> list[Finding]:
-    """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, prove the two equal.
+    """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, compare the two.
 
     The model runs in float32, where equality of logits means most.
 

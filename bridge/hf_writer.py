@@ -38,7 +38,7 @@ class HFWriter:
 
     def __init__(self, out: Path | str, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9):
         self.out = Path(os.path.abspath(out))
-        _check_target(self.out, overwrite)
+        check_target(self.out, overwrite)
         self._overwrite = overwrite
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
@@ -164,7 +164,11 @@ class HFWriter:
             shutil.rmtree(self._folder)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
+    """A checkpoint may be written to `out`.
+
+    Raises: ValueError, naming `out`, what is there and what to do.
+    """
     if out.is_symlink() or out.is_mount():
         raise ValueError(f"{out}: is a link or a mount point, which one rename cannot replace; give a plain folder")
     if not out.exists():

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.layer_spec import minimax_m2_block_spec
 from reference.config import ModelConfig
+from reference.rope import inverse_frequencies
 
 # TransformerConfig field: ModelConfig field
 SIZES = {
@@ -125,7 +126,7 @@ def build_gpt_model(
     `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next.
     """
     megatron = transformer_config(config, params_dtype=params_dtype, **overrides)
-    return GPTModel(
+    model = GPTModel(
         config=megatron,
         transformer_layer_spec=minimax_m2_block_spec(megatron, vp_stage=vp_stage),
         pre_process=pre_process,
@@ -133,6 +134,10 @@ def build_gpt_model(
         vp_stage=vp_stage,
         **gpt_model_arguments(config),
     )
+    # Made on the CPU, as transformers does: CUDA's power function differs in the last bit.
+    inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta)
+    model.rotary_pos_emb.inv_freq = inv_freq.to(torch.cuda.current_device())
+    return model
 
 
 def _rotary_percent(rotary_dim: int, head_dim: int) -> float:

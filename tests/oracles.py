@@ -1,4 +1,4 @@
-"""The oracle: small, randomly initialised `transformers` MiniMaxM2ForCausalLM models and their weights as they are on disk.
+"""The oracle: small, randomly initialised `transformers` MiniMaxM2ForCausalLM models, and their weights as on disk.
 
 `CASES` names the models. `disk_weights` draws the weights, under on-disk names and in the checkpoint's dtypes;
 `hf_model` builds the same model in `transformers`; `to_disk_names` and `to_memory_names` are a hand-written map between
@@ -9,11 +9,7 @@ channel, so they are no oracle for this model (`hf_model` asserts the width).
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +19,6 @@ from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 
 from reference.config import ModelConfig
 
-ROOT = Path(__file__).parents[1]
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -73,9 +68,7 @@ class Case:
 # Between them: 1:1, 2:1, 6:1 and all heads in one group; odd head counts; a quarter, half and all of the channels
 # rotated; both head sizes; hidden sizes and expert widths on and off multiples of 128, and odd; every top-k to 8.
 CASES = {
-    "1to1_quarter_hd64_top1": Case(
-        heads=4, groups=4, head_dim=64, rotary=16, hidden=96, width=72, experts=8, top_k=1
-    ),
+    "1to1_quarter_hd64_top1": Case(heads=4, groups=4, head_dim=64, rotary=16, hidden=96, width=72, experts=8, top_k=1),
     "6to1_half_hd128_top8": Case(
         heads=12, groups=2, head_dim=128, rotary=64, hidden=192, width=80, experts=16, top_k=8
     ),
@@ -94,12 +87,8 @@ CASES = {
     "6to1_quarter_hd64_top5_aligned": Case(
         heads=12, groups=2, head_dim=64, rotary=16, hidden=256, width=128, experts=10, top_k=5
     ),
-    "2to1_half_hd128_top7": Case(
-        heads=4, groups=2, head_dim=128, rotary=64, hidden=64, width=48, experts=16, top_k=7
-    ),
-    "6to1_full_hd128_top1": Case(
-        heads=6, groups=1, head_dim=128, rotary=128, hidden=160, width=56, experts=5, top_k=1
-    ),
+    "2to1_half_hd128_top7": Case(heads=4, groups=2, head_dim=128, rotary=64, hidden=64, width=48, experts=16, top_k=7),
+    "6to1_full_hd128_top1": Case(heads=6, groups=1, head_dim=128, rotary=128, hidden=160, width=56, experts=5, top_k=1),
 }
 
 
@@ -109,8 +98,8 @@ CASES = {
 def disk_weights(case: Case, *, dtype: torch.dtype = FLOAT32, seed: int = 0) -> dict[str, Tensor]:
     """Random weights under on-disk names: `dtype`, but router weight and bias float32 as in the checkpoint.
 
-    With bfloat16 the router's float32 values are bfloat16-representable, because `transformers` holds the whole model in
-    one dtype: both sides then start from the same numbers. The bias is wide enough to change which experts are chosen.
+    With bfloat16 the router's float32 values are bfloat16-representable, because `transformers` holds the whole model
+    in one dtype: both sides then start from the same numbers. The bias is wide enough to change the choice of experts.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -213,7 +202,7 @@ class Outcome(NamedTuple):
 
 
 def run_hf(model: MiniMaxM2ForCausalLM, tokens: Tensor, cotangent: Tensor) -> Outcome:
-    """Logits and d(sum of logits x cotangent)/d(parameter) by `transformers`; parameters without a gradient get zeros."""
+    """Logits and d(sum of logits x cotangent)/d(parameter) by `transformers`; zeros where there is no gradient."""
     model.zero_grad()
     out = model(tokens, output_router_logits=True)
     out.logits.backward(cotangent.to(out.logits.dtype))
@@ -258,8 +247,8 @@ def remove_float32_casts(monkeypatch) -> None:
     """Let `transformers` compute in float64 where it casts to float32 whatever it is given.
 
     Four places are replaced, each with the same formula in the input's precision (float32 at least, so that nothing
-    changes for narrower models): MiniMaxM2RMSNorm.forward, MiniMaxM2TopKRouter.forward, MiniMaxM2RotaryEmbedding.forward
-    and the softmax of eager_attention_forward.
+    changes for narrower models): MiniMaxM2RMSNorm.forward, MiniMaxM2TopKRouter.forward,
+    MiniMaxM2RotaryEmbedding.forward and the softmax of eager_attention_forward.
     """
 
     def wider(dtype: torch.dtype) -> torch.dtype:
@@ -296,49 +285,3 @@ def remove_float32_casts(monkeypatch) -> None:
     monkeypatch.setattr(hf.MiniMaxM2TopKRouter, "forward", router_forward)
     monkeypatch.setattr(hf.MiniMaxM2RotaryEmbedding, "forward", rotary_forward)
     monkeypatch.setattr(hf, "eager_attention_forward", attention_forward)
-
-
-# -------------------------------------------------------------------------------------------------------- calibration
-
-
-class Errors(NamedTuple):
-    """The largest and the mean elementwise distance from the truth."""
-
-    max: float
-    mean: float
-
-
-def errors(value: Tensor, truth: Tensor) -> Errors:
-    """Elementwise |value - truth|, in float64."""
-    assert value.shape == truth.shape
-    difference = (value.detach().to(FLOAT64) - truth.detach().to(FLOAT64)).abs()
-    return Errors(difference.max().item(), difference.mean().item())
-
-
-def assert_calibrated(ours: Tensor, theirs: Tensor, truth: Tensor, name: str = "value") -> None:
-    """Our error against float64 is at most twice the other implementation's own, in the largest element and the mean.
-
-    Two evaluations of one formula in one dtype, which differ in the order of sums and in where they round, are two draws
-    of the same error; two is what is allowed for the draw. Prints both, so that `pytest -s` reports them.
-    """
-    ours_errors, their_errors = errors(ours, truth), errors(theirs, truth)
-    print(f"{name}: max {ours_errors.max:.2e} of {their_errors.max:.2e}, mean {ours_errors.mean:.2e} of {their_errors.mean:.2e}")
-    assert ours_errors.max <= 2 * their_errors.max, f"{name}: max {ours_errors.max} against {their_errors.max}"
-    assert ours_errors.mean <= 2 * their_errors.mean, f"{name}: mean {ours_errors.mean} against {their_errors.mean}"
-
-
-def assert_relative(ours: Tensor, truth: Tensor, bound: float, name: str = "value") -> None:
-    """The largest difference is at most `bound` of the largest true value; where all true values are 0, so are ours."""
-    assert ours.dtype == truth.dtype
-    difference, size = errors(ours, truth).max, truth.abs().max().item()
-    assert difference <= bound * size, f"{name}: off by {difference}, values up to {size}"
-
-
-def fresh_interpreter(code: str, *, typecheck: bool) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new Python, which pytest's --jaxtyping-packages does not reach."""
-    environment = {name: value for name, value in os.environ.items() if name != "MINIMAX_M2_TYPECHECK"}
-    if typecheck:
-        environment["MINIMAX_M2_TYPECHECK"] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )

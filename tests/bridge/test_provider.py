@@ -31,6 +31,13 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _rope(head_dim, rotary_dim, rope_theta=5_000_000):
+    """Both dialects at once, because not every transformers 5 reads the first (5.17.0 does not)."""
+    factor = rotary_dim / head_dim
+    parameters = {"rope_type": "default", "rope_theta": rope_theta, "partial_rotary_factor": factor}
+    return {"head_dim": head_dim, "rotary_dim": rotary_dim, "rope_parameters": parameters}
+
+
 def _transformers_model(heads, groups, rotary_dim, top_k):
     torch.manual_seed(0)
     config = MiniMaxM2Config(
@@ -40,8 +47,7 @@ def _transformers_model(heads, groups, rotary_dim, top_k):
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        head_dim=16,
-        rotary_dim=rotary_dim,
+        **_rope(16, rotary_dim),
         num_local_experts=8,
         num_experts_per_tok=top_k,
         max_position_embeddings=64,
@@ -200,21 +206,36 @@ def test_bfloat16_logits_are_transformers():
 
 
 @pytest.mark.parametrize("rotary_dim", [32, 64, 128])
-@pytest.mark.parametrize("rope_theta", [5_000_000, 10_000.0])
+@pytest.mark.parametrize("rope_theta", [5_000_000, 10_000])
 def test_rotary_angles_are_transformers_bit_for_bit(rotary_dim, rope_theta):
-    theirs = MiniMaxM2RotaryEmbedding(MiniMaxM2Config(head_dim=128, rotary_dim=rotary_dim, rope_theta=rope_theta))
-    arguments = gpt_model_arguments(ModelConfig(rotary_dim=rotary_dim, rope_theta=rope_theta))
+    theirs = MiniMaxM2RotaryEmbedding(MiniMaxM2Config(**_rope(128, rotary_dim, rope_theta))).to(DEVICE)
+    config = ModelConfig(
+        rotary_dim=rotary_dim,
+        rope_theta=rope_theta,
+        num_hidden_layers=1,
+        hidden_size=8,
+        num_attention_heads=8,
+        intermediate_size=8,
+        num_local_experts=8,
+        vocab_size=8,
+    )
     with model_parallel():
-        ours = RotaryEmbedding(
-            kv_channels=128,
-            rotary_percent=arguments["rotary_percent"],
-            rotary_base=arguments["rotary_base"],
-            use_cpu_initialization=True,
-        )
+        ours = build_gpt_model(config).rotary_pos_emb
         angles = ours.get_cos_sin(1000, offset=196_000)
     assert torch.equal(ours.inv_freq, theirs.inv_freq)
-    expected = theirs(torch.empty(0), torch.arange(196_000, 197_000)[None])
+    expected = theirs(torch.empty(0, device=DEVICE), torch.arange(196_000, 197_000, device=DEVICE)[None])
     assert torch.equal(torch.stack(angles).repeat(1, 1, 2), torch.cat(expected))
+
+
+def test_rotary_percent_alone_gives_transformers_frequencies():
+    """For a `GPTModel` built without `build_gpt_model`."""
+    config = MiniMaxM2Config(**_rope(128, 64))
+    arguments = gpt_model_arguments(ModelConfig(rotary_dim=64))
+    with model_parallel():
+        rotary = RotaryEmbedding(
+            128, arguments["rotary_percent"], rotary_base=arguments["rotary_base"], use_cpu_initialization=True
+        )
+    assert torch.equal(rotary.inv_freq, MiniMaxM2RotaryEmbedding(config).inv_freq)
 
 
 def test_rotary_percent_survives_rounding_down():

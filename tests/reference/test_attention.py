@@ -4,17 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import (
-    BFLOAT16,
-    CASES,
-    FLOAT32,
-    FLOAT64,
-    assert_calibrated,
-    assert_relative,
-    disk_weights,
-    hf_model,
-    remove_float32_casts,
-)
+from checks import assert_calibrated, assert_relative
+from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, disk_weights, hf_model, remove_float32_casts
 from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 
 from reference.attention import attention_block, causal_attention, linear
@@ -113,7 +104,7 @@ def run_block(case, weights, positions, hidden, dtype):
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("name", BLOCK_CASES)
 def test_attention_block(name, offset, monkeypatch):
-    """Positions need not start at 0: float64 to rounding of angles up to 1007 (1007 x 2^-52 = 2e-13), float32 calibrated."""
+    """Positions need not start at 0. Angles up to 1007 radians carry 1007 x 2^-52 = 2e-13 of rounding in float64."""
     case = CASES[name]
     weights, positions = disk_weights(case), torch.arange(offset, offset + 8)
     hidden = torch.randn(8, 2, case.hidden, generator=torch.Generator().manual_seed(2))
@@ -142,8 +133,8 @@ def test_linear_sums_in_float32_and_rounds_once():
     x, w = (torch.randn(n, 3072, generator=generator).to(BFLOAT16) for n in (5, 7))
     exact = x.double() @ w.double().T
     assert linear(x, w).dtype == BFLOAT16
-    # Products of bfloat16 are exact in float32; the sum of 3072 is off by 3072 x 2^-24 of the sum of magnitudes at most,
-    # then half a unit in the last of 8 places.
+    # Products of bfloat16 are exact in float32; the sum of 3072 is off by 3072 x 2^-24 of the sum of magnitudes at
+    # most, then half a unit in the last of 8 places.
     magnitude = x.double().abs() @ w.double().abs().T
     assert ((linear(x, w).double() - exact).abs() <= exact.abs() * 2.0**-8 + magnitude * 3072 * 2.0**-24).all()
     # Values that bfloat16 cannot add up: 256 + 1 + 1 would stay at 256 if rounded after each term.

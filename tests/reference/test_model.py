@@ -7,17 +7,18 @@ float32   transformers as it is: our error against float64 at most twice its own
 bfloat16  likewise. Router weight and bias hold bfloat16-representable values on both sides.
 
 The choice of experts is a step function. The token sequences are those, of 96 random ones, whose choices are furthest
-from a tie (`oracles.settled_tokens`), and every run asserts that it chose the experts that float64 chose: no result here
-leans on a flipped choice.
+from a tie (`oracles.settled_tokens`), and every run asserts that it chose the experts that float64 chose: no result
+here leans on a flipped choice.
 
-Calibrated errors are taken over transformers' own parameters, in which a layer's experts are one tensor: the largest error
-of one expert that saw one token is a single draw, and the ratio of two single draws says nothing.
+Calibrated errors are taken over transformers' own parameters, in which a layer's experts are one tensor: the largest
+error of one expert that saw one token is a single draw, and the ratio of two single draws says nothing.
 """
 
 from typing import NamedTuple
 
 import pytest
 import torch
+from checks import assert_calibrated, assert_relative
 from oracles import (
     BFLOAT16,
     CASES,
@@ -25,8 +26,6 @@ from oracles import (
     FLOAT64,
     Case,
     Outcome,
-    assert_calibrated,
-    assert_relative,
     chosen_experts,
     disk_weights,
     hf_model,
@@ -122,7 +121,9 @@ def has_no_gradient(name: str, case: Case) -> bool:
     return case.top_k == 1 and name.endswith("gate.weight")
 
 
-def assert_as_near_as_transformers(ours: Outcome, theirs: Outcome, world: World, case: Case, dtype: torch.dtype) -> None:
+def assert_as_near_as_transformers(
+    ours: Outcome, theirs: Outcome, world: World, case: Case, dtype: torch.dtype
+) -> None:
     assert_same_choice(theirs, world.truth)
     assert_same_choice(ours, world.truth)
     assert ours.logits.dtype == dtype
@@ -141,7 +142,7 @@ def test_bias_changes_the_choice_of_experts(case, float32_world, bfloat16_world)
 
 
 def test_float64_equals_transformers(case, float32_world):
-    """1e-10 is what the project promises; rounding of sums of some hundred terms over three layers stays below 1e-13."""
+    """1e-10 is what the project promises; sums of some hundred terms over three layers round to below 1e-13."""
     world, truth = float32_world, float32_world.truth
     ours = run_reference(case, widened(world.weights), world)
     assert_same_choice(ours, truth)
@@ -170,9 +171,9 @@ def test_bfloat16_is_as_near_to_float64_as_transformers(case, bfloat16_world):
 def test_top_1_router_has_no_gradient(name):
     """Zero up to rounding, in both implementations.
 
-    With score s and upstream gradient G the two terms G/s and -G s/s^2 cancel, each rounded at most four times. The gate
-    gradient of the same model at top-2 is of G's size up to the factor s1 s2 / (s1 + s2)^2, about 1/4, and the difference
-    of two such G: 64 eps of it covers 8 roundings with a factor 8 for that.
+    With score s and upstream gradient G the two terms G/s and -G s/s^2 cancel, each rounded at most four times. The
+    gate gradient of the same model at top-2 is of G's size up to the factor s1 s2 / (s1 + s2)^2, about 1/4, and the
+    difference of two such G: 64 eps of it covers 8 roundings with a factor 8 for that.
     """
     top_1 = CASES[name]
     top_2 = Case(**vars(top_1) | {"top_k": 2})

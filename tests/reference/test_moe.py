@@ -3,24 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from checks import assert_calibrated, assert_relative
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     get_updated_expert_bias,
     switch_load_balancing_loss_func,
     topk_routing_with_score_function,
 )
-from oracles import (
-    BFLOAT16,
-    CASES,
-    FLOAT32,
-    FLOAT64,
-    assert_calibrated,
-    assert_relative,
-    chosen_experts,
-    disk_weights,
-    hf_model,
-    remove_float32_casts,
-)
+from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, chosen_experts, disk_weights, hf_model, remove_float32_casts
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 
 from reference.moe import load_balancing_loss, moe_block, route, tokens_per_expert, update_expert_bias
@@ -90,9 +80,7 @@ def test_route_is_megatrons_top_k_routing(tokens, hidden, experts, top_k):
     """From top-2 on. At top-1 megatron-core leaves the score as it is, where transformers divides it by itself."""
     x, weight, bias = draw(tokens, hidden, experts)
     routing = route(x, weight, bias, top_k=top_k)
-    probs, chosen = topk_routing_with_score_function(
-        routing.logits, top_k, score_function="sigmoid", expert_bias=bias
-    )
+    probs, chosen = topk_routing_with_score_function(routing.logits, top_k, score_function="sigmoid", expert_bias=bias)
     ours = dense(*routing[:2], experts)
     assert torch.equal(ours > 0, chosen)
     if top_k == 1:
@@ -159,7 +147,7 @@ def test_load_balancing_loss_is_megatrons_bit_for_bit(tokens, hidden, experts, t
 
 
 def test_load_balancing_loss_of_even_and_collapsed_routers():
-    """Even use gives the coefficient itself (f = P = 1/E); all tokens on one expert with all its score gives E times it."""
+    """Even use gives the coefficient itself (f = P = 1/E); one expert with all tokens and all score, E times it."""
     high, experts = 40.0, 4
     even = torch.full((experts, experts), -high).fill_diagonal_(high)
     collapsed = torch.full((8, experts), -high)

@@ -5,7 +5,8 @@ from threading import Barrier
 
 import pytest
 import torch
-from oracles import BFLOAT16, FLOAT32, FLOAT64, assert_calibrated, assert_relative, errors
+from checks import assert_calibrated, assert_relative, errors
+from oracles import BFLOAT16, FLOAT32, FLOAT64
 from torch import Tensor
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm
 
@@ -154,7 +155,7 @@ class Sharded:
         return torch.cat([sum(group) if added else group[0] for group in groups], dim)
 
     def run_ranks(self, function) -> list:
-        """`function(rank, all_reduce)` on a thread a rank; all_reduce waits for every rank's tensor and adds them up."""
+        """`function(rank, all_reduce)` on a thread a rank; all_reduce waits for every rank and adds the tensors up."""
         barrier, given = Barrier(self.ranks), [torch.empty(0)] * self.ranks
         shapes = []
 

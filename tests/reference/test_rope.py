@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, assert_calibrated, assert_relative, remove_float32_casts
+from checks import assert_calibrated, assert_relative
+from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, remove_float32_casts
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RotaryEmbedding, apply_rotary_pos_emb
 
 from reference.rope import apply_rotary, inverse_frequencies, rotary_tables
@@ -59,7 +60,7 @@ def test_tables_are_transformers_bit_for_bit(head_dim, rotary_dim, theta, dtype)
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "theta"), WIDTHS)
 def test_float64_tables(head_dim, rotary_dim, theta, monkeypatch):
-    """An angle of p radians carries p x 2^-52 of rounding, whatever computes it; the largest here is 196607: 4.4e-11."""
+    """An angle of p radians carries p x 2^-52 of rounding, whatever computes it; the largest is 196607: 4.4e-11."""
     remove_float32_casts(monkeypatch)
     _, cos, sin = hf_tables(head_dim, rotary_dim, theta, FLOAT64)
     for ours, theirs in zip(rotary_tables(POSITIONS, rotary_dim, theta, dtype=FLOAT64), (cos, sin), strict=True):

@@ -1,0 +1,121 @@
+"""The command, as a user runs it: what it prints, what it leaves behind, and its exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import all_tensors, edit_tensors
+from typer.testing import CliRunner
+
+import bridge.demo
+from bridge.cli import app
+
+COMMAND = [str(Path(sys.executable).with_name("minimax-m2"))]
+NORM = "model.norm.weight"
+
+
+def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = subprocess.run([*COMMAND, "demo", "--keep", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = " ".join(result.stdout.split())
+    for words in ("megatron-core GPTModel", "transformers", "bytes: exported = source"):
+        assert words in text
+    assert text.count("holds") == 4
+    assert "FAILS" not in text
+    assert "skipped" not in text
+    source, exported = all_tensors(tmp_path / "source"), all_tensors(tmp_path / "exported")
+    assert source.keys() == exported.keys()
+    assert all(torch.equal(source[name].view(torch.uint8), exported[name].view(torch.uint8)) for name in source)
+
+
+def test_demo_fails_when_a_byte_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn one bit between export and comparison: the proof must not hold."""
+    real = bridge.demo.roundtrip
+
+    def sabotaged(source, out, *args, **kwargs):
+        save = source.save_hf_pretrained
+
+        def save_and_damage(*save_args, **save_kwargs) -> None:
+            save(*save_args, **save_kwargs)
+            edit_tensors(out, lambda t: t[NORM].view(torch.int16).__ixor__(1))
+
+        source.save_hf_pretrained = save_and_damage
+        return real(source, out, *args, **kwargs)
+
+    monkeypatch.setattr(bridge.demo, "roundtrip", sabotaged)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert "FAILS" in result.stdout
+    assert NORM in result.stdout
+
+
+def test_demo_fails_when_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megatron-core model with one norm weight off by 1 % must be found out."""
+    real = bridge.roundtrip.megatron_logits
+
+    def disturbed(model, tokens):
+        with torch.no_grad():
+            model.decoder.layers[0].input_layernorm.weight[7] *= 1.01
+        try:
+            return real(model, tokens)
+        finally:
+            with torch.no_grad():
+                model.decoder.layers[0].input_layernorm.weight[7] /= 1.01
+
+    monkeypatch.setattr(bridge.roundtrip, "megatron_logits", disturbed)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert "FAILS" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_roundtrip_keeps_what_it_writes_where_it_is_told(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "deep" / "out"
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--out", str(out), "--dtype", dtype])
+    assert result.exit_code == 0, result.output
+    assert all_tensors(out).keys() == all_tensors(checkpoint).keys()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_inspect_describes_a_whole_checkpoint(checkpoint: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    for words in (
+        "minimax_m2",
+        "5 of width 72, top 2",
+        "6 query and 2 key/value heads of 48",
+        "128x128",
+        "2 tensors, carr",
+    ):
+        assert words in text
+    assert "whole" in text
+
+
+def test_inspect_lists_every_problem(copy: Path) -> None:
+    edit_tensors(copy, lambda t: (t.pop(NORM), t.update({"extra.weight": torch.ones(2)})))
+    result = CliRunner().invoke(app, ["inspect", str(copy)])
+    assert result.exit_code == 1
+    assert f"{NORM}: missing" in result.stdout
+    assert "extra.weight: unknown tensor" in result.stdout
+    assert "2 problems" in result.stdout
+
+
+def test_bad_input_is_one_message_and_status_2(tmp_path: Path) -> None:
+    for verb in ("inspect", "roundtrip"):
+        result = CliRunner().invoke(app, [verb, str(tmp_path / "none")])
+        assert result.exit_code == 2
+        assert "no such folder" in result.stderr
+        assert result.stdout == ""
+
+
+def test_help_and_inspect_do_not_load_megatron(checkpoint: Path) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from bridge.cli import app;"
+        f"result = CliRunner().invoke(app, ['inspect', {str(checkpoint)!r}]);"
+        "print(result.exit_code, 'megatron' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0", "False"]
