@@ -25,6 +25,8 @@ from torch import Tensor
 
 from bridge.hf_files import CONFIG_NAME, DTYPES, INDEX_NAME, SHARD_SUFFIX, stays_inside
 
+SHARD_BYTES = 2 * 10**9  # one file's worth is held in memory
+
 
 class HFWriter:
     """`out` holds every added tensor and file once `finish` returns, and is untouched before.
@@ -36,7 +38,7 @@ class HFWriter:
     `overwrite` is off; if it is to be replaced and has no config.json, so is no checkpoint.
     """
 
-    def __init__(self, out: Path | str, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9):
+    def __init__(self, out: Path | str, *, overwrite: bool = False, max_shard_bytes: int = SHARD_BYTES):
         self.out = Path(os.path.abspath(out))
         check_target(self.out, overwrite)
         self._overwrite = overwrite

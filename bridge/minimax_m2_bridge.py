@@ -10,9 +10,8 @@ Today one process holds the whole model.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint
-from bridge.hf_writer import HFWriter
+from bridge.hf_writer import SHARD_BYTES, HFWriter
 from bridge.hub import checkpoint_folder
 from bridge.mapping import MappingRegistry, model_dialect
 from bridge.progress import Track, untracked
@@ -31,18 +30,11 @@ from reference.fp8 import FP8, dequantize_blockwise, quantize_blockwise, requant
 from reference.names import Dialect
 
 
-@dataclass(frozen=True)
-class GPTModelProvider:
-    """megatron-core's arguments for one MiniMax-M2 model; `provide` builds it."""
+class GPTModelProvider(NamedTuple):
+    """megatron-core's arguments for one MiniMax-M2: a `TransformerConfig`, and what else `GPTModel` takes."""
 
-    model_config: ModelConfig
     transformer_config: TransformerConfig
     gpt_model_arguments: dict[str, Any]
-    overrides: dict[str, Any]
-
-    def provide(self) -> GPTModel:
-        """The model, with random weights unless `perform_initialization=False` was among the overrides."""
-        return build_gpt_model(self.model_config, **self.overrides)
 
 
 class MiniMaxM2Bridge:
@@ -84,12 +76,8 @@ class MiniMaxM2Bridge:
 
     def provider_bridge(self, *, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> GPTModelProvider:
         """The source's config as megatron-core's; `overrides` are `TransformerConfig` fields."""
-        return GPTModelProvider(
-            self.config,
-            transformer_config(self.config, params_dtype=params_dtype, **overrides),
-            gpt_model_arguments(self.config),
-            {"params_dtype": params_dtype, **overrides},
-        )
+        megatron = transformer_config(self.config, params_dtype=params_dtype, **overrides)
+        return GPTModelProvider(megatron, gpt_model_arguments(self.config))
 
     def mapping_registry(self, dialect: Dialect = Dialect.MEGATRON_LOCAL) -> MappingRegistry:
         """How each megatron-core parameter is made of on-disk tensors, under the names of a layer spec."""
@@ -138,9 +126,8 @@ class MiniMaxM2Bridge:
 
         Call it inside `bridge.single_process.model_parallel()`, or where megatron-core is set up already.
         """
-        if load_weights:
-            overrides = {"perform_initialization": False, **overrides}
-        model = self.provider_bridge(params_dtype=params_dtype, **overrides).provide()
+        overrides = {"perform_initialization": not load_weights, **overrides}
+        model = build_gpt_model(self.config, params_dtype=params_dtype, **overrides)
         if load_weights:
             self.load_hf_weights(model)
         return model
@@ -179,7 +166,7 @@ class MiniMaxM2Bridge:
         *,
         quantization: Literal["fp8"] | None = "fp8",
         overwrite: bool = False,
-        max_shard_bytes: int = 5 * 10**9,
+        max_shard_bytes: int = SHARD_BYTES,
         track: Track = untracked,
     ) -> None:
         """Write the model as a Hugging Face checkpoint, whole or not at all.

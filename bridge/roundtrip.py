@@ -19,6 +19,7 @@ from bridge.hf_files import HFCheckpoint
 from bridge.hf_writer import check_target
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
+from bridge.provider import build_gpt_model
 from bridge.reference_logits import reference_logits
 from bridge.single_process import model_parallel
 from reference.config import ModelConfig
@@ -112,7 +113,7 @@ def roundtrip(
     check_target(out, overwrite)  # now, not after the model has been built
     truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
     with model_parallel():
-        model = bridge.to_megatron_model(params_dtype=params_dtype, load_weights=False, perform_initialization=False)
+        model = build_gpt_model(bridge.config, params_dtype=params_dtype, perform_initialization=False)
         device = next(model.parameters()).device
         bridge.load_hf_weights(model, track=track)
         logits = {"megatron-core GPTModel": megatron_logits(model, tokens.to(device)).cpu(), **(others or {})}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.hf_writer import HFWriter
+from bridge.hf_writer import SHARD_BYTES, HFWriter
 from bridge.minimax_m2_bridge import FP8_SECTION
 from bridge.progress import Track, untracked
 from reference.checkpoint import SCALE_SUFFIX, expected_tensors
@@ -67,7 +67,7 @@ def make_checkpoint(
     *,
     seed: int = 0,
     mtp_layers: int = 0,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> None:
     """Write a checkpoint of random weights for a config.json; the same seed gives the same bytes.

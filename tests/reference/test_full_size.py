@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reference.checkpoint import check_tensors, expected_tensors, parameter_count
-from reference.config import ModelConfig, QuantizationConfig
+from reference.config import ModelConfig
 from reference.names import Dialect, all_names, remap
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import check_coverage, parameters, placements
@@ -97,20 +97,6 @@ def test_the_parameters_are_228_billion(config, released):
     assert sorted(all_names(config, Dialect.HF_DISK)) == sorted(sizes)
 
 
-def test_the_same_sizes_unquantised_have_no_scales(config, released):
-    plain = ModelConfig.from_hf({key: value for key, value in RELEASED.items() if key != "quantization_config"})
-    expected = expected_tensors(plain)
-    assert sorted(expected) == sorted(name for name in released if not name.endswith("_scale_inv"))
-    assert {spec.dtypes for spec in expected.values()} == {(BFLOAT16, torch.float16, FLOAT32)}
-
-
-def test_other_block_sizes_have_other_grids():
-    """256 does not divide 1024 x 3072 otherwise than 4 x 12; 1000 leaves edge blocks."""
-    for block, grid in ((256, (4, 12)), (64, (16, 48)), (1000, (2, 4))):
-        config = ModelConfig(rotary_dim=64, num_hidden_layers=1, quantization=QuantizationConfig(block_size=block))
-        assert expected_tensors(config)["model.layers.0.self_attn.k_proj.weight_scale_inv"].shape == grid
-
-
 def test_every_name_has_one_counterpart_in_megatron(config):
     made_of = remap(all_names(config, Dialect.HF_DISK), config, source=Dialect.HF_DISK, target=Dialect.MEGATRON_TE)
     assert len(made_of) == 3 + 62 * (8 + 2 * 256)
@@ -165,12 +151,16 @@ def shapes_by_hand(
 
 
 @pytest.mark.parametrize(("parallelism", "layers", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_rank_of_a_large_run(config, parallelism, layers, sizes):
-    held = {rank: parameters(config, parallelism, rank, Dialect.MEGATRON_TE) for rank in range(parallelism.world_size)}
-    for rank, mine in held.items():
+def test_shapes_on_the_ranks_of_a_large_run(config, parallelism, layers, sizes):
+    for rank in range(0, parallelism.world_size, 5):  # some of each stage, and of each expert rank
+        mine = parameters(config, parallelism, rank, Dialect.MEGATRON_TE)
         shapes = {(parameter.chunk, parameter.name): parameter.shape for parameter in mine}
         assert len(shapes) == len(mine)
         assert shapes == shapes_by_hand(parallelism, layers, rank, sizes), rank
-    placed = placements(held)
+
+
+def test_the_64_ranks_of_a_large_run_hold_every_tensor_once(config, released):
+    parallelism, *_ = LAYOUTS["tp8_pp8_ep8"]
+    placed = placements({rank: parameters(config, parallelism, rank, Dialect.MEGATRON_TE) for rank in range(64)})
     check_coverage(placed, config)
-    assert len(placed) == len(all_names(config, Dialect.HF_DISK))
+    assert sorted(placed) == sorted(name for name in released if not name.endswith("_scale_inv"))
