@@ -69,6 +69,21 @@ def test_causal_attention_calibrated(shape, dtype, monkeypatch):
         assert_calibrated(a, b, t, name)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_precision_attention_rounds_only_its_result(shape):
+    """Scores, probabilities and sums stay float32 (transformers rounds each): off by one rounding to 8 places.
+
+    Below that, a float32 score is off by at most head_dim x 2^-24 x |q||k|/sqrt(head_dim), which moves a probability by
+    twice that part of itself, and their sum over values has seq roundings more.
+    """
+    inputs, _ = draw(shape, BFLOAT16)
+    wide = [x.double() for x in inputs]
+    truth = causal_attention(*wide)
+    query, key = (x.norm(dim=-1).max() for x in wide[:2])
+    slack = 2.0**-24 * (2 * shape[-1] ** 0.5 * query * key + shape[0]) * wide[2].abs().max()
+    assert ((causal_attention(*inputs).double() - truth).abs() <= truth.abs() * 2.0**-8 + slack).all()
+
+
 def test_no_position_sees_a_later_one():
     (query, key, value), _ = draw(SHAPES[0], FLOAT32)
     before = causal_attention(query, key, value)
