@@ -1,1 +1,1 @@
-"""Fast modules with the semantics of `reference`; may import its constants and configs, knows nothing of Megatron or files."""
+"""Fast modules with the semantics of `reference`; they import its constants and configs, no Megatron and no files."""

@@ -118,7 +118,7 @@ class ModelConfig:
         if attention_types != {1}:
             raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {sorted(attention_types)}")
 
-        head_dim = config.get("head_dim") or cls.head_dim
+        head_dim = cls.head_dim if config.get("head_dim") is None else config["head_dim"]
         _require_positive_int("head_dim", head_dim)
         same_name = {field.name for field in fields(cls)} - {"head_dim", "rotary_dim", "rope_theta", "quantization"}
         given = {name: config[name] for name in same_name if config.get(name) is not None}
@@ -162,7 +162,7 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -
     for where, section in (("", config), ("rope_parameters.", parameters)):
         factor = section.get("partial_rotary_factor")
         if factor is not None:
-            widths[f"{where}partial_rotary_factor x head_dim"] = factor * head_dim
+            widths[f"{where}partial_rotary_factor x head_dim"] = round(factor * head_dim, 6)  # 58/112 * 112 < 58
     if not widths:
         raise ValueError(
             "config.json gives neither rotary_dim nor rope_parameters.partial_rotary_factor; add rotary_dim "

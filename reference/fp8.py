@@ -121,9 +121,8 @@ def quantize_blockwise(
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if scale_inv is None:
         scale_inv = _fresh_scales(wide, block_size)
-    else:
-        check_scale_grid(weight.shape, scale_inv.shape, block_size=block_size, name=name)
-        check_scale_values(scale_inv, name=name)
+    check_scale_grid(weight.shape, scale_inv.shape, block_size=block_size, name=name)
+    check_scale_values(scale_inv, name=name)
     scaled = wide / _spread(scale_inv, weight.shape, block_size)
     return scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8), scale_inv
 

@@ -224,7 +224,7 @@ def chosen_experts(logits: Tensor, bias: Tensor | float, top_k: int) -> Tensor:
 
 
 def settled_tokens(
-    model: MiniMaxM2ForCausalLM, *, batch: int = 3, seq: int = 9, candidates: int = 96, seed: int = 0
+    model: MiniMaxM2ForCausalLM, *, batch: int = 8, seq: int = 9, candidates: int = 256, seed: int = 0
 ) -> Tensor:
     """Of many random sequences, those in which every token's choice of experts is furthest from a tie.
 

@@ -196,6 +196,7 @@ def test_another_computation_is_refused(key, found):
         ({"rotary_dim": ...}, "gives neither rotary_dim nor rope_parameters.partial_rotary_factor"),
         ({"rotary_dim": 64.5}, "rotary_dim must be a positive integer, found 64.5"),
         ({"head_dim": -128}, "head_dim must be a positive integer, found -128"),
+        ({"head_dim": 0}, "head_dim must be a positive integer, found 0"),
         ({"partial_rotary_factor": 1.0}, "{'rotary_dim': 64, 'partial_rotary_factor x head_dim': 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "{'rotary_dim': 64, 'rope_parameters.partial_rotary"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "itself: {'rope_theta': 5000000, 'rope_parameters.rope_theta': 1"),
