@@ -4,7 +4,7 @@
 `hf_model` builds the same model in `transformers`; `to_disk_names` and `to_memory_names` are a hand-written map between
 the two, which owes nothing to `reference.names`.
 
-Versions: `transformers` reads the released files' `rotary_dim` from 5.13 on; 5.0 to 5.12 ignored it and rotated every
+Versions: `transformers` reads the released files' `rotary_dim` from 5.18 on; 5.0 to 5.17 ignored it and rotated every
 channel, so they are no oracle for this model (`hf_model` asserts the width).
 """
 
