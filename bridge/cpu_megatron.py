@@ -17,6 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from megatron.core import utils as core_utils
+from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import utils
@@ -40,7 +42,7 @@ class _TorchOnCPU:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(torch, name)
-        if name not in ("zeros", "ones"):
+        if name not in ("zeros", "ones", "tensor"):
             return attribute
         return lambda *size, device=None, **kwargs: attribute(
             *size, device=CPU if device == "cuda" else device, **kwargs
@@ -68,6 +70,8 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (random.CudaRNGStatesTracker, "fork", lambda *args: nullcontext()),
     (TopKRouter, "_apply_expert_bias", unwrap(TopKRouter._apply_expert_bias)),  # one line, compiled for 20 seconds
     (schedules, "torch", _TorchOnCPU()),  # the token counter
+    (clip_grads, "torch", _TorchOnCPU()),  # the gradient norm
+    (core_utils, "torch", _TorchOnCPU()),  # the same
     (utils, "torch", _TorchOnCPU()),  # the causal mask
 )
 

@@ -12,7 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.layer_spec import minimax_m2_block_spec
+from bridge.layer_spec import Backend, default_backend, minimax_m2_block_spec
 from reference.config import ModelConfig
 from reference.rope import inverse_frequencies
 
@@ -53,7 +53,11 @@ ARCHITECTURE: dict[str, Any] = {
     "moe_router_topk_scaling_factor": None,
     "moe_router_load_balancing_type": "aux_loss",
     "moe_shared_expert_intermediate_size": None,
-    "transformer_impl": "local",
+}
+
+BACKEND_SETTINGS: dict[Backend, dict[str, Any]] = {
+    "transformer_engine": {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
+    "local": {"transformer_impl": "local"},
 }
 
 # megatron-core's softmax goes to float32 only where these flags say that its input is 16 bits wide.
@@ -79,9 +83,15 @@ CPU_OVERRIDES: dict[str, Any] = {
 
 
 def transformer_config(
-    config: ModelConfig, *, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    **overrides: Any,
 ) -> TransformerConfig:
     """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
+
+    `backend` is the layer spec's (`bridge.layer_spec.default_backend` if None).
 
     Raises:
         ValueError: megatron-core has no mixed-precision mode for `params_dtype`.
@@ -91,6 +101,7 @@ def transformer_config(
     fields = {
         **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         **ARCHITECTURE,
+        **BACKEND_SETTINGS[backend or default_backend()],
         **DTYPE_FLAGS[params_dtype],
         "params_dtype": params_dtype,
         "pipeline_dtype": params_dtype,
@@ -115,6 +126,7 @@ def build_gpt_model(
     config: ModelConfig,
     *,
     params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -125,10 +137,10 @@ def build_gpt_model(
     Call it inside `bridge.single_process.model_parallel()`, or in a trainer that has set up megatron-core.
     `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next.
     """
-    megatron = transformer_config(config, params_dtype=params_dtype, **overrides)
+    megatron = transformer_config(config, params_dtype=params_dtype, backend=backend, **overrides)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=minimax_m2_block_spec(megatron, vp_stage=vp_stage),
+        transformer_layer_spec=minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

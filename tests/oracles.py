@@ -62,7 +62,8 @@ class Case:
         return ModelConfig.from_hf(self.released_config())
 
     def hf_config(self) -> MiniMaxM2Config:
-        return MiniMaxM2Config(**self.released_config())
+        rope = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": self.rotary / self.head_dim}
+        return MiniMaxM2Config(**self.released_config(), rope_parameters=rope)  # older 5.x read only the latter
 
 
 # Between them: 1:1, 2:1, 6:1 and all heads in one group; odd head counts; a quarter, half and all of the channels

@@ -1,16 +1,20 @@
 """MiniMax-M2's megatron-core layer: parameter names, norms that round as transformers', a router that stays float32."""
 
+import re
+
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
 
-from bridge.layer_spec import Float32Router, FullDimRMSNorm, RMSNorm, minimax_m2_block_spec, minimax_m2_layer_spec
+from bridge.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
 from bridge.provider import build_gpt_model, gpt_model_arguments, transformer_config
+from bridge.router import Float32Router
 from bridge.single_process import model_parallel
 from reference.config import ModelConfig
 
@@ -31,8 +35,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYER_SHAPES = {
     "input_layernorm.weight": (32,),
     "self_attention.linear_qkv.weight": ((6 + 2 + 2) * 16, 32),
-    "self_attention.q_layernorm.weight": (6 * 16,),
-    "self_attention.k_layernorm.weight": (2 * 16,),
+    "self_attention.qk_norm.q_weight": (6 * 16,),
+    "self_attention.qk_norm.k_weight": (2 * 16,),
     "self_attention.linear_proj.weight": (32, 6 * 16),
     "pre_mlp_layernorm.weight": (32,),
     "mlp.router.weight": (4, 32),
@@ -102,11 +106,10 @@ def test_norms_round_as_transformers(dtype, heads):
     torch.nn.init.uniform_(theirs.weight, 0.5, 1.5)
     x = 3 * torch.randn(5, 2, heads, 16, device=DEVICE, dtype=dtype)
     expected = theirs(x.flatten(-2))
-    for ours in (RMSNorm(config, heads * 16, 1e-6), FullDimRMSNorm(config, 16, 1e-6, num_heads=heads)):
-        assert ours.weight.dtype == dtype
-        ours.to(DEVICE).load_state_dict(theirs.state_dict())
-        shaped = x if isinstance(ours, FullDimRMSNorm) else x.flatten(-2)
-        assert torch.equal(ours(shaped).view_as(expected), expected)
+    ours = RMSNorm(config, heads * 16, 1e-6)
+    assert ours.weight.dtype == dtype
+    ours.to(DEVICE).load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(x.flatten(-2)), expected)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +165,96 @@ def test_router_chooses_and_weighs_as_transformers(top_k, dtype):
     assert top_k == 4 or not torch.equal(chosen, torch.zeros_like(chosen).scatter(1, unbiased, True))
 
 
-def test_qk_layernorm_must_be_on():
-    with pytest.raises(ValueError, match="set qk_layernorm=True"):
-        minimax_m2_layer_spec(TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2))
+def _logits(model, tokens):
+    positions = torch.arange(tokens.shape[1], device=DEVICE).expand_as(tokens)
+    return model.eval()(tokens, positions, None)
 
 
-def test_tensor_parallel_norm_is_refused():
-    with pytest.raises(ValueError, match="use TP 1"):
-        FullDimRMSNorm(_config(tensor_model_parallel_size=2), 16, 1e-6, num_heads=6)
+TOKENS = torch.randint(0, SMALL.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+
+@pytest.mark.parametrize("wrap", [minimax_m2_layer_spec, minimax_m2_block_spec])
+def test_qk_layernorm_may_be_on_or_off(wrap):
+    models = {}
+    for on in (True, False):
+        config = _config(qk_layernorm=on, params_dtype=torch.float32, bf16=False)
+        models[on] = GPTModel(config, wrap(config), **gpt_model_arguments(SMALL))
+    models[False].load_state_dict(models[True].state_dict())
+    assert torch.equal(_logits(models[True], TOKENS), _logits(models[False], TOKENS))
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="found 'apex'"):
+        minimax_m2_layer_spec(_config(), "apex")
+
+
+@pytest.mark.parametrize("field", ["fused_single_qkv_rope", "attention_output_gate", "qk_l2_norm"])
+def test_what_would_bypass_the_norm_is_refused(field):
+    config = _config()
+    setattr(config, field, True)
+    with pytest.raises(ValueError, match=f"set {field}=False"):
+        GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
+
+
+def test_hybrid_model_equals_gpt_model():
+    """`HybridModel` counts attention and experts as a layer each; everything else has the same name."""
+    gpt = build_gpt_model(SMALL, params_dtype=torch.float32)
+    config = _config(params_dtype=torch.float32, bf16=False, num_layers=2 * SMALL.num_hidden_layers)
+    hybrid = HybridModel(
+        config,
+        hybrid_stack_spec=minimax_m2_hybrid_spec(config),
+        hybrid_layer_pattern="*E" * SMALL.num_hidden_layers,
+        **gpt_model_arguments(SMALL),
+    )
+    state = {}
+    for name, value in gpt.state_dict().items():
+        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+            half = "mlp" in match[2]  # pre_mlp_layernorm too
+            name = f"decoder.layers.{2 * int(match[1]) + half}.{match[2]}"
+        state[name.replace("final_layernorm", "final_norm")] = value
+    assert {name for name, value in hybrid.state_dict().items() if value is not None} <= state.keys()
+    hybrid.load_state_dict(state, strict=False)
+    hybrid.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq
+    outputs = {}
+    for model in (gpt, hybrid):
+        logits = _logits(model, TOKENS)
+        logits.square().mean().backward()
+        outputs[model] = logits, {value.shape: value.grad for value in model.parameters()}
+    assert torch.equal(outputs[gpt][0], outputs[hybrid][0])
+    for name, parameter in hybrid.named_parameters():
+        theirs = next(key for key, value in state.items() if key == name)
+        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", theirs)
+        mine = f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else theirs
+        assert torch.equal(parameter.grad, gpt.get_parameter(mine.replace("final_norm", "final_layernorm")).grad), name
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_nothing(mode):
+    settings = {
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    }[mode]
+    plain = build_gpt_model(SMALL, params_dtype=torch.float32)
+    recomputing = build_gpt_model(SMALL, params_dtype=torch.float32, **settings)
+    recomputing.load_state_dict(plain.state_dict())
+    for model in (plain, recomputing):
+        _logits(model, TOKENS)
+        positions = torch.arange(TOKENS.shape[1], device=DEVICE).expand_as(TOKENS)
+        model.train()(TOKENS, positions, None, labels=TOKENS).mean().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, recomputing.get_parameter(name).grad), name
+
+
+def test_generation_with_a_cache_equals_the_whole_sequence():
+    """megatron-core's static inference: a prompt, then token by token; the cache holds normed and rotated keys."""
+    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
+    whole = _logits(model, TOKENS)
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=TOKENS.shape[1])
+    pieces = []
+    with torch.no_grad():
+        for start, stop in [(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)]:
+            positions = torch.arange(start, stop, device=DEVICE).expand(2, -1)
+            piece = model(TOKENS[:, start:stop], positions, None, inference_context=context, runtime_gather_output=True)
+            context.increment_sequence_len_offset(stop - start)
+            pieces.append(piece)
+    torch.testing.assert_close(torch.cat([p[:, -1:] for p in pieces], 1), whole[:, 4:], rtol=1e-5, atol=1e-5)

@@ -81,8 +81,8 @@ def _megatron_names(config, hf):
         named |= {
             f"{ours}input_layernorm.weight": hf[f"{theirs}input_layernorm.weight"],
             f"{ours}self_attention.linear_qkv.weight": torch.cat([q, k, v], 1).flatten(0, 1),
-            f"{ours}self_attention.q_layernorm.weight": hf[f"{theirs}self_attn.q_norm.weight"],
-            f"{ours}self_attention.k_layernorm.weight": hf[f"{theirs}self_attn.k_norm.weight"],
+            f"{ours}self_attention.qk_norm.q_weight": hf[f"{theirs}self_attn.q_norm.weight"],
+            f"{ours}self_attention.qk_norm.k_weight": hf[f"{theirs}self_attn.k_norm.weight"],
             f"{ours}self_attention.linear_proj.weight": hf[f"{theirs}self_attn.o_proj.weight"],
             f"{ours}pre_mlp_layernorm.weight": hf[f"{theirs}post_attention_layernorm.weight"],
             f"{ours}mlp.router.weight": hf[f"{theirs}mlp.gate.weight"],

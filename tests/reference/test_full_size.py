@@ -8,9 +8,9 @@ import jaxtyping
 import pytest
 import torch
 
-from reference.checkpoint import check_tensors, expected_tensors, parameter_count
+from reference.checkpoint import expected_tensors, parameter_count
 from reference.config import ModelConfig
-from reference.names import Dialect, all_names, remap
+from reference.names import Dialect, all_names
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import check_coverage, parameters, placements
 
@@ -87,7 +87,6 @@ def test_the_files_are_what_is_expected(config, released):
     assert {name for name, spec in expected.items() if spec.dtypes == (FP8,)} == {
         name for name, (dtype, _) in released.items() if dtype == FP8
     }
-    check_tensors(released, config)
 
 
 def test_the_parameters_are_228_billion(config, released):
@@ -95,12 +94,6 @@ def test_the_parameters_are_228_billion(config, released):
     assert parameter_count(config) == sum(sizes.values())
     assert round(parameter_count(config) / 1e9, 1) == 228.7
     assert sorted(all_names(config, Dialect.HF_DISK)) == sorted(sizes)
-
-
-def test_every_name_has_one_counterpart_in_megatron(config):
-    made_of = remap(all_names(config, Dialect.HF_DISK), config, source=Dialect.HF_DISK, target=Dialect.MEGATRON_TE)
-    assert len(made_of) == 3 + 62 * (8 + 2 * 256)
-    assert sum(map(len, made_of.values())) == 3 + 62 * (10 + 3 * 256)
 
 
 # ------------------------------------------------------------------------------------------------- sharded
@@ -138,8 +131,8 @@ def shapes_by_hand(
             here = f"decoder.layers.{layer}."
             shapes[chunk, here + "self_attention.linear_qkv.layer_norm_weight"] = (3072,)
             shapes[chunk, here + "self_attention.linear_qkv.weight"] = (sizes["qkv"], 3072)
-            shapes[chunk, here + "self_attention.q_layernorm.weight"] = (sizes["queries"],)
-            shapes[chunk, here + "self_attention.k_layernorm.weight"] = (sizes["keys"],)
+            shapes[chunk, here + "self_attention.qk_norm.q_weight"] = (sizes["queries"],)
+            shapes[chunk, here + "self_attention.qk_norm.k_weight"] = (sizes["keys"],)
             shapes[chunk, here + "self_attention.linear_proj.weight"] = (3072, sizes["queries"])
             shapes[chunk, here + "pre_mlp_layernorm.weight"] = (3072,)
             shapes[chunk, here + "mlp.router.weight"] = (256, 3072)

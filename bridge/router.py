@@ -1,0 +1,77 @@
+"""megatron-core's router, kept in float32.
+
+The checkpoint's router weight is float32, and a choice of experts is a step: megatron-core would cast the weight to
+`params_dtype`, and compute its product in TensorFloat-32 where Transformer Engine is there.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Float32
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class _RouterLogits(torch.autograd.Function):
+    """x @ weight.T in float32, keeping for the backward pass x as it came and not its float32 copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).float()
+        return (grad_output @ weight).to(x.dtype), grad_weight
+
+
+class Float32Router(TopKRouter):
+    """megatron-core's top-k router, with `weight` and `expert_bias` float32 whatever the model's dtype is.
+
+    Source: `transformers` minimax_m2: MiniMaxM2TopKRouter; the released checkpoints' `block_sparse_moe.gate`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.to(torch.cuda.current_device())  # megatron-core puts only the bias there, and the weight at first use
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight and leave it in float32."""
+        if self.config.perform_initialization:
+            self.config.init_method(self.weight)
+        self.weight.sequence_parallel = self.config.sequence_parallel
+
+    def gating(self, input: Float[Tensor, "seq batch hidden"]) -> Float32[Tensor, "seq batch experts"]:
+        """Logits in float32.
+
+        With Transformer Engine installed, megatron-core would take its matrix product, which computes float32 in
+        TensorFloat-32 (seen on an H200: error 2e-4, not 5e-7) and refuses a float32 weight with a bfloat16 input.
+        """
+        return _RouterLogits.apply(input, self.weight)
+
+    def routing(
+        self, logits: Float32[Tensor, "seq batch experts"], padding_mask: Bool[Tensor, "seq batch"] | None = None
+    ) -> tuple[Float32[Tensor, "tokens experts"], Bool[Tensor, "tokens experts"]]:
+        """Choose experts and weigh them; megatron-core does not normalise the weight of a single chosen expert."""
+        probs, routing_map = super().routing(logits, padding_mask)
+        if self.topk == 1:
+            probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
+        return probs, routing_map
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Router":
+        """Follow `.to(device)` and not `.bfloat16()`, so that no bits are lost on the way to a float32 checkpoint."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)

@@ -1,0 +1,30 @@
+"""What the norms need of a process group: its size, this process's place in it, and a sum over its ranks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+GroupGetter = Callable[[], ProcessGroup | None]
+
+
+class Ranks(NamedTuple):
+    """A process group as plain values, which `torch.compile` takes as constants."""
+
+    name: str
+    rank: int
+    size: int
+
+
+def ranks_of(group: ProcessGroup | None) -> Ranks:
+    """None is one process by itself."""
+    if group is None:
+        return Ranks(name="", rank=0, size=1)
+    return Ranks(name=group.group_name, rank=group.rank(), size=group.size())
+
+
+def sum_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
+    """A new tensor. A functional collective: an in-place one after a copy is wrong when torch 2.11 compiles it."""
+    return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))
