@@ -28,7 +28,6 @@ from oracles import (
 )
 from torch import Tensor
 from torch.multiprocessing import spawn
-from torch.utils._pytree import tree_map_only
 
 from reference.names import Dialect
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
@@ -44,6 +43,8 @@ LAYOUTS = {
     "tp4, 2 key heads": Parallelism(tp=4, etp=1),
     "tp2 pp2": Parallelism(tp=2, pp=2, etp=1),
     "tp2 dp2 ep2": Parallelism(tp=2, dp=2, ep=2, etp=1),
+    "tp2, drop-in": Parallelism(tp=2, etp=1),  # megatron-core's own attention with bridge.qk_norm in its slots
+    "tp4, 2 key heads, drop-in": Parallelism(tp=4, etp=1),
 }
 GPUS = torch.cuda.device_count()
 DIALECT = Dialect.MEGATRON_TE if GPUS else Dialect.MEGATRON_LOCAL
@@ -107,18 +108,23 @@ def _rank(rank: int, world: int, folder: str, dtype: torch.dtype, sabotage: bool
     batches = torch.load(Path(folder, "batches.pt"))
     for name, layout in LAYOUTS.items():
         if layout.world_size == world:
-            torch.save(_train(rank, layout, dtype, batches, sabotage), Path(folder, f"{name}.{rank}.pt"))
+            results = _train(rank, layout, dtype, batches, sabotage, drop_in="drop-in" in name)
+            torch.save(results, Path(folder, f"{name}.{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
-def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, sabotage: bool) -> dict[str, Any]:
+def _train(
+    rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, sabotage: bool, drop_in: bool
+) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     import compiled.full_dim_norm
+    from bridge.layer_spec import minimax_m2_block_spec
     from bridge.mapping import model_state
-    from bridge.provider import build_gpt_model
+    from bridge.provider import gpt_model_arguments, transformer_config
     from bridge.single_process import model_parallel
 
     if sabotage:  # what the peer's backward does: no sum over ranks
@@ -131,26 +137,48 @@ def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, 
     }
     config = CASE.model_config()
     with model_parallel(**sizes):
-        model = build_gpt_model(
+        megatron = transformer_config(
             config,
             params_dtype=dtype,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
             sequence_parallel=layout.tp > 1,
             moe_aux_loss_coeff=0.0,
             moe_router_bias_update_rate=0.0,
-            variable_seq_lengths=False,
             finalize_model_grads_func=partial(finalize_model_grads, force_all_reduce=True),
             **sizes,
         )
-        state, held = model_state(model), parameters(config, layout, rank, DIALECT)
-        assert state.keys() == {parameter.name for parameter in held}
+        block = minimax_m2_block_spec(megatron)
+        if drop_in:
+            for layer in block.layer_specs:
+                _use_drop_in(layer.submodules.self_attention)
+        model = GPTModel(
+            megatron,
+            block,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **gpt_model_arguments(config),
+        )
+        held = parameters(config, layout, rank, DIALECT)
+        state = model_state(model)
+        assert state.keys() == {_name_in(drop_in, parameter.name) for parameter in held}
         weights = weights_of(dtype)
         with torch.no_grad():
             for parameter in held:
-                state[parameter.name].copy_(shard(parameter, weights))
+                name = _name_in(drop_in, parameter.name)
+                whole = name != parameter.name  # a drop-in norm has all heads
+                state[name].copy_(weights[parameter.sources[0]] if whole else shard(parameter, weights))
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
         device = next(model.parameters()).device
+
+        def shards(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Under the fused norms' names, and only this rank's heads of a drop-in norm."""
+            found = {}
+            for parameter in held:
+                name = _name_in(drop_in, parameter.name)
+                if name in values:
+                    own = slice(None) if name == parameter.name else slice(*parameter.pieces[0].rows)
+                    found[parameter.name] = values[name][own].detach().cpu()
+            return found
+
         mine = batches.to(device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
@@ -165,12 +193,26 @@ def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, 
             )
             losses.append(float(sum(step["loss"] for step in reduced)) / MICROBATCHES if reduced else None)
             norms.append(_gradient_norm(model))
-            first = first or {name: p.main_grad.clone() for name, p in model.named_parameters()}
+            first = first or shards({name: p.main_grad.clone() for name, p in model.named_parameters()})
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter -= LEARNING_RATE * parameter.main_grad
-        results = {"losses": losses, "norms": norms, "grads": first, "weights": model_state(model)}
-        return tree_map_only(Tensor, lambda value: value.detach().cpu(), results)
+        return {"losses": losses, "norms": norms, "grads": first, "weights": shards(model_state(model))}
+
+
+def _use_drop_in(attention) -> None:
+    from megatron.core.transformer.attention import SelfAttention
+
+    from bridge.qk_norm import FullDimKNorm, FullDimQNorm
+
+    attention.module = SelfAttention
+    attention.submodules.q_layernorm, attention.submodules.k_layernorm = FullDimQNorm, FullDimKNorm
+
+
+def _name_in(drop_in: bool, name: str) -> str:
+    if not drop_in:
+        return name
+    return name.replace("qk_norm.q_weight", "q_layernorm.weight").replace("qk_norm.k_weight", "k_layernorm.weight")
 
 
 def _forward_step(batches, model):

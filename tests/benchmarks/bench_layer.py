@@ -1,0 +1,114 @@
+"""Whole MiniMax-M2 decoder layers, forward and backward: what the query and key norm costs in a training step.
+
+Layers of true width, fewer experts, Transformer Engine spec, bfloat16. Routing is forced to be balanced at random, so
+that every row has the same expert load. Rows differ in the attention alone: ours (norm, split and rotation in one
+kernel each way), the same model with no norm and Transformer Engine's fused rotation, and megatron-bridge's norm in its
+place. Model of the difference: the norm reads and writes qkv once each way, which the fused rotation and
+megatron-core's split do too.
+
+    python tests/benchmarks/bench_layer.py OUT.json                                  one GPU
+    torchrun --nproc-per-node 2 tests/benchmarks/bench_layer.py OUT.json             TP 2 x EP 2
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from bridge.layer_spec import minimax_m2_layer_spec
+from bridge.provider import gpt_model_arguments, transformer_config
+from bridge.single_process import model_parallel
+from reference.config import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import environment, median_ms
+
+LAYERS, EXPERTS, SEQ, BATCH = 4, 32, 4096, 4
+WARM_UP, RUNS = 5, 30
+
+
+def without_norm(spec: ModuleSpec) -> ModuleSpec:
+    return _stock_attention(spec, IdentityOp, IdentityOp)
+
+
+def with_peer_norm(spec: ModuleSpec) -> ModuleSpec:
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm
+
+    return _stock_attention(spec, FullDimQNorm, FullDimKNorm)
+
+
+def _stock_attention(spec: ModuleSpec, q_norm: type, k_norm: type) -> ModuleSpec:
+    attention = spec.submodules.self_attention
+    attention.module = SelfAttention
+    attention.submodules.q_layernorm, attention.submodules.k_layernorm = q_norm, k_norm
+    return spec
+
+
+VARIANTS = {"no norm, TE's fused RoPE": without_norm, "ours": lambda spec: spec, "megatron-bridge": with_peer_norm}
+
+
+def build(variant: str, world: int) -> GPTModel:
+    model = ModelConfig(rotary_dim=64, num_hidden_layers=LAYERS, num_local_experts=EXPERTS, vocab_size=8192)
+    config = transformer_config(
+        model,
+        backend="transformer_engine",
+        tensor_model_parallel_size=world,
+        expert_model_parallel_size=world,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=world > 1,
+        apply_rope_fusion=True,
+        moe_permute_fusion=True,
+        moe_router_fusion=True,
+        moe_router_force_load_balancing=True,
+    )
+    spec = VARIANTS[variant](minimax_m2_layer_spec(config, "transformer_engine"))
+    return GPTModel(config, spec, **gpt_model_arguments(model) | {"max_sequence_length": SEQ}).cuda()
+
+
+def measure(variant: str, world: int) -> dict:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = build(variant, world)
+    tokens = torch.randint(0, 8192, (BATCH, SEQ), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    positions = torch.arange(SEQ, device="cuda").expand(BATCH, -1)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(tokens, positions, None, labels=tokens).float().mean().backward()
+
+    milliseconds = median_ms(step, warm_up=WARM_UP, runs=RUNS)
+    return {
+        "ms": milliseconds,
+        "ms per layer": milliseconds / LAYERS,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def main(out: Path) -> None:
+    warnings.simplefilter("ignore")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    sizes = {"tensor_model_parallel_size": world, "expert_model_parallel_size": world, "expert_tensor_parallel_size": 1}
+    with model_parallel(**sizes):
+        order = [*VARIANTS, *VARIANTS]  # twice, to show the spread
+        rows = [(variant, measure(variant, world)) for variant in order]
+        rank = torch.distributed.get_rank()
+    best = {
+        variant: min((row for name, row in rows if name == variant), key=lambda row: row["ms"]) for variant in VARIANTS
+    }
+    base = best["no norm, TE's fused RoPE"]["ms"]
+    if rank == 0:
+        for variant, row in best.items():
+            print(f"{variant:28s} {row['ms']:8.2f} ms  {row['ms'] / base:6.3f} x  peak {row['peak GiB']:.2f} GiB")
+        config = {"layers": LAYERS, "experts": EXPERTS, "tokens": SEQ * BATCH, "tp": world, "ep": world}
+        out.write_text(json.dumps({**environment(), "config": config, "rows": rows, "best": best}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
