@@ -6,6 +6,8 @@ build a model, so that `inspect` and `--help` answer at once.
 """
 
 import logging
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,14 @@ class ModelDtype(StrEnum):
 
     BF16 = "bf16"
     FP32 = "fp32"
+
+
+class Benchmark(StrEnum):
+    """A script of tests/benchmarks."""
+
+    NORM = "norm"
+    LAYER = "layer"
+    FP8 = "fp8"
 
 
 CheckpointPath = Annotated[Path, typer.Argument(help="A folder with a Hugging Face checkpoint, or a hub id.")]
@@ -99,6 +109,21 @@ def inspect(path: CheckpointPath) -> None:
     _output.print(f"{len(found.problems)} problems" if found.problems else "whole: every tensor is there, as expected")
     if found.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    what: Annotated[Benchmark, typer.Argument(help="norm: the query and key norms; layer: whole layers; fp8: blocks.")],
+    out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
+    gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm and layer.")] = 1,
+) -> None:
+    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. norm and layer need an NVIDIA GPU."""
+    script = Path(__file__).parents[1] / "tests" / "benchmarks" / f"bench_{what}.py"
+    with _reporting():
+        if not script.is_file():
+            raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), str(out)], check=False).returncode)
 
 
 @contextmanager

@@ -5,9 +5,9 @@ tensors, or parts of the fused qkv. The tile's rows are the query heads, then th
 and where each lies in memory is worked out per head. Value heads pass through: w = 1, r = 1. With RoPE a head is
 three tiles, the two halves that turn and the channels that do not, so that a channel's partner is in the same thread.
 
-A few programs a multiprocessor walk over the tokens, with the weights and, backward, their gradients in registers, and
-with the next tokens' loads in flight. Each then writes its part of dw, and a last kernel adds the parts. S, C, r, R:
-`reference.norm`; `terms` is N R, the number of terms in S over all ranks.
+Forward, one program a token. Backward, a few programs a multiprocessor walk over the tokens, with the weights and their
+gradients in registers and the next tokens' loads in flight; each then writes its part of dw, and a last kernel adds the
+parts. S, C, r, R: `reference.norm`; `terms` is N R, the number of terms in S over all ranks.
 """
 
 # ruff: noqa: N803, N806  (upper case: compile-time constants)
@@ -54,22 +54,33 @@ def _load(address, mask, other):
 
 
 @triton.jit
-def _angles(table, row, batch, channel, head, HALF: tl.constexpr, NORMED: tl.constexpr):
-    """cos and sin of a token for each head and channel; value heads do not turn."""
+def _angles(table, row, batch, channel, HALF: tl.constexpr):
+    """cos and sin of a token, for each channel of half the turning ones."""
     cos, sin, seq_stride, batch_stride = table
     offset = (row // batch).to(tl.int64) * seq_stride + (row % batch) * batch_stride + channel
-    turns = head < NORMED
-    c, s = _load(cos + offset, channel < HALF, 0.0), _load(sin + offset, channel < HALF, 0.0)
-    return tl.where(turns, c, 1.0), tl.where(turns, s, 0.0)
+    return _load(cos + offset, channel < HALF, 0.0), _load(sin + offset, channel < HALF, 0.0)
+
+
+@triton.jit
+def _turning(c, s, head, NORMED: tl.constexpr):
+    """The same for each head: value heads do not turn."""
+    return tl.where(head < NORMED, c, 1.0), tl.where(head < NORMED, s, 0.0)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
 def _sums(by_head, head, Q: tl.constexpr, K: tl.constexpr):
-    """Sum over the query heads and over the key heads."""
-    key = 0.0
+    """Sum over the query heads and over the key heads, in one pass over the threads."""
+    query = tl.where(head < Q, by_head, 0.0)
     if K:
-        key = tl.sum(tl.where((head >= Q) & (head < Q + K), by_head, 0.0))
-    return tl.sum(tl.where(head < Q, by_head, 0.0)), key
+        key = tl.where((head >= Q) & (head < Q + K), by_head, 0.0)
+        query, key = tl.reduce((query, key), 0, _add_pairs, keep_dims=True)
+        return tl.sum(query), tl.sum(key)
+    return tl.sum(query), 0.0
 
 
 @triton.jit
@@ -82,65 +93,61 @@ def _scale(x, w, r, X: tl.constexpr, Y: tl.constexpr):
 def square_sums_kernel(
     inputs, sums, tokens, batch,
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, channel = tl.arange(0, BLOCK)[:, None], tl.arange(0, REST_BLOCK)[None, :]
-    for row in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
-        source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
-        x = _load(source + channel, (head < Q + K) & (channel < DIM), 0.0)
-        query, key = _sums(tl.sum(x * x, 1, keep_dims=True), head, Q, K)
-        tl.store(sums + row, query)
-        if K:
-            tl.store(sums + tokens + row, key)
+    row, head, channel = tl.program_id(0), tl.arange(0, BLOCK)[:, None], tl.arange(0, REST_BLOCK)[None, :]
+    source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
+    x = _load(source + channel, (head < Q + K) & (channel < DIM), 0.0)
+    query, key = _sums(tl.sum(x * x, 1, keep_dims=True), head, Q, K)
+    tl.store(sums + row, query)
+    if K:
+        tl.store(sums + tokens + row, key)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     inputs, outputs, weights, sums, rstd, table, tokens, batch, query_terms, key_terms, eps,
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     X: tl.constexpr = inputs[0][0].dtype.element_ty
     Y: tl.constexpr = outputs[0][0].dtype.element_ty
-    head = tl.arange(0, BLOCK)[:, None]
+    row, head = tl.program_id(0), tl.arange(0, BLOCK)[:, None]
     half, rest = tl.arange(0, HALF_BLOCK)[None, :], 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
     in_half, in_rest = (head < Q + K + V) & (half < HALF), (head < Q + K + V) & (rest < DIM)
     norm_half, norm_rest = in_half & (head < Q + K), in_rest & (head < Q + K)
+    source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
+    target = _heads(outputs, row, batch, head, Q, 1, K, DIM)
     weight = _weight(weights, head, Q, DIM)
+
+    squares = tl.zeros([BLOCK, 1], tl.float32)
     if HALF:
-        wa, wb = _load(weight + half, norm_half, 1.0), _load(weight + HALF + half, norm_half, 1.0)
+        xa, xb = _load(source + half, in_half, 0.0), _load(source + HALF + half, in_half, 0.0)
+        c, s = _angles(table, row, batch, half, HALF)  # early: this load, too, comes from afar
+        squares += tl.sum(xa * xa + xb * xb, 1, keep_dims=True)
     if 2 * HALF < DIM:
-        wr = _load(weight + rest, norm_rest, 1.0)
-
-    for row in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
-        source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
-        target = _heads(outputs, row, batch, head, Q, 1, K, DIM)
-        squares = tl.zeros([BLOCK, 1], tl.float32)
-        if HALF:
-            xa, xb = _load(source + half, in_half, 0.0), _load(source + HALF + half, in_half, 0.0)
-            squares += tl.sum(xa * xa + xb * xb, 1, keep_dims=True)
-        if 2 * HALF < DIM:
-            xr = _load(source + rest, in_rest, 0.0)
-            squares += tl.sum(xr * xr, 1, keep_dims=True)
-        if sums is None:
-            query, key = _sums(squares, head, Q, K)
-        else:
-            query, key = tl.load(sums + row), 0.0
-            if K:
-                key = tl.load(sums + tokens + row)
-        query, key = tl.rsqrt(query / query_terms + eps), tl.rsqrt(key / key_terms + eps)
-        tl.store(rstd + row, query)
+        xr = _load(source + rest, in_rest, 0.0)
+        squares += tl.sum(xr * xr, 1, keep_dims=True)
+    if sums is None:
+        query, key = _sums(squares, head, Q, K)
+    else:
+        query, key = tl.load(sums + row), 0.0
         if K:
-            tl.store(rstd + tokens + row, key)
+            key = tl.load(sums + tokens + row)
+    query, key = tl.rsqrt(query / query_terms + eps), tl.rsqrt(key / key_terms + eps)
+    tl.store(rstd + row, query)
+    if K:
+        tl.store(rstd + tokens + row, key)
 
-        r = _by_head(query, key, 1.0, head, Q, K)
-        if HALF:
-            c, s = _angles(table, row, batch, half, head, HALF, Q + K)
-            ya, yb = _scale(xa, wa, r, X, Y), _scale(xb, wb, r, X, Y)
-            tl.store(target + half, ya * c - yb * s, mask=in_half)
-            tl.store(target + HALF + half, yb * c + ya * s, mask=in_half)
-        if 2 * HALF < DIM:
-            tl.store(target + rest, _scale(xr, wr, r, X, Y), mask=in_rest)
+    r = _by_head(query, key, 1.0, head, Q, K)
+    if HALF:
+        ya = _scale(xa, _load(weight + half, norm_half, 1.0), r, X, Y)
+        yb = _scale(xb, _load(weight + HALF + half, norm_half, 1.0), r, X, Y)
+        c, s = _turning(c, s, head, Q + K)
+        tl.store(target + half, ya * c - yb * s, mask=in_half)
+        tl.store(target + HALF + half, yb * c + ya * s, mask=in_half)
+    if 2 * HALF < DIM:
+        tl.store(target + rest, _scale(xr, _load(weight + rest, norm_rest, 1.0), r, X, Y), mask=in_rest)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -170,7 +177,8 @@ def backward_kernel(
         r = _by_head(query_r, key_r, 1.0, head, Q, K)
         products = tl.zeros([BLOCK, 1], tl.float32)  # sum of w g x
         if HALF:
-            c, s = _angles(table, row, batch, half, head, HALF, Q + K)
+            c, s = _angles(table, row, batch, half, HALF)
+            c, s = _turning(c, s, head, Q + K)
             ya, yb = _load(grad + half, in_half, 0.0), _load(grad + HALF + half, in_half, 0.0)
             ga, gb = ya * c + yb * s, yb * c - ya * s
             xa, xb = _load(source + half, norm_half, 0.0), _load(source + HALF + half, norm_half, 0.0)

@@ -6,7 +6,6 @@ fused qkv's gradient is one new buffer, which the backward kernel fills head by 
 
 from collections.abc import Callable
 from functools import cache
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -16,22 +15,24 @@ from torch.library import custom_op
 from compiled.norm_plain import Setting, parts_of
 
 
-class Launch(NamedTuple):
-    """How a kernel runs: programs that stay resident and walk over the tokens."""
+class Tuning(NamedTuple):
+    """How many of a tile's elements each warp of a kernel holds, 32 times what a thread does.
 
-    elements_a_warp: int
-    """Of a token's tile; 32 times what a thread holds."""
+    Of the backward kernel, whose programs stay resident: how many warps a multiprocessor has, and how many tokens each
+    program has loaded or is loading.
+    """
+
+    square_sums: int
+    forward: int
+    apply: int
+    backward: int
     warps_a_multiprocessor: int
-    """Resident, over all programs."""
     stages: int
-    """Tokens that a program has loaded or is loading."""
 
 
 # The fastest on one H200 of those tried (tests/benchmarks/results).
-SQUARE_SUMS = Launch(1024, 32, 3)
-FORWARD = Launch(1024, 16, 3)
-BACKWARD = Launch(512, 16, 3)
-APPLY = Launch(1024, 16, 3)
+PLAIN = Tuning(square_sums=1024, forward=1024, apply=512, backward=512, warps_a_multiprocessor=16, stages=4)
+TURNING = Tuning(square_sums=1024, forward=2048, apply=512, backward=1024, warps_a_multiprocessor=8, stages=4)
 
 
 def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -58,9 +59,13 @@ def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callabl
 
 
 def _outputs(inputs: list[Tensor], weights: list[Tensor], setting: Setting) -> list[Tensor]:
-    dtype, dim = torch.promote_types(inputs[0].dtype, weights[0].dtype), setting.head_dim
-    shapes = [(*x.shape[:2], prod(x.shape[2:]) // dim, dim) for x in parts_of(inputs, setting)]
-    return [*(inputs[0].new_empty(shape, dtype=dtype) for shape in shapes), _sums(inputs, setting)]
+    x, dim = inputs[0], setting.head_dim
+    seq, batch, groups, _ = x.shape
+    heads = [part.shape[2] for part in inputs]
+    if setting.split:
+        heads = [groups * setting.split[1], groups, groups]
+    dtype = torch.promote_types(x.dtype, weights[0].dtype)
+    return [*[x.new_empty(seq, batch, n, dim, dtype=dtype) for n in heads], _sums(inputs, setting)]
 
 
 def _sums(inputs: list[Tensor], setting: Setting) -> Tensor:
@@ -87,8 +92,9 @@ def square_sums(inputs: list[Tensor], setting: Setting) -> Tensor:
     parts, sums = parts_of(inputs, setting)[: len(setting.terms)], _sums(inputs, setting)
     tokens, batch = _tokens(sums)
     if tokens:
-        programs, sizes = _sizes(SQUARE_SUMS, tokens, parts, None, setting)
-        square_sums_kernel[(programs,)](_views(parts), sums, tokens, batch, **sizes)
+        sizes = _sizes(parts, None, setting)
+        warps = _warps(sizes, PLAIN.square_sums)
+        square_sums_kernel[(tokens,)](_views(parts), sums, tokens, batch, **sizes, num_warps=warps)
     return sums
 
 
@@ -111,10 +117,11 @@ def forward(
     *ys, rstd = _outputs(inputs, weights, setting)
     tokens, batch = _tokens(rstd)
     if tokens:
-        programs, sizes = _sizes(FORWARD, tokens, parts, cos, setting)
-        forward_kernel[(programs,)](
+        sizes = _sizes(parts, cos, setting)
+        warps = _warps(sizes, _tuning(cos).forward)
+        forward_kernel[(tokens,)](
             _views(parts), _views(ys), tuple(weights), sums, rstd, _table(cos, sin), tokens, batch,
-            setting.terms[0], setting.terms[-1], setting.eps, **sizes,
+            setting.terms[0], setting.terms[-1], setting.eps, **sizes, num_warps=warps,
         )  # fmt: skip
     return [*ys, rstd]
 
@@ -213,11 +220,17 @@ def _launch_backward(
     parts = parts_of(inputs, setting)
     if dxs is None:
         parts, grads = parts[: len(setting.terms)], grads[: len(setting.terms)]
-    programs, sizes = _sizes(APPLY if dw is None else BACKWARD, tokens, parts, cos, setting)
-    partials = None if dw is None else dw.new_empty(programs, dw.numel(), dtype=torch.float32)
+    sizes, tuning = _sizes(parts, cos, setting), _tuning(cos)
+    programs, stages, partials = tokens, 1, None
+    warps = _warps(sizes, tuning.apply if dw is None else tuning.backward)
+    if dw is not None:
+        resident = max(1, tuning.warps_a_multiprocessor // warps) * _multiprocessors(rstd.device)
+        programs, stages = min(tokens, resident), tuning.stages
+        partials = dw.new_empty(programs, dw.numel(), dtype=torch.float32)
     backward_kernel[(programs,)](
         _views(grads), _views(parts), None if dxs is None else _views(parts_of(dxs, setting)), tuple(weights),
-        partials, rstd, coupling, _table(cos, sin), tokens, batch, setting.terms[0], setting.terms[-1], **sizes,
+        partials, rstd, coupling, _table(cos, sin), tokens, batch, setting.terms[0], setting.terms[-1],
+        **sizes, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     if dw is not None:
         add_partials_kernel[(-(-dw.numel() // 32),)](partials, dw, programs, WIDTH=dw.numel(), ROWS=64, COLUMNS=32)
@@ -225,8 +238,8 @@ def _launch_backward(
 
 def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, int, int, int], ...]:
     """Each tensor with its strides over seq, batch, and groups (or heads); its last axis must be dense."""
-    dense = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
-    return tuple((x, *x.stride()[:3]) for x in dense)
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in parts]
+    return tuple([(x, *x.stride()[:3]) for x in dense])
 
 
 def _table(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, int, int] | None:
@@ -239,23 +252,28 @@ def _table(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, int,
 
 def _tokens(sums: Tensor) -> tuple[int, int]:
     """seq * batch, and batch."""
-    return sums[0].numel(), sums.shape[2]
+    _, seq, batch = sums.shape
+    return seq * batch, batch
 
 
-def _sizes(
-    launch: Launch, tokens: int, parts: list[Tensor], cos: Tensor | None, setting: Setting
-) -> tuple[int, dict[str, int]]:
-    """How many programs, and the kernels' compile-time constants as `norm_kernels` names them."""
+def _sizes(parts: list[Tensor], cos: Tensor | None, setting: Setting) -> dict[str, int]:
+    """The kernels' compile-time constants, as `norm_kernels` names them."""
     dim, half = setting.head_dim, 0 if cos is None else cos.shape[-1]
-    heads = [prod(x.shape[2:]) // dim for x in parts] + [0, 0]
-    block = _power_of_two(sum(heads))
-    warps = min(16, max(1, block * _power_of_two(dim) // launch.elements_a_warp))
-    resident = _multiprocessors(parts[0].device) * max(1, launch.warps_a_multiprocessor // warps)
-    return min(tokens, resident), {
-        "Q": heads[0], "PER_GROUP": parts[0].shape[-1] // dim, "K": heads[1], "V": heads[2],
-        "DIM": dim, "HALF": half, "BLOCK": block, "HALF_BLOCK": _power_of_two(max(1, half)),
-        "REST_BLOCK": _power_of_two(max(1, dim - 2 * half)), "STAGES": launch.stages, "num_warps": warps,
+    _, _, groups, width = parts[0].shape
+    heads = [groups * (width // dim), *[x.shape[2] for x in parts[1:]], 0, 0]
+    return {
+        "Q": heads[0], "PER_GROUP": width // dim, "K": heads[1], "V": heads[2], "DIM": dim, "HALF": half,
+        "BLOCK": _power_of_two(sum(heads)), "HALF_BLOCK": _power_of_two(max(1, half)),
+        "REST_BLOCK": _power_of_two(max(1, dim - 2 * half)),
     }  # fmt: skip
+
+
+def _tuning(cos: Tensor | None) -> Tuning:
+    return PLAIN if cos is None else TURNING
+
+
+def _warps(sizes: dict[str, int], elements_a_warp: int) -> int:
+    return min(16, max(1, sizes["BLOCK"] * _power_of_two(sizes["DIM"]) // elements_a_warp))
 
 
 def _power_of_two(n: int) -> int:

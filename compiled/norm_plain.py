@@ -32,8 +32,9 @@ def parts_of(inputs: list[Tensor], setting: Setting) -> list[Tensor]:
     if not setting.split:
         return inputs
     (qkv,), (first, heads), dim = inputs, setting.split, setting.head_dim
-    key = qkv.shape[-1] - 2 * dim
-    return [qkv[..., first * dim : (first + heads) * dim], qkv[..., key : key + dim], qkv[..., key + dim :]]
+    others = qkv.shape[-1] - (first + heads + 2) * dim
+    _, query, _, key, value = qkv.split([first * dim, heads * dim, others, dim, dim], -1)
+    return [query, key, value]
 
 
 def square_sums(inputs: list[Tensor], setting: Setting) -> Tensor:
@@ -144,7 +145,7 @@ def _turned_back(grads: list[Tensor], cos: Tensor | None, sin: Tensor | None) ->
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A new tensor always: torch 2.11 loses the gradient of an output that a traced function also has by another name."""
+    """A new tensor always: torch 2.11 loses the gradient of an output that a traced function has under two names."""
     half = cos.shape[-1]
     c, s = (_wide(t).unsqueeze(-2) for t in (cos, sin))
     if cos.dim() == 2:

@@ -1,0 +1,305 @@
+"""Time MiniMax-M2's query and key norms, forward and with backward, on NVIDIA GPUs, beside what else there is.
+
+    python tests/benchmarks/bench_norm.py OUT.json
+    torchrun --nproc-per-node 2 tests/benchmarks/bench_norm.py OUT.json      heads spread over two GPUs
+
+Byte model: a norm must read x and write y once, and backward read x and dL/dy and write dx; of a fused qkv the same,
+with the value read and written too each way (it is copied), but not read again backward. Weights, sums and tables are
+thousands of times smaller. The floor is these bytes at the bandwidth of a large copy, measured in the same run. Times
+are medians of single runs between CUDA events; in a CUDA graph, of replays of a graph of several runs, divided. The
+backward pass is `torch.autograd.grad`, so that nothing is accumulated. "kept" is the memory that the forward pass
+leaves allocated beyond its inputs and outputs. Peers that are not installed are left out.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from compiled.full_dim_norm import FullDimQKNorm
+from reference.rope import rotary_tables
+
+HEADS, KV_HEADS, DIM, ROTARY, EPS, DTYPE = 48, 8, 128, 64, 1e-6, torch.bfloat16
+TOKENS = (4096, 32768)
+GRAPH_RUNS = 10
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+PACKAGES = ("torch", "triton", "transformer-engine", "liger-kernel", "megatron-core", "megatron-bridge")
+warnings.filterwarnings("ignore")
+
+
+class Candidate(NamedTuple):
+    """Something that maps `inputs` to outputs; gradients go to inputs and parameters."""
+
+    name: str
+    call: Callable[[], tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+    forward_bytes: int
+    backward_bytes: int
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def median_us(run: Callable[[], object], runs: int = 30) -> float:
+    """Of single runs, after a few to warm up."""
+    for _ in range(8):
+        run()
+    times = []
+    for _ in range(runs):
+        if WORLD > 1:
+            dist.barrier()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def graph_us(run: Callable[[], object]) -> float | None:
+    """The same, launches excluded; None for what cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_RUNS):
+                run()
+    except RuntimeError as error:
+        print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return median_us(graph.replay, 20) / GRAPH_RUNS
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 2 GiB."""
+    source = torch.empty(2**30, dtype=DTYPE, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_us(lambda: target.copy_(source)) * 1e-6)
+
+
+def kept_bytes(candidate: Candidate) -> int:
+    candidate.call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    outputs = candidate.call()
+    return torch.cuda.memory_allocated() - before - sum(x.untyped_storage().nbytes() for x in outputs)
+
+
+def measure(candidate: Candidate, tokens: int, bandwidth: float) -> dict:
+    grads = [torch.randn_like(x) for x in candidate.call()]
+    leaves = (*candidate.inputs, *candidate.parameters)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(candidate.call(), leaves, grads)
+
+    row = {"implementation": candidate.name, "tokens": tokens, "kept_bytes_a_token": kept_bytes(candidate) / tokens}
+    forward_bytes, all_bytes = candidate.forward_bytes, candidate.forward_bytes + candidate.backward_bytes
+    for name, run, count in (("forward", candidate.call, forward_bytes), ("forward+backward", both, all_bytes)):
+        floor = count / bandwidth * 1e6
+        for mode, timer in (("eager", median_us), ("graph", graph_us)):
+            us = timer(run)
+            row[f"{name}, {mode}"] = us and {
+                "us": round(us, 1),
+                "gb_a_second": round(count / us / 1e3),
+                "share_of_copy": round(floor / us, 3),
+                "times_floor": round(us / floor, 2),
+            }
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
+
+
+def group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if WORLD > 1 else None
+
+
+def plain(x: Tensor, w: Tensor) -> Tensor:
+    """The norm in one line, for torch.compile."""
+    wide = x.flatten(-2).float()
+    return ((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * w).view(x.shape)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=DTYPE, requires_grad=True)
+
+
+def candidates(tokens: int) -> list[Candidate]:
+    heads, kv_heads = HEADS // WORLD, KV_HEADS // WORLD
+    query, key = normal(tokens, 1, heads, DIM), normal(tokens, 1, kv_heads, DIM)
+    mixed = normal(tokens, 1, kv_heads, (heads // kv_heads + 2) * DIM)
+    tables = [x.cuda() for x in rotary_tables(torch.arange(tokens), ROTARY, 5e6, dtype=DTYPE)]
+    two_parts = ((query, key), 2 * (query.nbytes + key.nbytes), 3 * (query.nbytes + key.nbytes))
+    fused = ((mixed,), 2 * mixed.nbytes, 3 * mixed.nbytes - key.nbytes)
+
+    def of(name: str, call: Callable, parameters: tuple[Tensor, ...], of_what: tuple = two_parts) -> Candidate:
+        inputs, forward_bytes, backward_bytes = of_what
+        return Candidate(name, call, inputs, parameters, forward_bytes, backward_bytes)
+
+    ours = FullDimQKNorm(HEADS, KV_HEADS, DIM, group, EPS, DTYPE).cuda()
+    weights = (ours.q_weight, ours.k_weight)
+    made = [
+        of("FullDimQKNorm", lambda: ours(query, key), weights),
+        of("FullDimQKNorm, fused qkv", lambda: ours.forward_fused(mixed), weights, fused),
+        of("FullDimQKNorm, fused qkv + RoPE", lambda: ours.forward_fused(mixed, *tables), weights, fused),
+    ]
+    if WORLD == 1:
+        compiled = torch.compile(plain, dynamic=False)
+        made.append(
+            of(
+                "torch.compile(plain formula) x2",
+                lambda: (compiled(query, weights[0]), compiled(key, weights[1])),
+                weights,
+            )
+        )
+        made += transformer_engine(query, key, mixed, tokens, of, fused) + liger(query, key, weights, of)
+    return made + megatron_bridge(query, key, of)
+
+
+def transformer_engine(
+    query: Tensor, key: Tensor, mixed: Tensor, tokens: int, of: Callable, fused: tuple
+) -> list[Candidate]:
+    try:
+        import transformer_engine.pytorch as te
+        from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+    except ImportError:
+        return []
+    q_norm, k_norm = (te.RMSNorm(x.shape[2] * DIM, eps=EPS, params_dtype=DTYPE) for x in (query, key))
+    angles = torch.arange(tokens)[:, None] * 5e6 ** -(torch.arange(0, ROTARY, 2) / ROTARY)
+    angles = torch.cat([angles, angles], -1)[:, None, None].cuda()
+
+    def norms() -> tuple[Tensor, Tensor]:
+        return tuple(norm(x.flatten(-2)).view(x.shape) for norm, x in ((q_norm, query), (k_norm, key)))
+
+    def split_and_turn() -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer without norms does between the qkv projection and attention, which wants a dense value."""
+        q, k, v = mixed.split([mixed.shape[-1] - 2 * DIM, DIM, DIM], -1)
+        q = q.reshape(tokens, 1, -1, DIM)
+        return *(apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True) for x in (q, k)), v.contiguous()
+
+    return [
+        of("Transformer Engine RMSNorm x2", norms, (q_norm.weight, k_norm.weight)),
+        of("no norm: split + Transformer Engine RoPE", split_and_turn, (), fused),
+    ]
+
+
+def liger(query: Tensor, key: Tensor, weights: tuple[Tensor, Tensor], of: Callable) -> list[Candidate]:
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except ImportError:
+        return []
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        return LigerRMSNormFunction.apply(x.view(-1, len(w)), w, EPS, 0.0, "llama", False).view(x.shape)
+
+    return [of("Liger RMSNorm x2", lambda: (norm(query, weights[0]), norm(key, weights[1])), weights)]
+
+
+def megatron_bridge(query: Tensor, key: Tensor, of: Callable) -> list[Candidate]:
+    try:
+        from megatron.bridge.models.minimax_m2.minimax_m2_provider import _FullDimRMSNorm
+    except ImportError:
+        return []
+    q_norm, k_norm = (
+        _FullDimRMSNorm(x.shape[2] * DIM, heads * DIM, WORLD, group, EPS, DTYPE).cuda()
+        for x, heads in ((query, HEADS), (key, KV_HEADS))
+    )
+    return [of("megatron-bridge", lambda: (q_norm(query), k_norm(key)), (q_norm.weight, k_norm.weight))]
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def all_reduce_us(tokens: int) -> dict:
+    """A bare all-reduce of the sums of one way, [2, tokens] in float32."""
+    sums = torch.randn(2, tokens, device="cuda")
+    return {
+        "tokens": tokens,
+        "eager_us": median_us(lambda: dist.all_reduce(sums)),
+        "graph_us": graph_us(lambda: dist.all_reduce(sums)),
+    }
+
+
+def show(row: dict) -> None:
+    def cell(name: str) -> str:
+        value = row[name]
+        return (
+            f"{value['us']:7.0f} us {value['gb_a_second']:5d} GB/s {value['share_of_copy']:4.0%}" if value else " " * 27
+        )
+
+    columns = (f"{name}, {mode}" for name in ("forward", "forward+backward") for mode in ("eager", "graph"))
+    print(
+        f"{row['tokens']:6d} {row['implementation']:40s}",
+        *map(cell, columns),
+        f"{row['kept_bytes_a_token']:8.0f}",
+        flush=True,
+    )
+
+
+def main(path: str) -> None:
+    torch.cuda.set_device(RANK)
+    if WORLD > 1:
+        dist.init_process_group("nccl")
+    torch.manual_seed(RANK)
+    bandwidth = copy_bandwidth()
+    record = {
+        "what": "MiniMax-M2 query and key norms",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{WORLD} x {torch.cuda.get_device_name()}",
+        "cuda": torch.version.cuda,
+        "versions": {name: version(name) for name in PACKAGES},
+        "config": {
+            "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "rotary_dim": ROTARY, "dtype": str(DTYPE),
+            "tensor_parallel": WORLD, "graph_runs": GRAPH_RUNS,
+        },
+        "copy_bandwidth_gb_a_second": round(bandwidth / 1e9),
+        "rows": [],
+    }  # fmt: skip
+    if RANK == 0:
+        print(f"{record['hardware']}, TP {WORLD}, copy {record['copy_bandwidth_gb_a_second']} GB/s")
+        print(" " * 47, "forward: eager, graph; forward + backward: eager, graph; bytes a token kept")
+    for tokens in TOKENS:
+        for candidate in candidates(tokens):
+            torch.cuda.empty_cache()
+            row = measure(candidate, tokens, bandwidth)
+            record["rows"].append(row)
+            if RANK == 0:
+                show(row)
+        if WORLD > 1:
+            record.setdefault("all_reduce", []).append(all_reduce_us(tokens))
+            if RANK == 0:
+                print(record["all_reduce"][-1])
+    if RANK == 0:
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
