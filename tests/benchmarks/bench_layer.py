@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import environment, median_ms
 
 LAYERS, EXPERTS, SEQ, BATCH = 4, 32, 4096, 4
-WARM_UP, RUNS = 5, 30
+WARM_UP, RUNS = 5, 20
 
 
 def without_norm(spec: ModuleSpec) -> ModuleSpec:
@@ -84,11 +85,23 @@ def measure(variant: str, world: int) -> dict:
         model(tokens, positions, None, labels=tokens).float().mean().backward()
 
     milliseconds = median_ms(step, warm_up=WARM_UP, runs=RUNS)
+    peak = torch.cuda.max_memory_allocated() / 2**30
     return {
         "ms": milliseconds,
         "ms per layer": milliseconds / LAYERS,
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "peak GiB": peak,
+        "kernels, ms a step": kernels(step),
     }
+
+
+def kernels(step: Callable[[], None], *, most: int = 30) -> dict[str, float]:
+    """The kernels that take the most GPU time in one step, and all of them together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spent = {event.key: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    longest = sorted(spent, key=spent.get, reverse=True)[:most]
+    return {"all": round(sum(spent.values()), 3)} | {name[:120]: round(spent[name], 3) for name in longest}
 
 
 def main(out: Path) -> None:
@@ -105,7 +118,11 @@ def main(out: Path) -> None:
     base = best["no norm, TE's fused RoPE"]["ms"]
     if rank == 0:
         for variant, row in best.items():
-            print(f"{variant:28s} {row['ms']:8.2f} ms  {row['ms'] / base:6.3f} x  peak {row['peak GiB']:.2f} GiB")
+            busy = row["kernels, ms a step"]["all"]
+            print(
+                f"{variant:28s} {row['ms']:8.2f} ms  {row['ms'] / base:6.3f} x  kernels {busy:.2f} ms  "
+                f"peak {row['peak GiB']:.2f} GiB"
+            )
         config = {"layers": LAYERS, "experts": EXPERTS, "tokens": SEQ * BATCH, "tp": world, "ep": world}
         out.write_text(json.dumps({**environment(), "config": config, "rows": rows, "best": best}, indent=1) + "\n")
 

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "megatron-
 def environment() -> dict[str, Any]:
     """Hardware, versions and date."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    installed = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": gpus or [platform.processor() or platform.machine()],
