@@ -38,7 +38,6 @@ class Benchmark(StrEnum):
 
     NORM = "norm"
     LAYER = "layer"
-    FP8 = "fp8"
 
 
 CheckpointPath = Annotated[Path, typer.Argument(help="A folder with a Hugging Face checkpoint, or a hub id.")]
@@ -113,11 +112,11 @@ def inspect(path: CheckpointPath) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[Benchmark, typer.Argument(help="norm: the query and key norms; layer: whole layers; fp8: blocks.")],
+    what: Annotated[Benchmark, typer.Argument(help="norm: the query and key norms; layer: whole layers.")],
     out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
     gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm and layer.")] = 1,
 ) -> None:
-    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. norm and layer need an NVIDIA GPU."""
+    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. They need an NVIDIA GPU."""
     script = Path(__file__).parents[1] / "tests" / "benchmarks" / f"bench_{what}.py"
     with _reporting():
         if not script.is_file():

@@ -1,0 +1,130 @@
+"""Block scales on the CPU, by `torch.compile`: what the bits of the codes say, written so that compilers vectorise it.
+
+A scale is spread over the columns of its block, which costs 1/32 of a byte an element, and its row is chosen for each
+row of the weight: the inner loop is then one run over the columns, whatever the blocks and offsets.
+
+**Decoding.** Sign, exponent and mantissa of a code, shifted into a float32, stand for its value * 2^-120, the subnormal
+codes as subnormal float32; multiplying by 2^120 is exact. (A thread that flushes subnormals, after
+`torch.set_flush_denormal`, would lose them: like float64 it gets plain PyTorch.) The product is rounded to bfloat16
+by integers, to nearest even. NaN codes are not looked at: `compiled.fp8` does.
+
+**Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
+2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
+
+**Vectors.** Inductor writes these as scalar loops and the compiler vectorises them. Inductor forbids that to GCC
+(`-fno-tree-loop-vectorize`) where it knows GCC by its name, hence `c++`. Its own vectors are slow here: without AVX-512
+its float8 -> float32 is scalar, and its integer loads, as GCC 12 compiles them, go through memory and wait for it.
+
+Compilations do not grow with the number of shapes: one for each dtype serves every matrix and stack, and strides other
+than contiguous ones, single rows and single columns cost one more each.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from reference.fp8 import FP8, FP8_MAX
+
+_MAX_COMPILATIONS = 64  # of one function; beyond torch's own limit, 8, `fullgraph` is an error
+_OPTIONS = {"cpp.simdlen": 1, "assert_indirect_indexing": False}
+if shutil.which("c++"):
+    _OPTIONS["cpp.cxx"] = (None, "c++")
+
+
+def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> None:
+    """out = round(weight * scale of its block), for [experts, rows, cols]."""
+    for codes, values, spread, row in _matrices(weight, out, scale_inv, block_size, row_offset, col_offset):
+        if values.dtype == torch.float64 or _flushes_subnormals():
+            wide = torch.promote_types(values.dtype, torch.float32)
+            values.copy_(codes.to(wide) * spread[row])
+        elif values.dtype == torch.bfloat16:
+            _decode_to_bfloat16(codes.view(torch.int8), spread, row, values.view(torch.int16))
+        else:
+            _decode(codes.view(torch.int8), spread, row, values)
+
+
+def encode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> None:
+    """out = round(weight / scale of its block), for [experts, rows, cols]."""
+    for values, codes, spread, row in _matrices(weight, out, scale_inv, block_size, row_offset, col_offset):
+        if values.dtype == torch.float64 or _flushes_subnormals():
+            wide = torch.promote_types(values.dtype, torch.float32)
+            codes.copy_((values.to(wide) / spread[row]).clamp(-FP8_MAX, FP8_MAX).to(FP8))
+        else:
+            _encode(values, spread, row, codes.view(torch.uint8))
+
+
+def _matrices(
+    source: Tensor, result: Tensor, scale_inv: Tensor, block_size: int, row_offset: int, col_offset: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Source, result, every column's scale for each row of blocks, and the row of blocks of each of the source's rows.
+
+    A stack is one tall matrix where its strides allow, so that it needs no compilation of its own.
+    """
+    experts, rows, cols = source.shape
+    if not source.numel():
+        return
+    if experts > 1 and not all(x.stride(0) == rows * x.stride(1) for x in (source, result)):
+        for one in zip(source.split(1), result.split(1), scale_inv.split(1), strict=True):
+            yield from _matrices(*one, block_size, row_offset, col_offset)
+        return
+    spread = scale_inv.flatten(0, 1).repeat_interleave(block_size, dim=1)[:, col_offset : col_offset + cols]
+    spread = torch.cat([spread, spread[-1:]])  # contiguous and two rows at least: one compilation less each
+    row = _row_of_blocks(experts, rows, scale_inv.shape[1], block_size, row_offset)
+    yield source.flatten(0, 1), result.flatten(0, 1), spread, row
+
+
+@functools.lru_cache(32)
+def _row_of_blocks(experts: int, rows: int, row_blocks: int, block_size: int, row_offset: int) -> Tensor:
+    first = torch.arange(experts)[:, None] * row_blocks
+    return ((torch.arange(rows) + row_offset) // block_size + first).flatten()
+
+
+def _flushes_subnormals() -> bool:
+    return (torch.tensor(2.0**-126) * 0.5).item() == 0
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """torch.compile at first call: `import torch._inductor` alone takes a second."""
+    compiled = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True, options=_OPTIONS))
+
+    @functools.wraps(function)
+    def call(*operands: Tensor) -> None:
+        operands = [x.data for x in operands]  # not as views: what is compiled would depend on their bases' shapes
+        with torch.no_grad():
+            try:
+                compiled()(*operands)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILATIONS):
+                    compiled()(*operands)
+
+    return call
+
+
+def _value(codes: Tensor) -> Tensor:
+    """int8 -> float32."""
+    sign_exponent_mantissa = (codes.to(torch.int32) << 20) & ~0x78000000
+    return sign_exponent_mantissa.view(torch.float32) * 2.0**120
+
+
+@_compiled
+def _decode_to_bfloat16(codes: Tensor, spread: Tensor, row: Tensor, out: Tensor) -> None:
+    bits = (_value(codes) * spread[row]).view(torch.int32)
+    out.copy_((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
+@_compiled
+def _decode(codes: Tensor, spread: Tensor, row: Tensor, out: Tensor) -> None:
+    out.copy_(_value(codes) * spread[row])
+
+
+@_compiled
+def _encode(weight: Tensor, spread: Tensor, row: Tensor, codes: Tensor) -> None:
+    quotient = (weight.to(torch.float32) / spread[row]).clamp(-FP8_MAX, FP8_MAX).view(torch.int32)
+    magnitude = quotient & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    subnormal = (magnitude.view(torch.float32) + 2.0**14).view(torch.int32) - (141 << 23)
+    below = (magnitude - (121 << 23)) >> 31  # all ones below 2^-6, else 0
+    codes.copy_((subnormal & below) | (normal & ~below) | ((quotient >> 24) & 0x80))
