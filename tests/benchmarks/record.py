@@ -15,7 +15,8 @@ PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "megatron-
 def environment() -> dict[str, Any]:
     """Hardware, versions and date."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    installed = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
+    names = (distribution.metadata["Name"] for distribution in importlib.metadata.distributions())
+    installed = {name.lower().replace("_", "-") for name in names}
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": gpus or [platform.processor() or platform.machine()],
