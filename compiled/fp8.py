@@ -103,12 +103,14 @@ def quantize_blockwise(
                 "scale is made from a whole block: give the scales, or quantise before slicing"
             )
         _check_matrix(weight, name)
-        scale_inv = _fresh_scales(weight, block_size)
+        kernel, scale_inv = "quantize_afresh", _fresh_scales(weight, block_size)
+    else:
+        kernel = "quantize"
     _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
     codes = _result(out, weight, FP8, name)
     operands = (_stack(weight), _stack(scale_inv), _stack(codes), block_size, row_offset, col_offset)
     if weight.is_cuda:
-        if not _launch("quantize", *operands, dtype=weight.dtype, check=check_values):
+        if not _launch(kernel, *operands, dtype=weight.dtype, check=check_values):
             _check_finite(weight, name)
             check_scale_values(scale_inv, name=name)
         return codes, scale_inv
@@ -194,14 +196,16 @@ def _stack(x: Tensor) -> Tensor:
 
 
 def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
-    """amax / 448, by way of float64: CUDA divides float32 by a number as a product with its rounded inverse."""
+    """amax / 448, or on CUDA the place where the kernel puts it."""
     *experts, rows, cols = weight.shape
-    _, row_blocks, col_blocks = scale_grid((1, rows, cols), block_size)
+    grid = scale_grid(weight.shape, block_size)
+    if weight.is_cuda:
+        return torch.empty(grid, dtype=torch.float32, device=weight.device)
+    row_blocks, col_blocks = grid[-2:]
     missing = (0, col_blocks * block_size - cols, 0, row_blocks * block_size - rows)
     padded = torch.nn.functional.pad(weight.detach().abs(), missing)
     amax = padded.view(*experts, row_blocks, block_size, -1).amax(-2)
-    amax = amax.view(*experts, row_blocks, col_blocks, block_size).amax(-1).to(torch.float32)
-    scale = (amax.to(torch.float64) / FP8_MAX).to(torch.float32)
+    scale = amax.view(*grid, block_size).amax(-1).to(torch.float32) / FP8_MAX
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 

@@ -228,6 +228,37 @@ def test_quantise_shards_on_the_scales_of_the_whole(device):
 
 
 @on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_quotients_on_and_beside_the_middle_between_two_codes(dtype, device):
+    """Where any quotient but float32's own would fall to the other code; scales from 2^-140 to 2^120, and -0.0."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.exp2(torch.empty(16, 16).uniform_(-140, 120, generator=generator))
+    middle = torch.randint(-4000, 4000, (256, 256), generator=generator) / 64
+    middle *= torch.exp2(torch.randint(-8, 4, (256, 256), generator=generator))
+    weight = middle * scales.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    beside = torch.tensor([-torch.inf, 0.0, torch.inf])[torch.randint(3, (256, 256), generator=generator)]
+    weight = torch.where(beside == 0, weight, torch.nextafter(weight, beside)).nan_to_num(0, 0, 0)
+    weight[:, ::37] = -0.0
+    weight = weight.to(dtype).nan_to_num(0, 0, 0)
+    codes, _ = reference.quantize_blockwise(weight, block_size=16, scale_inv=scales)
+    found, _ = quantize_blockwise(weight.to(device), block_size=16, scale_inv=scales.to(device))
+    assert same_bits(found, codes)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+def test_fresh_scales_of_blocks_of_every_size(dtype, device):
+    """Down to blocks whose scale is subnormal, or zero and so taken for 1."""
+    sizes = torch.exp2(torch.linspace(-149, 100, 64)).view(8, 8)
+    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    weight = (weight * sizes.repeat_interleave(16, 0).repeat_interleave(16, 1)).to(dtype)
+    codes, scales = reference.quantize_blockwise(weight, block_size=16)
+    found_codes, found_scales = quantize_blockwise(weight.to(device), block_size=16)
+    assert same_bits(found_scales, scales)
+    assert same_bits(found_codes, codes)
+
+
+@on_each_device
 def test_quantise_float64_on_given_scales(device):
     weight = weights((40, 24), F64)
     codes, scales = reference.quantize_blockwise(weight, block_size=16)
