@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 GroupGetter = Callable[[], ProcessGroup | None]
 
@@ -26,5 +29,12 @@ def ranks_of(group: ProcessGroup | None) -> Ranks:
 
 
 def sum_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """A new tensor. A functional collective: an in-place one after a copy is wrong when torch 2.11 compiles it."""
-    return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))
+    """The sum, which may have taken the place of `x`: the caller gives `x` away.
+
+    A functional collective where it is compiled: an in-place one is wrong when torch 2.11 compiles it. In eager mode an
+    in-place one: a functional one costs the processor some ten times as much.
+    """
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))
+    dist.all_reduce(x, group=_resolve_process_group(ranks.name))
+    return x

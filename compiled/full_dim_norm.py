@@ -11,6 +11,7 @@ replica's dx is its share, and dw travels with C, so that it too is complete whe
 How the five steps between the collectives are computed: `norm_ops` on CUDA, `norm_plain` elsewhere.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -58,10 +59,11 @@ class HeadNorm(torch.autograd.Function):
         common = (list(grads), inputs, weights, rstd)
         if ctx.ranks.size == 1:
             *dxs, dw = steps.backward(*common, cos, sin, ctx.setting)
-            dws = dw.split([w.numel() for w in weights])
+            dws = dw.split_with_sizes([w.numel() for w in weights])
         else:
             coupling, dw = steps.backward_sums(*common, cos, sin, ctx.setting)
-            coupling, dws = _summed(coupling, dw.split([w.numel() for w in weights]), ctx.ranks, ctx.replicas)
+            dws = dw.split_with_sizes([w.numel() for w in weights])
+            coupling, dws = _summed(coupling, dws, ctx.ranks, ctx.replicas)
             dxs = steps.backward_apply(*common, coupling, cos, sin, ctx.setting)
         return None, None, None, None, None, *(dw.to(w.dtype) for dw, w in zip(dws, weights, strict=True)), *dxs
 
@@ -72,12 +74,14 @@ def _steps(x: Tensor) -> ModuleType:
 
 
 def _summed(
-    coupling: Tensor, dws: tuple[Tensor, ...], ranks: Ranks, replicas: tuple[int, ...]
-) -> tuple[Tensor, list[Tensor]]:
+    coupling: Tensor, dws: Sequence[Tensor], ranks: Ranks, replicas: tuple[int, ...]
+) -> tuple[Tensor, Sequence[Tensor]]:
     """C summed over all ranks and dw over those that hold the same heads, who are neighbours, in one all-reduce.
 
     Each set of replicas has a place of its own in the buffer, and a rank leaves zeros in the others'.
     """
+    if max(replicas) == 1:
+        return sum_over_ranks(coupling, ranks), dws
     buffer = [coupling.flatten()]
     for dw, r in zip(dws, replicas, strict=True):
         if r > 1:

@@ -15,6 +15,8 @@ parts. S, C, r, R: `reference.norm`; `terms` is N R, the number of terms in S ov
 import triton
 import triton.language as tl
 
+from compiled.norm_launch import Launcher
+
 
 @triton.jit
 def _heads(parts, row, batch, head, Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, DIM: tl.constexpr):
@@ -89,9 +91,10 @@ def _scale(x, w, r, X: tl.constexpr, Y: tl.constexpr):
     return (w * (x * r).to(X).to(tl.float32)).to(Y).to(tl.float32)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens"])
 def square_sums_kernel(
-    inputs, sums, tokens, batch,
+    tokens, inputs, sums, batch,
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -104,9 +107,10 @@ def square_sums_kernel(
         tl.store(sums + tokens + row, key)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
-    inputs, outputs, weights, sums, rstd, table, tokens, batch, query_terms, key_terms, eps,
+    tokens, inputs, outputs, weights, sums, rstd, table, batch, query_terms, key_terms, eps,
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -150,9 +154,10 @@ def forward_kernel(
         tl.store(target + rest, _scale(xr, _load(weight + rest, norm_rest, 1.0), r, X, Y), mask=in_rest)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
-    grads, inputs, outputs, weights, partials, rstd, coupling, table, tokens, batch, query_terms, key_terms,
+    tokens, grads, inputs, outputs, weights, partials, rstd, coupling, table, batch, query_terms, key_terms,
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -221,8 +226,9 @@ def backward_kernel(
             tl.store(part + rest, dwr, mask=norm_rest)
 
 
-@triton.jit
-def add_partials_kernel(partials, total, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@Launcher
+@triton.jit(do_not_specialize=["count"])
+def add_partials_kernel(count, partials, total, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, count, ROWS):

@@ -93,8 +93,7 @@ def square_sums(inputs: list[Tensor], setting: Setting) -> Tensor:
     tokens, batch = _tokens(sums)
     if tokens:
         sizes = _sizes(parts, None, setting)
-        warps = _warps(sizes, PLAIN.square_sums)
-        square_sums_kernel[(tokens,)](_views(parts), sums, tokens, batch, **sizes, num_warps=warps)
+        square_sums_kernel(tokens, tokens, (_views(parts), sums, batch), sizes, sizes.warps(PLAIN.square_sums))
     return sums
 
 
@@ -118,11 +117,11 @@ def forward(
     tokens, batch = _tokens(rstd)
     if tokens:
         sizes = _sizes(parts, cos, setting)
-        warps = _warps(sizes, _tuning(cos).forward)
-        forward_kernel[(tokens,)](
-            _views(parts), _views(ys), tuple(weights), sums, rstd, _table(cos, sin), tokens, batch,
-            setting.terms[0], setting.terms[-1], setting.eps, **sizes, num_warps=warps,
+        arguments = (
+            _views(parts), _views(ys), tuple(weights), sums, rstd, _table(cos, sin), batch,
+            setting.terms[0], setting.terms[-1], setting.eps,
         )  # fmt: skip
+        forward_kernel(tokens, tokens, arguments, sizes, sizes.warps(_tuning(cos).forward))
     return [*ys, rstd]
 
 
@@ -222,18 +221,19 @@ def _launch_backward(
         parts, grads = parts[: len(setting.terms)], grads[: len(setting.terms)]
     sizes, tuning = _sizes(parts, cos, setting), _tuning(cos)
     programs, stages, partials = tokens, 1, None
-    warps = _warps(sizes, tuning.apply if dw is None else tuning.backward)
+    warps = sizes.warps(tuning.apply if dw is None else tuning.backward)
     if dw is not None:
         resident = max(1, tuning.warps_a_multiprocessor // warps) * _multiprocessors(rstd.device)
         programs, stages = min(tokens, resident), tuning.stages
         partials = dw.new_empty(programs, dw.numel(), dtype=torch.float32)
-    backward_kernel[(programs,)](
+    arguments = (
         _views(grads), _views(parts), None if dxs is None else _views(parts_of(dxs, setting)), tuple(weights),
-        partials, rstd, coupling, _table(cos, sin), tokens, batch, setting.terms[0], setting.terms[-1],
-        **sizes, STAGES=stages, num_warps=warps,
+        partials, rstd, coupling, _table(cos, sin), batch, setting.terms[0], setting.terms[-1],
     )  # fmt: skip
+    backward_kernel(programs, tokens, arguments, (*sizes, stages), warps)
     if dw is not None:
-        add_partials_kernel[(-(-dw.numel() // 32),)](partials, dw, programs, WIDTH=dw.numel(), ROWS=64, COLUMNS=32)
+        width, rows, columns = dw.numel(), 64, 32
+        add_partials_kernel(-(-width // columns), programs, (partials, dw), (width, rows, columns))
 
 
 def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, int, int, int], ...]:
@@ -256,24 +256,33 @@ def _tokens(sums: Tensor) -> tuple[int, int]:
     return seq * batch, batch
 
 
-def _sizes(parts: list[Tensor], cos: Tensor | None, setting: Setting) -> dict[str, int]:
-    """The kernels' compile-time constants, as `norm_kernels` names them."""
+class Sizes(NamedTuple):
+    """The kernels' compile-time constants, as `norm_kernels` names them, in that order."""
+
+    Q: int
+    PER_GROUP: int
+    K: int
+    V: int
+    DIM: int
+    HALF: int
+    BLOCK: int
+    HALF_BLOCK: int
+    REST_BLOCK: int
+
+    def warps(self, elements_a_warp: int) -> int:
+        return min(16, max(1, self.BLOCK * _power_of_two(self.DIM) // elements_a_warp))
+
+
+def _sizes(parts: list[Tensor], cos: Tensor | None, setting: Setting) -> Sizes:
     dim, half = setting.head_dim, 0 if cos is None else cos.shape[-1]
     _, _, groups, width = parts[0].shape
-    heads = [groups * (width // dim), *[x.shape[2] for x in parts[1:]], 0, 0]
-    return {
-        "Q": heads[0], "PER_GROUP": width // dim, "K": heads[1], "V": heads[2], "DIM": dim, "HALF": half,
-        "BLOCK": _power_of_two(sum(heads)), "HALF_BLOCK": _power_of_two(max(1, half)),
-        "REST_BLOCK": _power_of_two(max(1, dim - 2 * half)),
-    }  # fmt: skip
+    query, key, value = [groups * (width // dim), *[x.shape[2] for x in parts[1:]], 0, 0][:3]
+    blocks = [_power_of_two(n) for n in (query + key + value, max(1, half), max(1, dim - 2 * half))]
+    return Sizes(query, width // dim, key, value, dim, half, *blocks)
 
 
 def _tuning(cos: Tensor | None) -> Tuning:
     return PLAIN if cos is None else TURNING
-
-
-def _warps(sizes: dict[str, int], elements_a_warp: int) -> int:
-    return min(16, max(1, sizes["BLOCK"] * _power_of_two(sizes["DIM"]) // elements_a_warp))
 
 
 def _power_of_two(n: int) -> int:

@@ -33,7 +33,7 @@ def parts_of(inputs: list[Tensor], setting: Setting) -> list[Tensor]:
         return inputs
     (qkv,), (first, heads), dim = inputs, setting.split, setting.head_dim
     others = qkv.shape[-1] - (first + heads + 2) * dim
-    _, query, _, key, value = qkv.split([first * dim, heads * dim, others, dim, dim], -1)
+    _, query, _, key, value = qkv.split_with_sizes([first * dim, heads * dim, others, dim, dim], -1)
     return [query, key, value]
 
 

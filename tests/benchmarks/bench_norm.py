@@ -9,14 +9,17 @@ thousands of times smaller. The floor is these bytes at the bandwidth of a large
 are medians of single runs between CUDA events; in a CUDA graph, of replays of a graph of several runs, divided. The
 backward pass is `torch.autograd.grad`, so that nothing is accumulated. "kept" is the memory that the forward pass
 leaves allocated beyond its inputs and outputs. Peers that are not installed are left out.
+
+First calls, with what they compile, are timed on one GPU in fresh processes: with empty caches, then with filled ones.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +32,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from compiled.full_dim_norm import FullDimQKNorm
+from compiled.rms_norm import RMSNorm
 from reference.rope import rotary_tables
 
-HEADS, KV_HEADS, DIM, ROTARY, EPS, DTYPE = 48, 8, 128, 64, 1e-6, torch.bfloat16
+sys.path.insert(0, str(Path(__file__).parent))
+from record import environment
+
+HIDDEN, HEADS, KV_HEADS, DIM, ROTARY, EPS, DTYPE = 3072, 48, 8, 128, 64, 1e-6, torch.bfloat16
 TOKENS = (4096, 32768)
 GRAPH_RUNS = 10
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-PACKAGES = ("torch", "triton", "transformer-engine", "liger-kernel", "megatron-core", "megatron-bridge")
+OURS, WITHOUT = "FullDimQKNorm", "no norm"  # the other rows are peers
+FIRST_CALLS = "--first-calls"
 warnings.filterwarnings("ignore")
 
 
@@ -53,9 +61,9 @@ class Candidate(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def median_us(run: Callable[[], object], runs: int = 30) -> float:
-    """Of single runs, after a few to warm up."""
-    for _ in range(8):
+def median_us(run: Callable[[], object], runs: int = 100) -> float:
+    """Of single runs, after some to warm up."""
+    for _ in range(20):
         run()
     times = []
     for _ in range(runs):
@@ -158,9 +166,9 @@ def candidates(tokens: int) -> list[Candidate]:
     ours = FullDimQKNorm(HEADS, KV_HEADS, DIM, group, EPS, DTYPE).cuda()
     weights = (ours.q_weight, ours.k_weight)
     made = [
-        of("FullDimQKNorm", lambda: ours(query, key), weights),
-        of("FullDimQKNorm, fused qkv", lambda: ours.forward_fused(mixed), weights, fused),
-        of("FullDimQKNorm, fused qkv + RoPE", lambda: ours.forward_fused(mixed, *tables), weights, fused),
+        of(OURS, lambda: ours(query, key), weights),
+        of(f"{OURS}, fused qkv", lambda: ours.forward_fused(mixed), weights, fused),
+        of(f"{OURS}, fused qkv + RoPE", lambda: ours.forward_fused(mixed, *tables), weights, fused),
     ]
     if WORLD == 1:
         compiled = torch.compile(plain, dynamic=False)
@@ -198,7 +206,7 @@ def transformer_engine(
 
     return [
         of("Transformer Engine RMSNorm x2", norms, (q_norm.weight, k_norm.weight)),
-        of("no norm: split + Transformer Engine RoPE", split_and_turn, (), fused),
+        of(f"{WITHOUT}: split + Transformer Engine RoPE", split_and_turn, (), fused),
     ]
 
 
@@ -224,6 +232,45 @@ def megatron_bridge(query: Tensor, key: Tensor, of: Callable) -> list[Candidate]
         for x, heads in ((query, HEADS), (key, KV_HEADS))
     )
     return [of("megatron-bridge", lambda: (q_norm(query), k_norm(key)), (q_norm.weight, k_norm.weight))]
+
+
+# ---------------------------------------------------------------------------------------------------------- first calls
+
+
+def first_calls() -> dict[str, float]:
+    """Seconds of the first forward and backward pass of a layer's norms in this process, eager and compiled."""
+    qk_norm = FullDimQKNorm(HEADS, KV_HEADS, DIM, group, EPS, DTYPE).cuda()
+    hidden_norm = RMSNorm(HIDDEN, EPS, DTYPE).cuda()
+    tokens = TOKENS[0]
+    tables = [x.cuda() for x in rotary_tables(torch.arange(tokens), ROTARY, 5e6, dtype=DTYPE)]
+    mixed, x = normal(tokens, 1, KV_HEADS, (HEADS // KV_HEADS + 2) * DIM), normal(tokens, 1, HIDDEN)
+    modules = {
+        f"{OURS}, fused qkv + RoPE": lambda: qk_norm.forward_fused(mixed, *tables),
+        "RMSNorm": lambda: (hidden_norm(x),),
+    }
+    seconds = {}
+    for mode in ("eager", "torch.compile"):
+        for name, call in modules.items():
+            run = torch.compile(call, fullgraph=True) if mode == "torch.compile" else call
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            outputs = run()
+            torch.autograd.backward(outputs, outputs)
+            torch.cuda.synchronize()
+            seconds[f"{name}, {mode}"] = round(time.perf_counter() - start, 3)
+    return seconds | {"together": round(sum(seconds.values()), 3)}
+
+
+def first_call_seconds() -> dict[str, dict[str, float]]:
+    """In two fresh processes, of which the first fills the caches on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in ("TRITON", "TORCHINDUCTOR")}
+        command = [sys.executable, __file__, FIRST_CALLS]
+        runs = {}
+        for state in ("cold", "warm"):
+            done = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True, check=True)
+            runs[state] = json.loads(done.stdout.splitlines()[-1])
+    return runs
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -255,6 +302,20 @@ def show(row: dict) -> None:
     )
 
 
+def against_peers(rows: list[dict]) -> list[dict]:
+    """Ours with launches, forward and backward, as a share of the fastest peer's time in this run."""
+    what = "forward+backward, eager"
+    compared = []
+    for tokens in TOKENS:
+        us = {row["implementation"]: row[what]["us"] for row in rows if row["tokens"] == tokens}
+        peers = [name for name in us if not name.startswith((OURS, WITHOUT))]
+        if peers:
+            best = min(peers, key=us.get)
+            shares = {name: round(us[name] / us[best], 3) for name in us if name.startswith(OURS)}
+            compared.append({"tokens": tokens, "best_peer": best, "us": us[best], "share_of_its_time": shares})
+    return compared
+
+
 def main(path: str) -> None:
     torch.cuda.set_device(RANK)
     if WORLD > 1:
@@ -263,10 +324,7 @@ def main(path: str) -> None:
     bandwidth = copy_bandwidth()
     record = {
         "what": "MiniMax-M2 query and key norms",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{WORLD} x {torch.cuda.get_device_name()}",
-        "cuda": torch.version.cuda,
-        "versions": {name: version(name) for name in PACKAGES},
+        **environment(),
         "config": {
             "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "rotary_dim": ROTARY, "dtype": str(DTYPE),
             "tensor_parallel": WORLD, "graph_runs": GRAPH_RUNS,
@@ -288,18 +346,19 @@ def main(path: str) -> None:
             record.setdefault("all_reduce", []).append(all_reduce_us(tokens))
             if RANK == 0:
                 print(record["all_reduce"][-1])
+    record["eager forward+backward, against the best peer"] = against_peers(record["rows"])
+    if WORLD == 1:
+        record["first_call_seconds"] = first_call_seconds()
     if RANK == 0:
+        for name in ("eager forward+backward, against the best peer", "first_call_seconds"):
+            print(name, record.get(name))
         Path(path).write_text(json.dumps(record, indent=1) + "\n")
     if WORLD > 1:
         dist.destroy_process_group()
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == FIRST_CALLS:
+        print(json.dumps(first_calls()))
+    else:
+        main(sys.argv[1])

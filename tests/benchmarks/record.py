@@ -20,6 +20,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": gpus or [platform.processor() or platform.machine()],
+        "cuda": torch.version.cuda,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
     }
 

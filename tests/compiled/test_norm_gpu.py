@@ -140,6 +140,20 @@ def test_hidden_norm(hidden, dtype):
     assert_agree([y, *torch.autograd.grad(y, [leaf, norm.weight], g)], reference(dtype), reference(FLOAT64), dtype)
 
 
+def test_launches_that_differ_in_alignment_alone():
+    """A kernel compiled for pointers to multiples of 16 bytes is not used for others, nor the other way round."""
+    norm, numel = qk_norm(6, 2, 64, torch.bfloat16), 50 * 2 * 2 * 5 * 64
+    memory, results = normal(numel + 8, dtype=torch.bfloat16), {}
+    for start in (0, 1, 8, 3):
+        mixed = memory[start : start + numel].view(50, 2, 2, 5 * 64).requires_grad_()
+        expected = mixed.detach().clone().requires_grad_()
+        for leaf in (mixed, expected):
+            outputs = norm.forward_fused(leaf)
+            results[leaf is mixed] = [*outputs, *torch.autograd.grad(outputs, [leaf, norm.q_weight], outputs)]
+        for a, b in zip(*results.values(), strict=True):
+            assert (a - b).abs().max() <= 2**-7 * b.abs().max()  # sums in another order: one bf16 step
+
+
 def test_no_tokens():
     norm = qk_norm(6, 2, 128, torch.bfloat16)
     mixed = normal(0, 2, 2, 5 * 128, dtype=torch.bfloat16).requires_grad_()

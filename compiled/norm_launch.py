@@ -1,0 +1,40 @@
+"""A Triton kernel whose compiled forms are remembered here, which makes a launch cheaper for the processor."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class Launcher:
+    """Calls `kernel(count, *arguments, *constants)`, of which `count` must be an integer not specialized on.
+
+    What Triton compiles a kernel for, beside its constants, depends on the arguments' types, on which pointers are
+    multiples of 16, and on the integers: these are the key here. A launch by Triton works all of it out, and more.
+    """
+
+    def __init__(self, kernel: Callable) -> None:
+        self.kernel, self.compiled = kernel, {}
+
+    def __call__(
+        self, programs: int, count: int, arguments: tuple[Any, ...], constants: tuple[int, ...], warps: int = 4
+    ) -> None:
+        key = warps, constants, _described(arguments)
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[(programs,)](count, *arguments, *constants, num_warps=warps)
+            if compiled is not None:  # as in Triton's interpreter
+                self.compiled[key] = compiled
+        else:
+            compiled[programs, 1, 1](count, *arguments, *constants)
+
+
+def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with what matters of each tensor in its place."""
+    return tuple([
+        x if type(x) is int
+        else _described(x) if type(x) is tuple
+        else (x.dtype, x.data_ptr() % 16, x.get_device()) if isinstance(x, Tensor)
+        else x
+        for x in arguments
+    ])  # fmt: skip
