@@ -4,10 +4,11 @@ megatron-core's own slots for a query and a key norm stay empty, for three reaso
 with two all-reduces. `finalize_model_grads` sums over the tensor-parallel ranks every gradient whose parameter's name
 has `q_layernorm` or `k_layernorm` in it, which adds up gradients of different heads. And it splits and rotates in
 copies of its own. Here one `compiled.FullDimQKNorm` reads the heads out of the fused projection's result, norms and,
-outside of inference and packed sequences, rotates them, and writes their gradients back in place.
+outside of inference, rotates them, and writes their gradients back in place.
 
 Only methods that every attention layer of megatron-core goes through are overridden: `GPTModel` and `HybridModel`,
-recomputation, KV caches and packed sequences work as they do there.
+recomputation, KV caches, packed sequences and context parallelism work as they do there. Where megatron-core would
+compute something else without a word, or fail with an assertion, `forward` raises a `ValueError`.
 """
 
 from dataclasses import replace
@@ -15,20 +16,32 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-from megatron.core.utils import get_pg_rank
+from megatron.core.utils import deprecate_inference_params, get_pg_rank, get_pg_size
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from compiled import FullDimQKNorm
 
 # This module's parameters, and the keys that checkpoints of megatron-core have for them.
 CHECKPOINT_KEYS = {"qk_norm.q_weight": "q_layernorm.weight", "qk_norm.k_weight": "k_layernorm.weight"}
 
-Rotation = tuple[Tensor | None, Tensor | None]
+NOT_OF_THIS_MODEL = (
+    "fused_single_qkv_rope",
+    "attention_output_gate",
+    "qk_l2_norm",
+    "rotary_interleaved",
+    "no_rope_freq",
+)
 
 
 class MiniMaxM2SelfAttention(SelfAttention):
@@ -36,13 +49,13 @@ class MiniMaxM2SelfAttention(SelfAttention):
 
     Raises:
         ValueError: the config asks for something that would bypass the norm (`fused_single_qkv_rope`,
-            `attention_output_gate`, `qk_l2_norm`).
+            `attention_output_gate`, `qk_l2_norm`), or for another rotation (`rotary_interleaved`, `no_rope_freq`).
     """
 
     def __init__(
         self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int, **kwargs: Any
     ) -> None:
-        for name in ("fused_single_qkv_rope", "attention_output_gate", "qk_l2_norm"):
+        for name in NOT_OF_THIS_MODEL:
             if getattr(config, name):
                 raise ValueError(f"{name} is on, which MiniMax-M2's attention does not have: set {name}=False")
         none = IdentityOp if config.qk_layernorm else None
@@ -59,7 +72,8 @@ class MiniMaxM2SelfAttention(SelfAttention):
         ).to("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
         mark_sharded(self.qk_norm.q_weight, replica=0)
         mark_sharded(self.qk_norm.k_weight, replica=self.qk_norm.ranks.rank % self.qk_norm.replicas)
-        self._rotation: Rotation = (None, None)
+        self._angles: Tensor | None = None
+        self._packed: PackedSeqParams | None = None
 
     def forward(
         self,
@@ -68,14 +82,33 @@ class MiniMaxM2SelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         inference_context: Any = None,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
-        *args: Any,
-        packed_seq_params: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """As megatron-core's; the rotation moves into the norm unless a cache or packed sequences need plain heads."""
-        if inference_context is None and packed_seq_params is None and rotary_pos_emb is not None:
-            self._rotation = _tables(rotary_pos_emb, hidden_states.dtype)
-            rotary_pos_emb = None
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's; the rotation moves into the norm unless a cache needs plain heads.
+
+        Raises:
+            ValueError: packed sequences without Transformer Engine; `flash_decode` where it would be wrong.
+        """
+        inference_context = deprecate_inference_params(inference_context, inference_params)
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
+        if packed is not None and isinstance(self.core_attention, DotProductAttention):
+            raise ValueError(
+                "packed_seq_params has qkv_format='thd', but megatron-core's local DotProductAttention does not take "
+                "packed sequences: use the layer spec with backend='transformer_engine', or unpack them"
+            )
+        if inference_context is None:
+            if rotary_pos_emb is not None:
+                self._angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+                self._packed, rotary_pos_emb = packed, None
+        elif self.config.flash_decode:
+            _check_flash_decode()
         try:
             return super().forward(
                 hidden_states,
@@ -83,12 +116,15 @@ class MiniMaxM2SelfAttention(SelfAttention):
                 key_value_states,
                 inference_context,
                 rotary_pos_emb,
-                *args,
-                packed_seq_params=packed_seq_params,
-                **kwargs,
+                rotary_pos_cos,
+                rotary_pos_sin,
+                rotary_pos_cos_sin,
+                attention_bias,
+                packed_seq_params,
+                sequence_len_offset,
             )
         finally:
-            self._rotation = (None, None)
+            self._angles = self._packed = None
 
     def get_query_key_value_tensors(
         self,
@@ -101,7 +137,12 @@ class MiniMaxM2SelfAttention(SelfAttention):
         mixed_qkv, _ = super().get_query_key_value_tensors(
             hidden_states, key_value_states, output_gate, split_qkv=False
         )
-        return self.qk_norm.forward_fused(mixed_qkv, *self._rotation)
+        if self._angles is None:
+            return self.qk_norm.forward_fused(mixed_qkv)
+        angles = self._angles[:, 0, 0, : self._angles.shape[-1] // 2]  # [seq, 1, 1, rotary_dim], both halves the same
+        if self._packed is not None:
+            angles = angles[packed_positions(self._packed, len(mixed_qkv), self.pg_collection.cp)]
+        return self.qk_norm.forward_fused(mixed_qkv, angles.cos().to(mixed_qkv.dtype), angles.sin().to(mixed_qkv.dtype))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -130,8 +171,40 @@ def mark_sharded(weight: nn.Parameter, *, replica: int) -> None:
     set_tensor_model_parallel_attributes(weight, is_parallel=replica == 0, dim=0, stride=1)
 
 
-def _tables(rotary_pos_emb: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Rotation:
-    """cos and sin, [seq, half], from megatron-core's angles, [seq, 1, 1, rotary_dim] (both halves the same)."""
-    angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
-    angles = angles[:, 0, 0, : angles.shape[-1] // 2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def packed_positions(packed: PackedSeqParams, tokens: int, context: ProcessGroup) -> Tensor:
+    """The position of each of this rank's tokens in its own sequence, computed where `cu_seqlens` is.
+
+    Of n context-parallel ranks, each holds of every sequence, cut into 2n chunks, the chunks `rank` and 2n - 1 - `rank`
+    (megatron-core: `_get_thd_freqs_on_this_cp_rank`). A batch may have a group of its own, or turn the ranks off
+    (`TEDotProductAttention.forward`).
+    """
+    context = packed.cp_group or (context if packed.local_cp_size is None else None)
+    rank, size = get_pg_rank(context), get_pg_size(context)
+    starts = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    starts = starts // size
+    index = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
+    sequence = torch.bucketize(index, starts, right=True) - 1
+    position = index - starts[sequence]
+    if size == 1:
+        return position
+    chunk = (starts.diff() // 2)[sequence]
+    return position + chunk * (rank + 2 * (size - 1 - rank) * (position >= chunk))
+
+
+def _check_flash_decode() -> None:
+    """Without an active engine megatron-core leaves out the rotation; without flash-attn it rotates by other angles.
+
+    Raises:
+        ValueError: either is the case.
+    """
+    if not InferenceMode.is_active():
+        raise ValueError(
+            "flash_decode is on, and there is an inference context, but no inference engine is active: megatron-core "
+            "would not rotate queries and keys. Run inside megatron.core.inference.utils.InferenceMode.active(), or "
+            "set flash_decode=False"
+        )
+    if megatron_attention.flash_attn_with_kvcache is None or rope_utils.apply_rotary_emb_flash is None:
+        raise ValueError(
+            "flash_decode is on, but flash-attn 2 cannot be imported, and it needs that package's kernels for the "
+            "rotation and the cache: install flash-attn, or set flash_decode=False"
+        )

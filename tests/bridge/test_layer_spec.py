@@ -5,13 +5,17 @@ import re
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.module import Float16Module
 from transformers import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
 
+from bridge.attention import NOT_OF_THIS_MODEL
 from bridge.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
 from bridge.provider import build_gpt_model, gpt_model_arguments, transformer_config
 from bridge.router import Float32Router
@@ -190,8 +194,8 @@ def test_unknown_backend_is_refused():
         minimax_m2_layer_spec(_config(), "apex")
 
 
-@pytest.mark.parametrize("field", ["fused_single_qkv_rope", "attention_output_gate", "qk_l2_norm"])
-def test_what_would_bypass_the_norm_is_refused(field):
+@pytest.mark.parametrize("field", NOT_OF_THIS_MODEL)
+def test_what_would_bypass_the_norm_or_rotate_otherwise_is_refused(field):
     config = _config()
     setattr(config, field, True)
     with pytest.raises(ValueError, match=f"set {field}=False"):
@@ -201,7 +205,7 @@ def test_what_would_bypass_the_norm_is_refused(field):
 def test_hybrid_model_equals_gpt_model():
     """`HybridModel` counts attention and experts as a layer each; everything else has the same name."""
     gpt = build_gpt_model(SMALL, params_dtype=torch.float32)
-    config = _config(params_dtype=torch.float32, bf16=False, num_layers=2 * SMALL.num_hidden_layers)
+    config = transformer_config(SMALL, params_dtype=torch.float32, num_layers=2 * SMALL.num_hidden_layers)
     hybrid = HybridModel(
         config,
         hybrid_stack_spec=minimax_m2_hybrid_spec(config),
@@ -247,10 +251,20 @@ def test_recomputation_changes_nothing(mode):
         assert torch.equal(parameter.grad, recomputing.get_parameter(name).grad), name
 
 
-def test_generation_with_a_cache_equals_the_whole_sequence():
-    """megatron-core's static inference: a prompt, then token by token; the cache holds normed and rotated keys."""
-    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
-    whole = _logits(model, TOKENS)
+def test_no_tokens():
+    """Up to core attention and in the layer's norms; the gradients are zeros, and not missing."""
+    layer = build_gpt_model(SMALL, backend="local").decoder.layers[0]
+    x = torch.zeros(0, 2, SMALL.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    query, key, value = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(x))
+    assert (query.shape, key.shape, value.shape) == ((0, 2, 6, 16), (0, 2, 2, 16), (0, 2, 2, 16))
+    sum(tensor.sum() for tensor in (query, key, value, layer.pre_mlp_layernorm(x))).backward()
+    norm = layer.self_attention.qk_norm
+    for weight in (layer.input_layernorm.weight, norm.q_weight, norm.k_weight, layer.pre_mlp_layernorm.weight):
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def _generate(model, *, decode_mode=False):
+    """A prompt, then token by token, with a cache; the last token's logits of each piece."""
     context = StaticInferenceContext(max_batch_size=2, max_sequence_length=TOKENS.shape[1])
     pieces = []
     with torch.no_grad():
@@ -258,5 +272,58 @@ def test_generation_with_a_cache_equals_the_whole_sequence():
             positions = torch.arange(start, stop, device=DEVICE).expand(2, -1)
             piece = model(TOKENS[:, start:stop], positions, None, inference_context=context, runtime_gather_output=True)
             context.increment_sequence_len_offset(stop - start)
-            pieces.append(piece)
-    torch.testing.assert_close(torch.cat([p[:, -1:] for p in pieces], 1), whole[:, 4:], rtol=1e-5, atol=1e-5)
+            if decode_mode:
+                context.enable_decode_mode()
+            pieces.append(piece[:, -1:])
+    return torch.cat(pieces, 1)
+
+
+def test_generation_with_a_cache_equals_the_whole_sequence():
+    """megatron-core's static inference; the cache holds normed and rotated keys."""
+    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
+    torch.testing.assert_close(_generate(model), _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_flash_decode_without_an_engine_is_refused():
+    """megatron-core's own attention would leave queries and keys unrotated there."""
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with pytest.raises(ValueError, match=r"InferenceMode\.active\(\), or set flash_decode=False"):
+        _generate(model)
+
+
+def test_flash_decode_without_flash_attn_is_refused(monkeypatch):
+    """megatron-core's own attention would rotate the prompt by other angles."""
+    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", None)
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with InferenceMode.active(), pytest.raises(ValueError, match="install flash-attn, or set flash_decode=False"):
+        _generate(model)
+
+
+def _rotate(x, cos, sin, interleaved=False):
+    """flash-attn's `apply_rotary_emb` on [batch, seq, heads, head_dim]."""
+    assert not interleaved
+    a, b, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def _attend_with_cache(*, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved):
+    """flash-attn's `flash_attn_with_kvcache` for one token of each sample, all at the same position."""
+    (position,) = cache_seqlens.unique().tolist()
+    here = slice(position, position + 1)
+    q, k = (_rotate(x, rotary_cos[here], rotary_sin[here], rotary_interleaved) for x in (q, k))
+    k_cache[:, here], v_cache[:, here] = k, v
+    keys, values = (x[:, : position + 1].repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k_cache, v_cache))
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(
+        1, 2
+    )
+
+
+def test_flash_decode_equals_the_whole_sequence(monkeypatch):
+    """With stand-ins for flash-attn's two functions, which are not here: the norm comes before their rotation."""
+    monkeypatch.setattr(rope_utils, "apply_rotary_emb_flash", _rotate)
+    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", _attend_with_cache)
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with InferenceMode.active():
+        found = _generate(model, decode_mode=True)
+    torch.testing.assert_close(found, _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)
