@@ -1,0 +1,303 @@
+"""What every rank of a training run would hold, in parameters and bytes, from config.json alone: `minimax-m2 plan`.
+
+`read_config`, `parse_memory`, `parse_layers` and `layout` understand what a user writes; `plan` counts, by
+`reference.memory`; `tiles` puts ranks together that hold the same; `summary`, `table` and `advice_rows` say it to
+people, `to_json` to machines. `bridge.plan_picture` draws it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from bridge.hf_files import CONFIG_NAME, read_object
+from reference.checkpoint import parameter_count
+from reference.config import ModelConfig
+from reference.memory import Advice, Bytes, Fit, Holding, advise, default_layers, holdings, training_bytes
+from reference.parallelism import Parallelism, spread_layers
+
+UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB": 10**12, "TIB": 2**40}
+NOT_COUNTED = "activations, communication buffers and CUDA's own memory are not counted"
+
+
+class Tile(NamedTuple):
+    """Ranks of one pipeline rank: their layers (a range for each virtual chunk), experts, parameters and bytes.
+
+    `replicated` is without the distributed optimizer, `distributed` with it. Where the ranks hold different experts,
+    `experts` has a range for each expert-parallel rank.
+    """
+
+    ranks: tuple[int, ...]
+    stage: int
+    layers: tuple[range, ...]
+    experts: tuple[range, ...]
+    holding: Holding
+    replicated: Bytes
+    distributed: Bytes
+
+
+class Plan(NamedTuple):
+    """A layout, the memory of a GPU in bytes, which optimizer is meant, and each rank's tile."""
+
+    config: ModelConfig
+    parallelism: Parallelism
+    memory: int
+    distributed_optimizer: bool
+    ranks: tuple[Tile, ...]
+
+    def chosen(self, tile: Tile) -> Bytes:
+        """The bytes under the optimizer that is meant."""
+        return tile.distributed if self.distributed_optimizer else tile.replicated
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the rank that needs most."""
+        return max(self.chosen(tile).total for tile in self.ranks)
+
+    @property
+    def headroom(self) -> int:
+        """What the fullest rank has left; negative if the plan does not fit."""
+        return self.memory - self.largest
+
+
+# --- What a user writes. ---
+
+
+def read_config(path_or_hub_id: str | Path) -> ModelConfig:
+    """The model of a checkpoint's folder, of a config.json, or of a hub id; nothing but config.json is fetched or read.
+
+    Raises:
+        ValueError: there is none, or it is not a MiniMax-M2's.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        path = path / CONFIG_NAME
+    elif not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.suffix != ".json":
+        try:
+            path = Path(hf_hub_download(str(path_or_hub_id), CONFIG_NAME))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"{path_or_hub_id}: no such local folder, and the hub did not deliver its {CONFIG_NAME} ({error}); "
+                "give an existing folder, or check the id and the network"
+            ) from error
+    return ModelConfig.from_hf(read_object(path))
+
+
+def parse_memory(text: str) -> int:
+    """Bytes: "80GB" is 80e9, "80GiB" 80 x 2**30.
+
+    Raises:
+        ValueError: it is not a positive number with one of the units.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MGT]I?B)", text.strip().upper(), flags=re.ASCII)
+    number = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if number < 1:
+        raise ValueError(
+            "memory must be a positive number with a unit: MB, GB, TB (powers of 1000) or MiB, GiB, TiB (of 1024), "
+            f"such as 80GB or 79.6GiB; found {text!r}"
+        )
+    return number
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layers of each stage, from "15,16,16,15".
+
+    Raises:
+        ValueError: these are not numbers with commas between them.
+    """
+    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", text, flags=re.ASCII):
+        raise ValueError(f"layers per stage must be numbers with commas between, such as 15,16,16,15; found {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def layout(
+    config: ModelConfig, *, gpus: int, layers_per_stage: tuple[int, ...] | None = None, **sizes: Any
+) -> Parallelism:
+    """The parallel sizes of a run on so many GPUs: dp is what is left, and layers that do not divide are spread.
+
+    `sizes` are those of `Parallelism`.
+
+    Raises:
+        ValueError: the sizes do not go together, or not with the model; as `Parallelism` and its `check`.
+    """
+    given = Parallelism(**{**sizes, "ep": 1, "etp": 1})  # refuses sizes below 1 before anything is divided by them
+    ranks = given.tp * given.cp * given.pp
+    if gpus < 1 or gpus % ranks:
+        raise ValueError(
+            f"gpus ({gpus}) must be a positive multiple of tp x cp x pp = {given.tp} x {given.cp} x {given.pp} = "
+            f"{ranks}: dp is what is left"
+        )
+    if given.vpp > 1 and given.pp == 1:
+        raise ValueError(f"vpp ({given.vpp}) needs pp of at least 2: megatron-core interleaves pipeline stages")
+    layers = layers_per_stage or default_layers(config, given.pp * given.vpp)
+    parallelism = Parallelism(**sizes, dp=gpus // ranks, layers_per_stage=layers)
+    parallelism.check(config)
+    return parallelism
+
+
+# --- What follows from it. ---
+
+
+def plan(config: ModelConfig, parallelism: Parallelism, *, memory: int, distributed_optimizer: bool = True) -> Plan:
+    """What each rank holds.
+
+    Raises:
+        ValueError: the model does not divide by the parallel sizes.
+    """
+    held = [
+        (holding, *(training_bytes(holding, parallelism, distributed_optimizer=on) for on in (False, True)))
+        for holding in holdings(config, parallelism)
+    ]
+    stages, local = parallelism.stages(config), config.num_local_experts // parallelism.ep
+    ranks = []
+    for rank in range(parallelism.world_size):
+        at = parallelism.coordinates(rank)
+        experts = range(at.ep * local, (at.ep + 1) * local)
+        ranks.append(Tile((rank,), at.pp, tuple(stages[at.pp :: parallelism.pp]), (experts,), *held[at.pp]))
+    return Plan(config, parallelism, memory, distributed_optimizer, tuple(ranks))
+
+
+def tiles(plan: Plan, most: int) -> list[Tile]:
+    """The ranks; where there are more than `most`, those of equal stage and experts as one, or else of equal stage."""
+    keys: list[Callable[[Tile], Any]] = [
+        lambda tile: tile.ranks,
+        lambda tile: (tile.stage, tile.experts[0].start),
+        lambda tile: tile.stage,
+    ]
+    for key in keys:
+        groups = [list(group) for _, group in groupby(sorted(plan.ranks, key=key), key=key)]
+        if len(groups) <= most:
+            break
+    return [
+        group[0]._replace(
+            ranks=tuple(rank for tile in group for rank in tile.ranks),
+            experts=tuple(sorted({tile.experts[0] for tile in group}, key=lambda experts: experts.start)),
+        )
+        for group in groups
+    ]
+
+
+def advice(plan: Plan) -> Advice | None:
+    """Layouts that fit, where the plan does not."""
+    if plan.headroom >= 0:
+        return None
+    return advise(plan.config, plan.parallelism, memory=plan.memory, distributed_optimizer=plan.distributed_optimizer)
+
+
+# --- How it is said. ---
+
+
+def gigabytes(nbytes: int) -> str:
+    """In units of 10**9."""
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def compact(runs: Sequence[range]) -> str:
+    """Runs of numbers as "0-7, 32-39"; of more than four the first two and the last."""
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if run]
+    return ", ".join(texts if len(texts) < 5 else [*texts[:2], "\N{HORIZONTAL ELLIPSIS}", texts[-1]]) or "none"
+
+
+def runs(ranks: Sequence[int]) -> list[range]:
+    """Increasing numbers as runs of consecutive ones."""
+    groups = groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])
+    return [range(run[0][1], run[-1][1] + 1) for run in (list(group) for _, group in groups)]
+
+
+def holds(plan: Plan, tile: Tile) -> str:
+    """The layers of a tile, and embedding and head where they are."""
+    first, last = tile.stage == 0, tile.stage == plan.parallelism.pp - 1
+    return ", ".join(["embedding"] * first + [f"layers {compact(tile.layers)}"] + ["norm and head"] * last)
+
+
+def experts_of(tile: Tile) -> str:
+    """The experts of each layer on the ranks of a tile, and how many each has where they differ."""
+    each = f" ({len(tile.experts[0])} a rank)" if len(tile.experts) > 1 else ""
+    return compact(tile.experts) + each
+
+
+def flags(fit: Fit) -> str:
+    """The options of `minimax-m2 plan` that ask for a layout."""
+    p, layers = fit.parallelism, fit.parallelism.layers_per_stage
+    sizes = {name: getattr(p, name) for name in ("tp", "pp", "vpp", "ep", "cp")}
+    options = [*(f"--{name} {size}" for name, size in sizes.items() if size > 1), f"--etp {p.expert_tp}"]
+    if layers and layers != spread_layers(sum(layers), len(layers)):
+        options.append(f"--layers-per-stage {','.join(map(str, layers))}")
+    return " ".join(options + ["--no-distributed-optimizer"] * (not fit.distributed_optimizer))
+
+
+def table(plan: Plan, most: int = 16) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row of text for each tile."""
+    names = ["without distributed optimizer", "with distributed optimizer"]
+    here = plan.distributed_optimizer
+    rows = []
+    for tile in tiles(plan, most):
+        chosen, other = plan.chosen(tile), tile.replicated if here else tile.distributed
+        expert = tile.holding.expert
+        parameters = f"{(tile.holding.total - expert) / 1e9:.3f} + {expert / 1e9:.3f} B"
+        sizes = [gigabytes(size) for size in (*chosen, chosen.total, other.total)]
+        rows.append([compact(runs(tile.ranks)), holds(plan, tile), experts_of(tile), parameters, *sizes])
+    headings = ["ranks", "holds", "experts", "dense + expert parameters", "weights", "gradients", "optimizer"]
+    return [*headings, f"total, {names[here]}", names[not here]], rows
+
+
+def summary(plan: Plan, found: Advice | None = None) -> list[str]:
+    """The run, whether it fits, and what the advice comes to, a line each."""
+    p, room = plan.parallelism, gigabytes(abs(plan.headroom))
+    sizes = {name: getattr(p, name) for name in ("tp", "cp", "dp", "pp", "vpp", "ep")} | {"etp": p.expert_tp}
+    lines = [
+        f"{parameter_count(plan.config) / 1e9:.1f} B parameters on {p.world_size} GPUs: "
+        + ", ".join(f"{name} {size}" for name, size in sizes.items()),
+        f"fullest rank: {gigabytes(plan.largest)} of {gigabytes(plan.memory)}; "
+        + (f"fits, {room} left" if plan.headroom >= 0 else f"DOES NOT FIT, {room} too much"),
+        NOT_COUNTED,
+    ]
+    if found and (found.gpus > p.world_size or not found.fits):
+        least = f"{gigabytes(found.least.largest)} with {flags(found.least)}"
+        more = f"{found.gpus} would do" if found.fits else f"nor do {found.gpus}"
+        lines.append(f"no layout of these {p.world_size} GPUs fits: the least is {least}; {more}")
+    return lines
+
+
+def advice_rows(found: Advice) -> tuple[list[str], list[list[str]]]:
+    """Headings, and for each layout its options, what is different, and the bytes of its largest rank."""
+    rows = [[flags(fit), ", ".join(fit.changes) or "more GPUs", gigabytes(fit.largest)] for fit in found.fits]
+    return [f"layouts of {found.gpus} GPUs that fit", "different", "fullest rank"], rows
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """All of it as JSON has it: every rank, bytes as whole numbers, half-open ranges as [start, stop]."""
+    found = advice(plan)
+    return {
+        "parameters": parameter_count(plan.config),
+        "gpus": plan.parallelism.world_size,
+        "sizes": asdict(plan.parallelism) | {"etp": plan.parallelism.expert_tp},
+        "memory": plan.memory,
+        "distributed_optimizer": plan.distributed_optimizer,
+        "largest": plan.largest,
+        "headroom": plan.headroom,
+        "not_counted": NOT_COUNTED,
+        "ranks": [
+            {
+                "rank": tile.ranks[0],
+                "pipeline_rank": tile.stage,
+                "layers": [[layers.start, layers.stop] for layers in tile.layers],
+                "experts": [tile.experts[0].start, tile.experts[0].stop],
+                "parameters": tile.holding._asdict(),
+                "without_distributed_optimizer": tile.replicated._asdict(),
+                "with_distributed_optimizer": tile.distributed._asdict(),
+            }
+            for tile in plan.ranks
+        ],
+        "advice": found
+        and {
+            "gpus": found.gpus,
+            "fits": [{"options": flags(fit), "changes": fit.changes, "largest": fit.largest} for fit in found.fits],
+            "least_on_these_gpus": {"options": flags(found.least), "largest": found.least.largest},
+        },
+    }
