@@ -6,7 +6,8 @@ import torch
 
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
-from bridge.roundtrip import Finding, random_tokens, roundtrip
+from bridge.reference_logits import random_tokens
+from bridge.roundtrip import Finding, roundtrip
 from bridge.synthetic import SMALL_CONFIG, make_checkpoint
 from bridge.transformers_oracle import missing_packages, transformers_logits
 

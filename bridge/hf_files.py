@@ -12,14 +12,17 @@ page ever read counts as the process's memory.
 import json
 import math
 import os
+import threading
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from bridge.live_reads import read_runs
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,6 +58,16 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Span(NamedTuple):
+    """`nbytes` of a file: runs of `run` bytes, one every `pitch`, from `offset` on."""
+
+    offset: int
+    run: int
+    pitch: int
+    nbytes: int
+    shape: tuple[int, ...]
+
+
 class HFCheckpoint:
     """`tensors[name]` for every name of the index, in its order, each proven to lie whole in the file the index names.
 
@@ -67,11 +80,12 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self.config = _read_object(self.folder / CONFIG_NAME)
+        self.config = read_object(self.folder / CONFIG_NAME)
+        self._config_version = _version((self.folder / CONFIG_NAME).stat())
         index_path = self.folder / INDEX_NAME
         with ExitStack() as stack:
             if index_path.is_file():
-                index = _read_object(index_path)
+                index = read_object(index_path)
                 weight_map = _weight_map(index_path, index)
                 files = dict.fromkeys(weight_map.values())
                 self._shards = {file: stack.enter_context(_Shard(self.folder / file, file)) for file in files}
@@ -107,23 +121,52 @@ class HFCheckpoint:
         return self.read_slice(name)
 
     def read_slice(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Shaped[Tensor, "..."]:
-        """`read(name)[rows, cols]`, contiguous, from the bytes of those rows alone.
-
-        Columns are cut from whole rows: a row is about a page, and a disk reads pages.
+        """`read(name)[rows, cols]`, contiguous, from the bytes of those rows and columns alone.
 
         Raises: ValueError as `read`, and if a slice has a step or leaves the tensor.
         """
+        span = self._span(name, rows, cols)
+        buffer = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu")
+        self._shards[self.tensors[name].file].read(name, span, buffer)
+        return buffer.view(self.tensors[name].dtype).reshape(span.shape)
+
+    def read_into(
+        self, buffer: UInt8[Tensor, " nbytes"], name: str, rows: slice | None = None, cols: slice | None = None
+    ) -> None:
+        """The bytes of `read_slice(name, rows, cols)`, into memory of the caller's; threads may read at once.
+
+        Raises: ValueError as `read_slice`, and if the buffer is not of that many bytes.
+        """
+        span = self._span(name, rows, cols)
+        if buffer.numel() != span.nbytes:
+            raise ValueError(f"{name}: found a buffer of {buffer.numel()} bytes, expected {span.nbytes}")
+        self._shards[self.tensors[name].file].read(name, span, buffer)
+
+    @property
+    def versions(self) -> tuple[tuple[str, int, int], ...]:
+        """(file, bytes, mtime_ns) of config.json and each shard at opening."""
+        return ((CONFIG_NAME, *self._config_version), *((file, *shard.version) for file, shard in self._shards.items()))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes asked of the files so far, headers included."""
+        return sum(shard.bytes_read for shard in self._shards.values())
+
+    def _span(self, name: str, rows: slice | None, cols: slice | None) -> "_Span":
         info = self._info(name)
         shape = list(info.shape)
-        offset = info.offset
+        row = math.prod(shape[1:]) * info.dtype.itemsize
+        offset, pitch = info.offset, row
         if rows is not None:
             start, stop = _bounds(name, info.shape, 0, rows)
-            offset += start * math.prod(shape[1:]) * info.dtype.itemsize
+            offset += start * row
             shape[0] = stop - start
-        columns = None if cols is None else _bounds(name, info.shape, 1, cols)
-        buffer = self._shards[info.file].read(name, offset, math.prod(shape) * info.dtype.itemsize)
-        tensor = buffer.view(info.dtype).reshape(shape)
-        return tensor if columns is None else tensor[:, slice(*columns)].contiguous()
+        if cols is not None:
+            start, stop = _bounds(name, info.shape, 1, cols)
+            offset += start * math.prod(shape[2:]) * info.dtype.itemsize
+            shape[1] = stop - start
+        nbytes, run = math.prod(shape) * info.dtype.itemsize, math.prod(shape[1:]) * info.dtype.itemsize
+        return _Span(offset, nbytes if run == pitch or not shape else run, pitch, nbytes, tuple(shape))
 
     def _info(self, name: str) -> TensorInfo:
         if name in self.tensors:
@@ -163,9 +206,10 @@ class _Shard:
         if not path.is_file():
             raise ValueError(f"{path}: {INDEX_NAME} names this file and it is not there; download it again")
         self.path = path
+        self.bytes_read, self._counting = 0, threading.Lock()
         with ExitStack() as stack:
             self._file = stack.enter_context(path.open("rb", buffering=0))
-            self._version = _version(os.fstat(self._file.fileno()))
+            self.version = _version(os.fstat(self._file.fileno()))
             try:
                 with safe_open(path, "pt"):  # holds the format's law: sizes, no gap, no overlap, nothing beyond the end
                     pass
@@ -175,8 +219,8 @@ class _Shard:
             stack.pop_all()
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
-        length = int.from_bytes(self.read("header length", 0, 8).numpy().tobytes(), "little")
-        header = json.loads(self.read("header", 8, length).numpy().tobytes())
+        length = int.from_bytes(self._bytes("header length", 0, 8), "little")
+        header = json.loads(self._bytes("header", 8, length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
@@ -186,26 +230,25 @@ class _Shard:
             for name, e in header.items()
         }
 
-    def read(self, name: str, offset: int, nbytes: int) -> Shaped[Tensor, " nbytes"]:
-        """Bytes `[offset, offset + nbytes)`. Raises: ValueError if the file is not the one that was opened."""
+    def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        view = memoryview(buffer.numpy())
-        done = 0
-        while done < nbytes:  # Linux hands over at most 2 GiB a call
-            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
+        self.read(name, _Span(offset, nbytes, nbytes, nbytes, ()), buffer)
+        return buffer.numpy().tobytes()
+
+    def read(self, name: str, span: _Span, buffer: UInt8[Tensor, " nbytes"]) -> None:
+        """A span into a buffer. Raises: ValueError if the file is not the one that was opened."""
+        whole = read_runs(self._file.fileno(), buffer.numpy(), span.offset, span.run, span.pitch)
         try:
             now = _version(self.path.stat())
         except FileNotFoundError:
             now = None
-        if done < nbytes or now != self._version:  # looked at after reading: covers a change during it
+        with self._counting:
+            self.bytes_read += span.nbytes
+        if not whole or now != self.version:  # looked at after reading: covers a change during it
             raise ValueError(
-                f"{self.path}: changed while {name} was read: (bytes, mtime_ns) {self._version} at opening, "
+                f"{self.path}: changed while {name} was read: (bytes, mtime_ns) {self.version} at opening, "
                 f"{now or 'gone'} now; open the checkpoint again once nothing writes to it"
             )
-        return buffer
 
     def __enter__(self) -> Self:
         return self
@@ -224,12 +267,12 @@ def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: not there; give a folder that holds a Hugging Face checkpoint")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -1,17 +1,35 @@
 """The reference model's logits for a checkpoint, one layer in memory at a time."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
-from reference.checkpoint import SCALE_SUFFIX
+from reference.config import ModelConfig
 from reference.model import decoder_layer, embed, head
+from reference.names import Dialect, all_names
+
+
+class HasWeights(Protocol):
+    """A checkpoint whose weights can be read one at a time: `MiniMaxM2Bridge`, `bridge.weights`."""
+
+    config: ModelConfig
+
+    def read_weight(self, name: str, *, dtype: torch.dtype) -> Tensor:
+        """The weight, dequantised to `dtype` if it is float8."""
+        ...
+
+
+def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
+    """Uniformly random token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
 @torch.no_grad()
 def reference_logits(
-    bridge: MiniMaxM2Bridge,
+    source: HasWeights,
     tokens: Tensor,
     *,
     weight_dtype: torch.dtype,
@@ -22,19 +40,15 @@ def reference_logits(
 
     Weights are dequantised to `weight_dtype`. Equals `reference.model.forward` on the whole dictionary of weights.
     """
-    prefixes = ["model.embed_tokens.", *(f"model.layers.{i}." for i in range(bridge.config.num_hidden_layers))]
+    names = all_names(source.config, Dialect.HF_DISK)
+    prefixes = ["model.embed_tokens.", *(f"model.layers.{i}." for i in range(source.config.num_hidden_layers))]
     streams: list[Tensor] = []
     for prefix in track(prefixes, "reference", len(prefixes)):
-        weights = _weights_below(bridge, prefix, weight_dtype)
+        weights = {name: source.read_weight(name, dtype=weight_dtype) for name in names if name.startswith(prefix)}
         if not streams:
             streams = [embed(weights, tokens).to(dtype) for dtype in compute_dtypes]
         else:
             local = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-            streams = [decoder_layer(hidden, local, bridge.config) for hidden in streams]
-    ends = {name: bridge.read_weight(name, dtype=weight_dtype) for name in ("model.norm.weight", "lm_head.weight")}
-    return [head(ends, hidden, bridge.config) for hidden in streams]
-
-
-def _weights_below(bridge: MiniMaxM2Bridge, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    names = [name for name in bridge.checkpoint.tensors if name.startswith(prefix)]
-    return {name: bridge.read_weight(name, dtype=dtype) for name in names if not name.endswith(SCALE_SUFFIX)}
+            streams = [decoder_layer(hidden, local, source.config) for hidden in streams]
+    ends = {name: source.read_weight(name, dtype=weight_dtype) for name in ("model.norm.weight", "lm_head.weight")}
+    return [head(ends, hidden, source.config) for hidden in streams]

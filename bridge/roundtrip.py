@@ -14,15 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge.compare import compare_checkpoints
-from bridge.hf_files import HFCheckpoint
 from bridge.hf_writer import check_target
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
 from bridge.provider import build_gpt_model
 from bridge.reference_logits import reference_logits
 from bridge.single_process import model_parallel
-from reference.config import ModelConfig
+from bridge.verify import Comparison, compare_checkpoints
 
 
 def root_mean_square(logits: Tensor) -> float:
@@ -78,12 +76,6 @@ def judge_logits(who: str, logits: Tensor, truth: LogitTruth) -> Finding:
     return Finding(f"logits: {who} = reference", found, error <= ALLOWED_ERROR_RATIO * truth.own_error)
 
 
-def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
-    """Uniformly random token ids [batch, length]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocab_size, (batch, length), generator=generator)
-
-
 @torch.no_grad()
 def megatron_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits [batch, seq, vocab] of a megatron-core model that one process holds."""
@@ -120,16 +112,15 @@ def roundtrip(
         logits = {"megatron-core GPTModel": megatron_logits(model, tokens.to(device)).cpu(), **(others or {})}
         quantization = "fp8" if bridge.config.quantization else None
         bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, track=track)
-    with HFCheckpoint(out) as written:
-        same = compare_checkpoints(bridge.checkpoint, written, track=track)
+    same = compare_checkpoints(bridge.checkpoint.folder, out, track=track)
     judged = [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
-    return [*judged, *_byte_findings(same.tensors, same.nbytes, same.files, same.differences)]
+    return [*judged, *_byte_findings(same)]
 
 
-def _byte_findings(tensors: int, nbytes: int, files: int, differences: list[str]) -> list[Finding]:
-    compared = f"{tensors} tensors, {nbytes / 1e6:.1f} MB, and {files} other files compared"
-    findings = [Finding("bytes: exported = source", compared, not differences)]
-    findings += [Finding("bytes differ", line, False) for line in differences[:10]]
-    if len(differences) > 10:
-        findings.append(Finding("bytes differ", f"{len(differences) - 10} more differences", False))
+def _byte_findings(same: Comparison) -> list[Finding]:
+    compared = f"{same.tensors} tensors, {same.nbytes / 1e6:.1f} MB, and {same.files} other files compared"
+    findings = [Finding("bytes: exported = source", compared, not same.differences)]
+    findings += [Finding("bytes differ", f"{name}: {what}", False) for name, what, *_ in same.differences[:10]]
+    if len(same.differences) > 10:
+        findings.append(Finding("bytes differ", f"{len(same.differences) - 10} more differences", False))
     return findings

@@ -6,19 +6,20 @@ the router's bias is large enough to change which experts are chosen.
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridge.hf_writer import SHARD_BYTES, HFWriter
-from bridge.minimax_m2_bridge import FP8_SECTION
+from bridge.hf_folder import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.progress import Track, untracked
-from reference.checkpoint import SCALE_SUFFIX, expected_tensors
-from reference.config import ModelConfig
-from reference.fp8 import FP8, quantize_blockwise
+from bridge.staging import Staging
+from bridge.target_config import FP8_SECTION
+from reference.checkpoint import SCALE_SUFFIX, TensorSpec, expected_tensors
+from reference.config import FP8_BLOCK, ModelConfig
+from reference.fp8 import FP8, quantize_blockwise, scale_grid
 
 # In the released files' dialect, with keys that the model does not need, as those files have them.
 SMALL_CONFIG: dict[str, Any] = {
@@ -79,36 +80,44 @@ def make_checkpoint(
     """
     model = ModelConfig.from_hf(config)
     generator = torch.Generator().manual_seed(seed)
-    specs = expected_tensors(model)
-    with HFWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
-        for name, spec in track(specs.items(), "make checkpoint", len(specs)):
-            if name.endswith(SCALE_SUFFIX):
-                continue  # written with its weight
-            value = _random(name, spec.shape, generator)
-            if spec.dtypes == (FP8,):
-                assert model.quantization is not None
-                weight, scale_inv = quantize_blockwise(value, block_size=model.quantization.block_size)
-                writer.add(name, weight)
-                writer.add(name + SCALE_SUFFIX, scale_inv)
-            else:
-                writer.add(name, value if name.endswith(_FLOAT32) else value.to(torch.bfloat16))
-        for layer in range(model.num_hidden_layers, model.num_hidden_layers + mtp_layers):
-            for name in ("enorm.weight", "hnorm.weight"):
-                value = torch.randn(model.hidden_size, generator=generator)
-                writer.add(f"model.layers.{layer}.{name}", value.to(torch.bfloat16))
-        with TemporaryDirectory() as scratch:
-            for name, text in CARRIED_FILES.items():
-                source = Path(scratch, name)
-                source.write_text(text)
-                writer.add_file(source, name)
-        writer.finish(config)
+    groups = [_group(name, spec) for name, spec in expected_tensors(model).items() if not name.endswith(SCALE_SUFFIX)]
+    for layer in range(model.num_hidden_layers, model.num_hidden_layers + mtp_layers):
+        for name in ("enorm.weight", "hnorm.weight"):
+            groups.append({f"model.layers.{layer}.{name}": TensorPlan(torch.bfloat16, (model.hidden_size,))})
+    files = plan_files(groups, max_shard_bytes=max_shard_bytes)
+    with Staging(folder, inputs=None) as staging:
+        for file in track(files, "make checkpoint", len(files)):
+            write_file(staging.folder, file, _tensors(file, model, generator))
+        carried = {name: text.encode() for name, text in CARRIED_FILES.items()}
+        finish_folder(staging.folder, files, config, carried=carried)
+        staging.publish()
+
+
+def _group(name: str, spec: TensorSpec) -> dict[str, TensorPlan]:
+    if spec.dtypes == (FP8,):
+        grid = scale_grid(spec.shape, FP8_BLOCK)
+        return {name: TensorPlan(FP8, spec.shape), name + SCALE_SUFFIX: TensorPlan(torch.float32, grid)}
+    return {name: TensorPlan(torch.float32 if name.endswith(_FLOAT32) else torch.bfloat16, spec.shape)}
+
+
+def _tensors(file: FilePlan, model: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    for name, plan in file.tensors.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue  # comes with its weight
+        value = _random(name, plan.shape, generator)
+        if plan.dtype != FP8:
+            yield name, value.to(plan.dtype)
+            continue
+        weight, scale_inv = quantize_blockwise(value, name=name)
+        yield name, weight
+        yield name + SCALE_SUFFIX, scale_inv
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if name.endswith("e_score_correction_bias"):
         return 0.1 * noise
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight"):  # also enorm and hnorm
         return 1 + 0.1 * noise
     if name.endswith("embed_tokens.weight"):
         return noise

@@ -177,7 +177,11 @@ def _rows_of(piece: Piece, parts: int, index: int) -> Piece:
 
 def _run(stack: list[Piece], parts: int, index: int) -> Iterator[Piece]:
     """What an equal run of the rows of a stack covers, piece by piece."""
-    first, last = _share((0, sum(_length(piece.rows) for piece in stack)), parts, index)
+    return rows_of(stack, *_share((0, sum(_length(piece.rows) for piece in stack)), parts, index))
+
+
+def rows_of(stack: Iterable[Piece], first: int, last: int) -> Iterator[Piece]:
+    """What rows `first:last` of a stack of pieces cover, piece by piece."""
     for piece in stack:
         start, stop = max(first, 0), min(last, _length(piece.rows))
         if start < stop:

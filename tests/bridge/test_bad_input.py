@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from bridge import MiniMaxM2Bridge
 from bridge.cli import app
 from bridge.hf_files import INDEX_NAME
-from bridge.roundtrip import random_tokens, roundtrip
+from bridge.reference_logits import random_tokens
+from bridge.roundtrip import roundtrip
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 W2 = "model.layers.0.block_sparse_moe.experts.3.w2.weight"

@@ -1,0 +1,142 @@
+"""`minimax-m2 inspect`, `plan` and `verify`: what a checkpoint is, what a layout holds, whether two are the same."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bridge.cli.common import (
+    AsJson,
+    CheckpointPath,
+    Workers,
+    default_workers,
+    is_speaker,
+    output,
+    progress,
+    reporting,
+    say,
+    say_json,
+)
+
+
+def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """Architecture, dtypes, sizes, quantisation, and what is missing, unexpected or wrong. Reads headers only."""
+    with reporting():
+        from bridge.hf_files import HFCheckpoint
+        from bridge.hub import checkpoint_folder
+        from bridge.inspection import inspect_checkpoint
+
+        with HFCheckpoint(checkpoint_folder(str(path))) as checkpoint:
+            found = inspect_checkpoint(checkpoint)
+    if as_json:
+        say_json({"facts": dict(found.facts), "problems": found.problems})
+    else:
+        say(str(path), found.facts)
+        for line in found.problems:
+            output.print(f"[red]problem[/red] {escape(line)}", soft_wrap=True)
+        whole = "whole: every tensor is there, as expected"
+        output.print(f"{len(found.problems)} problems" if found.problems else whole)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def verify(
+    left: Annotated[Path, typer.Argument(help="A checkpoint: Hugging Face's or megatron-core's torch_dist.")],
+    right: Annotated[Path, typer.Argument(help="Another one.")],
+    logits: Annotated[bool, typer.Option(help="Compare the reference model's logits too, layer by layer.")] = False,
+    tokens: Annotated[
+        str, typer.Option(help="Token ids for --logits, such as '5 17 3' (default: two random sequences of 64).")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Seed of random tokens.")] = 0,
+    worst: Annotated[int, typer.Option(min=1, help="How many of the weights that differ to show.")] = 10,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints weight by weight, whatever format each of them has. Exit status 1 if they differ.
+
+    Tensors of one dtype are compared byte by byte; float8 against bfloat16 or float32 by value, exactly.
+    """
+    with reporting(), progress() as track:
+        from bridge.verify import compare_checkpoints, compare_logits, total_bytes
+
+        count = default_workers(workers, total_bytes(left) + total_bytes(right))
+        found = compare_checkpoints(left, right, workers=count, track=track)
+        error = compare_logits(left, right, tokens, seed=seed, track=track) if logits and is_speaker() else None
+    if as_json:
+        shown = found._replace(differences=found.differences[:worst])._asdict()
+        say_json({"differ": len(found.differences), **shown, "logits_error": error})
+    else:
+        _table(f"{left} against {right}", found, error, worst)
+    if found.differences or error:
+        raise typer.Exit(1)
+
+
+def _table(title: str, found, error: float | None, worst: int) -> None:
+    rows = [
+        ("tensors compared", f"{found.tensors:,}, {found.nbytes:,} bytes"),
+        ("equal byte for byte", f"{found.same_bytes:,}"),
+        ("equal after dequantising", f"{found.same_values:,}"),
+        ("other files compared", f"{found.files:,}"),
+        ("different", f"{len(found.differences):,}"),
+    ]
+    if error is not None:
+        rows.append(("logits, relative error", f"{error:.2e}"))
+    say(title, rows)
+    if found.differences:
+        columns = ("worst", "what", "largest difference", "relative")
+        lines = [(one.name, one.what, f"{one.largest:.3g}", f"{one.relative:.2e}") for one in found.differences[:worst]]
+        say("", lines, columns=columns)
+
+
+def plan(
+    path: CheckpointPath,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs; data parallel is what the other sizes leave.")],
+    memory: Annotated[str, typer.Option(help="Memory of one: 80GB (80e9 bytes), 79.6GiB.")] = "80GB",
+    tp: Annotated[int, typer.Option(help="Tensor parallel.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel.")] = 1,
+    vpp: Annotated[int, typer.Option(help="Virtual pipeline chunks on each pipeline rank.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel.")] = 1,
+    etp: Annotated[int | None, typer.Option(help="Expert-tensor parallel (default: as --tp).")] = None,
+    cp: Annotated[int, typer.Option(help="Context parallel.")] = 1,
+    layers_per_stage: Annotated[
+        str | None, typer.Option(help="Layers of each of the pp x vpp stages, 15,16,16,15 (default: spread).")
+    ] = None,
+    distributed_optimizer: Annotated[
+        bool, typer.Option(help="Divide the optimizer's state among data-parallel ranks.")
+    ] = True,
+    picture: Annotated[Path | None, typer.Option(help="Draw it as .svg or .html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each rank would hold, in parameters and bytes, and what to change if it does not fit.
+
+    Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted.
+    """
+    with reporting():
+        from bridge import planning
+        from bridge.plan_picture import write_picture
+
+        config = planning.read_config(path)
+        layers = None if layers_per_stage is None else planning.parse_layers(layers_per_stage)
+        sizes = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp}
+        found = planning.plan(
+            config,
+            planning.layout(config, gpus=gpus, layers_per_stage=layers, **sizes),
+            memory=planning.parse_memory(memory),
+            distributed_optimizer=distributed_optimizer,
+        )
+        if picture and is_speaker():
+            write_picture(found, picture)
+        advice = planning.advice(found)  # None when it fits
+    if as_json:
+        say_json(planning.to_json(found))
+    elif is_speaker():
+        headings, rows = planning.table(found)
+        say(str(path), rows, columns=tuple(headings))
+        if advice and advice.fits:
+            headings, rows = planning.advice_rows(advice)
+            say("", rows, columns=tuple(headings))
+        for line in planning.summary(found, advice):
+            output.print(escape(line), soft_wrap=True, highlight=False)
+    if advice:
+        raise typer.Exit(1)

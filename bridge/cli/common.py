@@ -1,0 +1,136 @@
+"""What the verbs of the command share: options, how errors end a run, progress, and how results are said."""
+
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bridge.team import Ranks, launched_by_torchrun
+
+LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
+
+output = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+errors = Console(stderr=True)
+
+CheckpointPath = Annotated[Path, typer.Argument(help="A folder with a Hugging Face checkpoint, or a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that is in the output folder.")]
+DryRun = Annotated[bool, typer.Option(help="Say what would be read and written, and stop.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Local processes (default: one a core, at most 8; one below 2 GB); torchrun has its own."),
+]
+
+SMALL_BYTES, MOST_WORKERS = 2 * 10**9, 8
+
+
+def default_workers(workers: int | None, nbytes: int) -> int:
+    """Starting a process costs seconds: small work is done in this one."""
+    if workers is not None:
+        return workers
+    return 1 if nbytes < SMALL_BYTES else min(MOST_WORKERS, os.cpu_count() or 1)
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """torchrun's process group; errors as one message on stderr and status 2; third-party start-up noise silenced."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with Ranks():
+            yield
+    except (ValueError, OSError) as error:
+        if is_speaker():
+            errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+
+
+def is_speaker() -> bool:
+    """Whether this is rank 0 or the only process, known without torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def folder(keep: Path | None) -> Iterator[Path]:
+    """The folder to keep, or one that is deleted at the end."""
+    if keep is not None:
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="minimax-m2-") as temporary:
+        yield Path(temporary)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def progress() -> Iterator:
+    """A `Track` that draws a bar for each loop on stderr: on a terminal, and on rank 0 only."""
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not (errors.is_terminal and is_speaker())) as bars:
+
+        def track(iterable: Iterable, what: str, length: int) -> Iterable:
+            return bars.track(iterable, total=length, description=what)
+
+        yield track
+
+
+def say(title: str, rows: Iterable[tuple[str, ...]], *, columns: tuple[str, ...] = ()) -> None:
+    """A table on stdout, on rank 0; without `columns` it has no header."""
+    if not is_speaker():
+        return
+    rows = list(rows)
+    table = Table(title=escape(title), title_justify="left", show_header=bool(columns))
+    for name in columns or ("" for _ in rows[0]):
+        table.add_column(name, overflow="fold")  # names of tensors are long, and are copied from here
+    for row in rows:
+        table.add_row(*map(escape, row))
+    output.print(table)
+
+
+def say_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout, on rank 0; what is not a number there is null."""
+    if is_speaker():
+        print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def one_process(verb: str) -> None:
+    """Refuse torchrun for a verb that works in one process.
+
+    Raises:
+        ValueError: there are several ranks.
+    """
+    if launched_by_torchrun():
+        raise ValueError(f"{verb} works in one process; start it without torchrun")

@@ -1,0 +1,136 @@
+"""`minimax-m2 import` and `export`: checkpoints between Hugging Face and megatron-core, without a model."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bridge.cli.common import (
+    AsJson,
+    CheckpointPath,
+    DryRun,
+    Overwrite,
+    Workers,
+    default_workers,
+    progress,
+    reporting,
+    say,
+    say_json,
+)
+
+
+class StoredDtype(StrEnum):
+    """The dtype of a distributed checkpoint's weights."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Quantization(StrEnum):
+    """How a Hugging Face checkpoint stores its linear layers."""
+
+    FP8 = "fp8"
+    NONE = "none"
+
+
+class Scales(StrEnum):
+    """Where an FP8 export's block scales come from."""
+
+    SOURCE = "source"
+    FRESH = "fresh"
+
+
+def import_(
+    path: CheckpointPath,
+    out: Annotated[Path, typer.Argument(help="The folder to make: Megatron-LM's --load.")],
+    dtype: Annotated[
+        StoredDtype, typer.Option(help="Dtype of the weights; the router's stay float32.")
+    ] = StoredDtype.BF16,
+    iteration: Annotated[int, typer.Option(min=1, help="The iteration that the checkpoint says it is of.")] = 1,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a megatron-core torch_dist checkpoint of a Hugging Face one, tensor by tensor, without a GPU.
+
+    It loads at any parallel layout: in Megatron-LM with --load OUT --finetune --ckpt-format torch_dist, elsewhere with
+    megatron.core.dist_checkpointing.load(sharded_state_dict, OUT/iter_0000001). Memory: about 1 GB a worker, whatever
+    the model's size. The output appears when it is complete; an interrupted run is taken up again by the same command.
+    """
+    with reporting(), progress() as track:
+        from bridge.hub import checkpoint_folder
+        from bridge.offline_import import ImportJob, import_checkpoint
+
+        job = ImportJob(str(checkpoint_folder(str(path))), str(out), str(dtype), iteration)
+        nbytes = import_checkpoint(job, dry_run=True).bytes_read
+        summary = import_checkpoint(
+            job, workers=default_workers(workers, nbytes), overwrite=overwrite, dry_run=dry_run, track=track
+        )
+    _conclude(f"{path} -> {out}", summary, dry_run=dry_run, as_json=as_json)
+
+
+def export_(
+    megatron: Annotated[
+        Path, typer.Argument(help="A torch_dist checkpoint: Megatron-LM's --save, or one iteration's folder.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    quantization: Annotated[
+        Quantization, typer.Option(help="fp8: linear layers as float8 blocks; none: as the checkpoint has them.")
+    ] = Quantization.FP8,
+    scales: Annotated[
+        Scales,
+        typer.Option(help="source: an untouched weight gets the source's own bytes; fresh: amax / 448 everywhere."),
+    ] = Scales.SOURCE,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Hugging Face checkpoint that training started from: its scales, config, tokenizer, MTP layers."
+        ),
+    ] = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a Hugging Face checkpoint of a megatron-core torch_dist one, whatever layout saved it, without a GPU.
+
+    Says how many quantised weights kept the source's bytes, how many were encoded anew, and the worst error of those.
+    Memory: about 1 GB a worker. The output appears when it is complete; an interrupted run is taken up again by the
+    same command.
+    """
+    with reporting(), progress() as track:
+        from bridge.hub import checkpoint_folder
+        from bridge.offline_export import ExportJob, export_checkpoint
+
+        folder = source and str(checkpoint_folder(str(source)))
+        job = ExportJob(str(megatron), str(out), str(quantization), str(scales), folder)
+        nbytes = export_checkpoint(job, dry_run=True).bytes_read
+        summary = export_checkpoint(
+            job, workers=default_workers(workers, nbytes), overwrite=overwrite, dry_run=dry_run, track=track
+        )
+    _conclude(f"{megatron} -> {out}", summary, dry_run=dry_run, as_json=as_json)
+
+
+_LABELS = {
+    "tensors": "tensors",
+    "mtp_tensors": "of them MTP, left out",
+    "bytes_read": "bytes read",
+    "bytes_written": "bytes written",
+    "files": "files",
+    "reused": "of them finished by an earlier run",
+    "identical": "quantised weights with the source's bytes",
+    "requantised": "quantised weights encoded anew",
+    "worst": "worst of those",
+    "worst_error": "its relative error",
+}
+
+
+def _conclude(title: str, summary: Any, *, dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        say_json({"dry_run": dry_run, **summary._asdict()})
+        return
+    facts = [(_LABELS[name], value) for name, value in summary._asdict().items()]
+    rows = [(label, f"{value:,}" if isinstance(value, int) else f"{value}") for label, value in facts if value]
+    say(f"{title}{' (dry run: nothing was written)' if dry_run else ''}", rows)

@@ -1,0 +1,121 @@
+"""`minimax-m2 demo`, `roundtrip` and `bench`: proofs and measurements on this machine."""
+
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from bridge.cli.common import (
+    AsJson,
+    CheckpointPath,
+    Overwrite,
+    folder,
+    one_process,
+    output,
+    progress,
+    reporting,
+    say_json,
+)
+
+
+class ModelDtype(StrEnum):
+    """The dtype in which a model is built."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Benchmark(StrEnum):
+    """A script of tests/benchmarks."""
+
+    NORM = "norm"
+    LAYER = "layer"
+    FP8 = "fp8"
+    LOAD = "load"
+    OFFLINE = "offline"
+
+
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep the two checkpoints in this folder (default: a temporary one).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and tokens.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a small FP8 checkpoint, take it through a real megatron-core GPTModel and back, and prove it unchanged."""
+    with reporting(), folder(keep) as target, progress() as track:
+        one_process("demo")
+        from bridge.demo import demo as run
+
+        findings = run(target, seed=seed, track=track)
+    _conclude("Hugging Face FP8 -> megatron-core -> Hugging Face FP8", findings, as_json)
+
+
+def roundtrip(
+    path: CheckpointPath,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the exported checkpoint here and keep it (default: a temporary folder).")
+    ] = None,
+    overwrite: Overwrite = False,
+    dtype: Annotated[ModelDtype, typer.Option(help="Dtype of the megatron-core model.")] = ModelDtype.BF16,
+    tokens: Annotated[int, typer.Option(help="Length of the two random sequences whose logits are compared.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The demo's proof on a checkpoint of yours.
+
+    Memory: the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
+    """
+    with reporting(), folder(out and out.parent) as parent, progress() as track:
+        one_process("roundtrip")
+        import torch
+
+        from bridge.minimax_m2_bridge import MiniMaxM2Bridge
+        from bridge.reference_logits import random_tokens
+        from bridge.roundtrip import roundtrip as run
+
+        target = out or parent / "exported"
+        params_dtype = {ModelDtype.BF16: torch.bfloat16, ModelDtype.FP32: torch.float32}[dtype]
+        with MiniMaxM2Bridge.from_hf_pretrained(str(path)) as bridge:
+            sample = random_tokens(bridge.config, length=tokens, seed=seed)
+            findings = run(bridge, target, sample, params_dtype=params_dtype, overwrite=overwrite, track=track)
+    _conclude(f"{path} -> megatron-core -> {target if out else 'Hugging Face'}", findings, as_json)
+
+
+def bench(
+    what: Annotated[
+        Benchmark,
+        typer.Argument(
+            help="norm: query and key norms; layer: whole layers; fp8: block scales; load: live load and export; "
+            "offline: import and export."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
+    gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm, layer and load.")] = 1,
+) -> None:
+    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. fp8 and offline run without a GPU."""
+    script = Path(__file__).parents[2] / "tests" / "benchmarks" / f"bench_{what}.py"
+    with reporting():
+        if not script.is_file():
+            raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), str(out)], check=False).returncode)
+
+
+def _conclude(title: str, findings: list, as_json: bool) -> None:
+    """Say what was proven; leave with status 1 if anything does not hold."""
+    if as_json:
+        say_json({"findings": findings})
+    else:
+        marks = {True: "[green]holds[/green]", False: "[red]FAILS[/red]", None: "[yellow]skipped[/yellow]"}
+        table = Table("claim", "found", "", title=escape(title), title_justify="left")
+        for finding in findings:
+            table.add_row(escape(finding.claim), escape(finding.found), marks[finding.holds])
+        output.print(table)
+    if any(finding.holds is False for finding in findings):
+        raise typer.Exit(1)

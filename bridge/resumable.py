@@ -1,0 +1,89 @@
+"""A folder made of independent units of work, by several processes, in one go or in several.
+
+This ties `bridge.team` (who does which unit) to `bridge.staging` (what is finished, and when the folder appears).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge.progress import Track, untracked
+from bridge.staging import Staging
+from bridge.team import is_leader, run_units, together
+
+Task = Callable[[Any, int, Path], tuple[list[str], Any]]
+"""(job, unit, folder) -> (the files written there, the result as JSON); a function of a module, for other processes."""
+
+
+class Work(NamedTuple):
+    """What is made: units 0 to `num_units` - 1 of `job` (a NamedTuple of JSON values with an `out`) by `task`."""
+
+    task: Task
+    job: Any
+    num_units: int
+
+
+class Done(NamedTuple):
+    """The units' results in order, and how many of them an earlier run had finished."""
+
+    results: list[Any]
+    reused: int
+
+
+def run_resumable(
+    work: Work,
+    finish: Callable[[Path, list[Any]], None],
+    *,
+    marker: str,
+    workers: int = 1,
+    overwrite: bool = False,
+    what: str = "",
+    track: Track = untracked,
+) -> Done:
+    """Do every unit that is not done, let `finish(folder, results)` complete the folder, and put it in place.
+
+    Raises:
+        ValueError: `job.out` is not fit, or a unit raised it; under torchrun, any error of any rank.
+        OSError: the disk is full, or a worker died. What was finished is kept.
+    """
+    with ExitStack() as stack:
+
+        def open_staging() -> Staging:
+            inputs = {"task": work.task.__module__, **work.job._asdict()}
+            with _naming(work.job.out):
+                return stack.enter_context(Staging(work.job.out, inputs=inputs, overwrite=overwrite, marker=marker))
+
+        staging = together(lambda: open_staging() if is_leader() else None)[0]
+        done = run_units(_unit, work, range(work.num_units), workers=workers, what=what, track=track)
+        results = [result for result, _ in done]
+
+        def complete() -> None:
+            with _naming(work.job.out):
+                finish(staging.folder, results)
+                staging.publish()
+
+        together(lambda: complete() if is_leader() else None)
+        return Done(results, sum(reused for _, reused in done))
+
+
+def _unit(work: Work, unit: int) -> tuple[Any, bool]:
+    """A unit's result, and whether an earlier run had it."""
+    with _naming(work.job.out), Staging.join(work.job.out) as staging:
+        finished = staging.finished(f"unit-{unit}")
+        if finished is not None:
+            return finished, True
+        files, result = work.task(work.job, unit, staging.folder)
+        staging.record(f"unit-{unit}", files, result)
+        return result, False
+
+
+@contextmanager
+def _naming(out: str) -> Iterator[None]:
+    """Errors of the disk say where: one that comes while a file is written names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, out) from error
+        raise

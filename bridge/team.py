@@ -1,0 +1,135 @@
+"""Units of work over processes: local ones, or the ranks that torchrun started.
+
+A unit is a call `task(job, number)` that can be repeated and needs no other unit. Locally, `workers` processes take
+units as they become free; in a process group rank r takes units r, r + world, ... An error in one process ends the run
+in all of them with that error; a process that is killed ends it too. What was finished is for the task to remember.
+
+torch is imported where it is needed: the command answers `--help` without it.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+from bridge.progress import Track, untracked
+
+RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
+
+Task = Callable[[Any, int], Any]
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is a rank that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks; 0 and 1 where there is no process group."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def is_leader() -> bool:
+    """Whether this process speaks for the run: rank 0, or the only one."""
+    return place()[0] == 0
+
+
+def run_units(
+    task: Task, job: Any, units: Sequence[int], *, workers: int = 1, what: str = "", track: Track = untracked
+) -> list[Any]:
+    """What `task(job, unit)` returns, for every unit in order; on every rank.
+
+    Raises:
+        Exception: what a unit raised.
+        OSError: a worker process died.
+    """
+    rank, world = place()
+    if world > 1:
+        mine = units[rank::world]
+        shares = together(lambda: [task(job, unit) for unit in track(mine, what, len(mine))])
+        return [shares[i % world][i // world] for i in range(len(units))]
+    if workers == 1 or len(units) < 2:
+        return [task(job, unit) for unit in track(units, what, len(units))]
+    return _in_processes(task, job, units, min(workers, len(units)), what, track)
+
+
+def _in_processes(task: Task, job: Any, units: Sequence[int], workers: int, what: str, track: Track) -> list[Any]:
+    context = get_context("spawn")  # OpenMP does not survive a fork
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(workers,)) as pool:
+        futures = [pool.submit(task, job, unit) for unit in units]
+        try:
+            for future in track(as_completed(futures), what, len(futures)):
+                future.result()  # raises what the unit raised
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process died: it was killed, or memory ran out; what was finished is kept, so run the same "
+                "command again, perhaps with fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(workers: int) -> None:
+    """Die with the parent, at once; share the cores with the other workers."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+    def follow() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def together(act: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank: what each of them returned. If it fails on one, it fails on all.
+
+    Raises:
+        ValueError: what the first rank that failed raised, and its number. Alone, the error itself.
+    """
+    from torch import distributed
+
+    world = place()[1]
+    if world == 1:
+        return [act()]
+    mine: tuple[Any, str | None]
+    problem: Exception | None = None
+    try:
+        mine = (act(), None)
+    except Exception as error:
+        mine, problem = (None, str(error) or type(error).__name__), error
+    everyone: list[Any] = [None] * world
+    distributed.all_gather_object(everyone, mine)
+    failed = next((rank for rank, (_, message) in enumerate(everyone) if message is not None), None)
+    if failed is not None:
+        raise ValueError(f"rank {failed}: {everyone[failed][1]}") from problem
+    return [result for result, _ in everyone]
+
+
+class Ranks:
+    """The process group of torchrun's ranks while a `with` block lasts; nothing where there is one process."""
+
+    def __enter__(self) -> None:
+        self._mine = launched_by_torchrun() and place()[1] == 1
+        if self._mine:
+            from torch import distributed
+
+            distributed.init_process_group("gloo", timeout=RANK_TIMEOUT)
+
+    def __exit__(self, *_: object) -> None:
+        if self._mine:
+            from torch import distributed
+
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()

@@ -1,0 +1,146 @@
+"""A checkpoint as a set of weights under their on-disk names, whichever format it has.
+
+`HFWeights` and `TorchDistWeights` answer the same questions: the model's config, which weights there are, and the value
+of one. `open_weights` tells which format a folder has.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bridge.hf_files import CONFIG_NAME, HFCheckpoint, read_object
+from bridge.torch_dist import TorchDistCheckpoint
+from compiled.fp8 import dequantize_blockwise
+from reference.checkpoint import SCALE_SUFFIX, check_tensors
+from reference.config import ModelConfig, QuantizationConfig
+from reference.dist_checkpoint import Entry, entries
+from reference.fp8 import FP8
+from reference.names import Dialect, Layout, all_names
+from reference.sharding import placements, unshard
+
+HF_FOLDER = "hugging_face"  # beside a torch_dist checkpoint: what megatron-core has no place for
+
+
+class HFWeights:
+    """The weights of a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: it is not a whole MiniMax-M2.
+    """
+
+    def __init__(self, path: Path | str):
+        self.checkpoint = HFCheckpoint(path)
+        self.config = ModelConfig.from_hf(self.checkpoint.config)
+        check_tensors({name: (info.dtype, info.shape) for name, info in self.checkpoint.tensors.items()}, self.config)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored."""
+        return self.checkpoint.tensors[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.tensors[name].shape
+
+    def stored(self, name: str) -> list[Tensor]:
+        """As it is on disk: the weight, and its scales if it has them."""
+        names = [name, name + SCALE_SUFFIX] if self.dtype(name) == FP8 else [name]
+        return [self.checkpoint.read(stored) for stored in names]
+
+    def read_weight(self, name: str, *, dtype: torch.dtype) -> Tensor:
+        """Dequantised to `dtype` if it is float8, else as it is stored."""
+        weight, *scales = self.stored(name)
+        if not scales:
+            return weight
+        size = (self.config.quantization or QuantizationConfig()).block_size
+        return dequantize_blockwise(weight, *scales, block_size=size, dtype=dtype, name=name)
+
+
+class TorchDistWeights:
+    """The weights of a megatron-core distributed checkpoint; `config` is Hugging Face's, without quantisation.
+
+    Raises:
+        ValueError: it does not hold the weights of this config, with their shapes.
+    """
+
+    def __init__(self, path: Path | str, config: ModelConfig | None = None):
+        self.checkpoint = TorchDistCheckpoint(path)
+        if config is None:
+            config = ModelConfig.from_hf(read_object(beside(self.checkpoint) / CONFIG_NAME))
+        self.config = config
+        self.entries = _entries(self.checkpoint, config)
+        self._homes = {name: entry for entry in self.entries for name in entry.parameter.sources}
+        self._parameter = lru_cache(maxsize=1)(self._read_parameter)  # q, k, v and w1, w3 come one after the other
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored."""
+        return self.checkpoint.dtype(self._homes[name].key)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        pieces = [place.piece for place in placements({0: [self._homes[name].parameter]})[name]]
+        rows = sum(stop - start for start, stop in (piece.rows for piece in pieces))
+        return (rows,) if pieces[0].cols is None else (rows, pieces[0].cols[1])
+
+    def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """As it is stored; megatron-core has no float8 weights to decode."""
+        return self._parameter(self._homes[name].parameter.sources)[name]
+
+    def read_rows(self, entry: Entry, start: int, stop: int) -> Tensor:
+        """Rows of one weight, without reading all of it."""
+        _, *cols = entry.parameter.shape
+        at, shape = (*entry.index, start, *(0 for _ in cols)), (stop - start, *cols)
+        return self.checkpoint.read(entry.key, at, (*(1 for _ in entry.index), *shape)).view(shape)
+
+    def _read_parameter(self, sources: tuple[str, ...]) -> dict[str, Tensor]:
+        entry = self._homes[sources[0]]
+        parameter = entry.parameter
+        held = {(0, parameter.chunk, parameter.name): self.read_rows(entry, 0, parameter.shape[0])}
+        return {name: unshard(places, held) for name, places in placements({0: [parameter]}).items()}
+
+
+Weights = HFWeights | TorchDistWeights
+
+
+def open_weights(path: Path | str, config: ModelConfig | None = None) -> Weights:
+    """A Hugging Face checkpoint if a config.json is there, else a distributed one; `config` is for the latter.
+
+    Raises:
+        ValueError: neither, or it is not whole.
+    """
+    return HFWeights(path) if (Path(path) / CONFIG_NAME).is_file() else TorchDistWeights(path, config)
+
+
+def weight_names(weights: Weights) -> list[str]:
+    """The model's weights, in model order."""
+    return all_names(weights.config, Dialect.HF_DISK)
+
+
+def beside(checkpoint: TorchDistCheckpoint) -> Path:
+    """The folder with the Hugging Face files that belong to a distributed checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in (checkpoint.folder, checkpoint.folder.parent):
+        if (folder / HF_FOLDER / CONFIG_NAME).is_file():
+            return folder / HF_FOLDER
+    raise ValueError(
+        f"{checkpoint.folder}: no {HF_FOLDER}/{CONFIG_NAME} is there, which `minimax-m2 import` writes, so the model's "
+        "config is not known; give the Hugging Face checkpoint that training started from as source"
+    )
+
+
+def _entries(checkpoint: TorchDistCheckpoint, config: ModelConfig) -> list[Entry]:
+    together, apart = (list(entries(config, layer_keys=layer_keys)) for layer_keys in (False, True))
+    found = together if any(entry.key in checkpoint.shapes for entry in together if entry.index) else apart
+    for entry in found:
+        if entry.key not in checkpoint.shapes:
+            raise ValueError(f"{entry.key}: missing from {checkpoint.folder}; is it a MiniMax-M2 of these sizes?")
+        shape = checkpoint.shapes[entry.key]
+        padded = entry.row.layout is Layout.VOCABULARY and shape[0] >= entry.shape[0] and shape[1:] == entry.shape[1:]
+        if shape != entry.shape and not padded:
+            raise ValueError(
+                f"{entry.key}: found shape {list(shape)} in {checkpoint.folder}, expected {list(entry.shape)} from "
+                "config.json's sizes; checkpoint and config do not belong together"
+            )
+    return found
