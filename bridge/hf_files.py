@@ -203,7 +203,7 @@ class _Shard:
     """One open safetensors file, its header, and the size and time it had when opened."""
 
     def __init__(self, path: Path, file: str):
-        if not path.is_file():
+        if not os.path.isfile(path):  # also False of a name that no file can have
             raise ValueError(f"{path}: {INDEX_NAME} names this file and it is not there; download it again")
         self.path = path
         self.bytes_read, self._counting = 0, threading.Lock()

@@ -16,7 +16,6 @@ import numpy as np
 
 _RUNS = 1024  # of one call
 _CALLS = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}  # Linux's numbers of io_setup, io_submit, io_getevents
-_PREAD = 0
 _REQUEST = np.dtype(
     {
         "names": ["data", "key", "opcode", "priority", "file", "buffer", "nbytes", "offset", "reserved", "flags"],
@@ -64,19 +63,21 @@ class _Queue:
         setup, self._submit, self._collect = _CALLS[platform.machine()]
         self._context, self._syscall = ctypes.c_ulong(0), ctypes.CDLL(None, use_errno=True).syscall
         self.usable = self._syscall(setup, ctypes.c_long(_RUNS), ctypes.byref(self._context)) == 0
-        self._requests, self._events = np.zeros(_RUNS, _REQUEST), np.zeros(_RUNS, _EVENT)
+        self._index = np.arange(_RUNS)
+        self._requests, self._events = np.zeros(_RUNS, _REQUEST), np.zeros(_RUNS, _EVENT)  # opcode 0 is pread
         self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(_RUNS, dtype=np.uint64)
 
     def read(self, file: int, buffer: np.ndarray, offset: int, run: int, pitch: int) -> bool:
         """False if some run was not read whole, for whatever reason: then it is for `preadv` to say."""
-        total = buffer.nbytes // run
+        total, requests = buffer.nbytes // run, self._requests
+        requests["file"], requests["nbytes"] = file, run
+        requests["buffer"], requests["offset"] = buffer.ctypes.data + self._index * run, offset + self._index * pitch
         for first in range(0, total, _RUNS):
             count = min(_RUNS, total - first)
-            index, requests = np.arange(first, first + count), self._requests[:count]
-            requests["opcode"], requests["file"], requests["nbytes"] = _PREAD, file, run
-            requests["buffer"], requests["offset"] = buffer.ctypes.data + index * run, offset + index * pitch
             if not self._round(count) or not (self._events["result"][:count] == run).all():
                 return False
+            requests["buffer"] += _RUNS * run
+            requests["offset"] += _RUNS * pitch
         return True
 
     def _round(self, count: int) -> bool:

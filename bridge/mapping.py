@@ -5,17 +5,23 @@ Nothing is decided here: which pieces make up a parameter is `reference.sharding
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.names import Dialect, find
+from reference.names import Dialect, Layout, find
 from reference.sharding import Parallelism, Parameter, parameters, placements, shard, unshard
 
 
 class ParamMapping:
-    """One parameter of a rank and the on-disk tensors it is made of, in both directions."""
+    """One parameter of a rank and the on-disk tensors it is made of, in both directions.
+
+    `roles` says what each of those tensors is to it.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, parameter: Parameter):
         self.parameter = parameter
@@ -30,6 +36,11 @@ class ParamMapping:
         """The on-disk tensors, in the order in which they are fused."""
         return self.parameter.sources
 
+    @property
+    def hf_param(self) -> dict[str, str]:
+        """The on-disk tensors by role."""
+        return dict(zip(self.roles, self.hf_params, strict=True))
+
     def hf_to_megatron(self, tensors: dict[str, Tensor]) -> Tensor:
         """The rank's value, cut from whole dequantised tensors.
 
@@ -39,7 +50,7 @@ class ParamMapping:
         return shard(self.parameter, tensors)
 
     def megatron_to_hf(self, value: Tensor) -> dict[str, Tensor]:
-        """The whole on-disk tensors out of a value that holds all of them (tensor parallel size 1).
+        """The parameter's share of each on-disk tensor: all of it where one rank holds it whole.
 
         Raises:
             ValueError: the value's shape is not the parameter's.
@@ -49,13 +60,43 @@ class ParamMapping:
         return {source: unshard(places, held) for source, places in placements({0: [self.parameter]}).items()}
 
 
+class QKVMapping(ParamMapping):
+    """Query, key and value projections in one matrix: per key/value group its query heads, its key, its value."""
+
+    roles = ("q", "k", "v")
+
+
+class GatedMLPMapping(ParamMapping):
+    """An expert's gate and up projection, one over the other; so on every expert-tensor-parallel rank."""
+
+    roles = ("gate", "up")
+
+
+class FullDimQKNormMapping(ParamMapping):
+    """A norm's weight over all heads at once; a rank has its own heads' part, ranks that share a key head the same."""
+
+
+MAPPINGS: dict[Layout, type[ParamMapping]] = {
+    Layout.QKV: QKVMapping,
+    Layout.GATE_UP: GatedMLPMapping,
+    Layout.QUERY_HEADS: FullDimQKNormMapping,
+    Layout.KEY_HEADS: FullDimQKNormMapping,
+}
+
+
+def _mapping(parameter: Parameter) -> ParamMapping:
+    key = find(parameter.sources[0], Dialect.HF_DISK)
+    assert key is not None
+    return MAPPINGS.get(key.row.layout, ParamMapping)(parameter)
+
+
 class MappingRegistry:
     """The mappings of every parameter of one rank, in model order."""
 
     def __init__(self, config: ModelConfig, dialect: Dialect, parallelism: Parallelism | None = None, rank: int = 0):
-        self.dialect = dialect
-        held = parameters(config, parallelism or Parallelism(), rank, dialect)
-        self._by_name = {(parameter.chunk, parameter.name): ParamMapping(parameter) for parameter in held}
+        self.config, self.dialect, self.parallelism, self.rank = config, dialect, parallelism or Parallelism(), rank
+        held = parameters(config, self.parallelism, rank, dialect)
+        self._by_name = {(parameter.chunk, parameter.name): _mapping(parameter) for parameter in held}
         self._by_source = {source: mapping for mapping in self for source in mapping.hf_params}
 
     def __iter__(self) -> Iterator[ParamMapping]:
@@ -84,21 +125,23 @@ class MappingRegistry:
             raise ValueError(f"{name}: no parameter of this rank is made of it")
         return self._by_source[name]
 
-    def bind(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's parameters and persistent buffers by name, proven to be exactly those of the registry.
+    def bind(self, chunks: list[nn.Module]) -> dict[tuple[int, str], Tensor]:
+        """The parameters and persistent buffers of this rank's chunks by chunk and name: exactly those of the registry.
 
         Raises:
             ValueError: the model has another parameter, lacks one, or has one of another shape.
         """
-        state = model_state(model)
-        for mapping in self:
-            name = mapping.megatron_param
-            if name not in state:
+        states = enumerate(map(model_state, chunks))
+        state = {(chunk, name): value for chunk, held in states for name, value in held.items()}
+        for (chunk, name), mapping in self._by_name.items():
+            if (chunk, name) not in state:
                 raise ValueError(f"{name}: the model lacks this parameter; build it with minimax_m2_layer_spec")
-            _check_shape(name, state[name], mapping.parameter.shape)
-        unknown = state.keys() - {mapping.megatron_param for mapping in self}
+            _check_shape(name, state[chunk, name], mapping.parameter.shape)
+        unknown = state.keys() - self._by_name.keys()
         if unknown:
-            raise ValueError(f"{min(unknown)}: the model has this parameter, MiniMax-M2 does not ({len(unknown)} such)")
+            raise ValueError(
+                f"{min(unknown)[1]}: the model has this parameter, MiniMax-M2 does not ({len(unknown)} such)"
+            )
         return state
 
 
@@ -108,23 +151,33 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
-def model_dialect(model: nn.Module) -> Dialect:
-    """Which layer spec a model was built from, by its parameters' names.
+def model_dialects(states: list[dict[str, Tensor]]) -> tuple[Dialect, ...]:
+    """The layer specs that the parameters of a rank's chunks can be of, by their names.
 
     Raises:
         ValueError: neither the Transformer Engine nor the local spec of MiniMax-M2.
     """
-    names = model_state(model).keys()
-    for dialect in (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL):
-        if all(find(name, dialect) for name in names):
-            return dialect
+    names = [name for state in states for name in state]
+    both = (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL)
+    possible = tuple(dialect for dialect in both if all(find(name, dialect) for name in names))
+    if possible:
+        return possible
     unknown = next(name for name in names if not find(name, Dialect.MEGATRON_LOCAL))
     raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with minimax_m2_layer_spec")
+
+
+def model_dialect(model: nn.Module) -> Dialect:
+    """Which layer spec a model was built from.
+
+    Raises:
+        ValueError: as in `model_dialects`.
+    """
+    return model_dialects([model_state(model)])[0]
 
 
 def _check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(
             f"{name}: found shape {list(value.shape)}, expected {list(expected)}; model and checkpoint have different "
-            "sizes, or the model is sharded and this process holds one shard"
+            "sizes"
         )

@@ -1,12 +1,11 @@
 """MiniMax-M2 between Hugging Face checkpoints and megatron-core models.
 
-One bridge stands for one source checkpoint. Weights stream: one parameter is read, dequantised and copied at a time,
-and one is exported at a time, so that beyond the model itself little memory is needed. A model that goes back to FP8 is
-re-encoded on the source's scales wherever a block is untouched (`reference.fp8.requantize_blockwise`), which makes an
-untouched weight byte-identical; everything that megatron-core has no place for (MTP layers, tokenizer, unknown config
-keys) is carried from the source.
-
-Today one process holds the whole model.
+One bridge stands for one source checkpoint. Weights stream between its files and the ranks that hold the model: each
+rank reads its own slices (`bridge.live_loading`), collects what it is to hand out (`bridge.live_export`) and writes its
+own files (`bridge.live_saving`), so that beyond the model little memory is needed. A model that goes back to FP8 is
+re-encoded on the source's scales wherever a block is untouched (`compiled.requantize`), which makes an untouched weight
+byte-identical; everything that megatron-core has no place for (MTP layers, tokenizer, unknown config keys) is carried
+from the source.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,15 +18,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint
-from bridge.hf_writer import SHARD_BYTES, HFWriter
+from bridge.hf_folder import SHARD_BYTES
 from bridge.hub import checkpoint_folder
-from bridge.mapping import MappingRegistry, model_dialect
+from bridge.live_agreement import together
+from bridge.live_export import To, export_weights
+from bridge.live_form import Form
+from bridge.live_layout import live_model
+from bridge.live_loading import load_weights
+from bridge.live_model import build_model
+from bridge.live_saving import save_weights
+from bridge.mapping import MappingRegistry
 from bridge.progress import Track, untracked
-from bridge.provider import build_gpt_model, gpt_model_arguments, transformer_config
-from reference.checkpoint import SCALE_SUFFIX, check_tensors, is_mtp, is_quantized
+from bridge.provider import gpt_model_arguments, transformer_config
+from bridge.target_config import target_config
+from bridge.weights import HFWeights
+from reference.checkpoint import SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig, QuantizationConfig
-from reference.fp8 import FP8, dequantize_blockwise, quantize_blockwise, requantize_blockwise
+from reference.fp8 import FP8, dequantize_blockwise
 from reference.names import Dialect
+from reference.parallelism import Parallelism
 
 
 class GPTModelProvider(NamedTuple):
@@ -46,9 +55,8 @@ class MiniMaxM2Bridge:
     """
 
     def __init__(self, checkpoint: HFCheckpoint):
-        self.checkpoint = checkpoint
-        self.config = ModelConfig.from_hf(checkpoint.config)
-        check_tensors({name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}, self.config)
+        self._weights = HFWeights(checkpoint)
+        self.checkpoint, self.config = checkpoint, self._weights.config
 
     @classmethod
     def from_hf_pretrained(cls, path_or_hub_id: str | Path, *, revision: str | None = None) -> Self:
@@ -79,9 +87,11 @@ class MiniMaxM2Bridge:
         megatron = transformer_config(self.config, params_dtype=params_dtype, **overrides)
         return GPTModelProvider(megatron, gpt_model_arguments(self.config))
 
-    def mapping_registry(self, dialect: Dialect = Dialect.MEGATRON_LOCAL) -> MappingRegistry:
-        """How each megatron-core parameter is made of on-disk tensors, under the names of a layer spec."""
-        return MappingRegistry(self.config, dialect)
+    def mapping_registry(
+        self, dialect: Dialect = Dialect.MEGATRON_LOCAL, parallelism: Parallelism | None = None, rank: int = 0
+    ) -> MappingRegistry:
+        """How each megatron-core parameter of a rank is made of on-disk tensors, under the names of a layer spec."""
+        return MappingRegistry(self.config, dialect, parallelism, rank)
 
     def maybe_modify_loaded_hf_weight(
         self,
@@ -117,51 +127,79 @@ class MiniMaxM2Bridge:
 
     def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """A weight of the source, dequantised to `dtype` if it is float8, else as it is on disk."""
-        return self._weight(name, _Lazy(self.checkpoint), dtype)
+        return self._weights.read_weight(name, dtype=dtype)
 
     def to_megatron_model(
-        self, *, params_dtype: torch.dtype = torch.bfloat16, load_weights: bool = True, **overrides: Any
-    ) -> GPTModel:
-        """A `GPTModel` of this checkpoint with its weights; `overrides` are `TransformerConfig` fields.
+        self,
+        *,
+        params_dtype: torch.dtype = torch.bfloat16,
+        load_weights: bool = True,
+        track: Track = untracked,
+        **settings: Any,
+    ) -> GPTModel | list[GPTModel]:
+        """This rank's part of a `GPTModel` of this checkpoint, with its weights: one chunk, or the list of its chunks.
 
-        Call it inside `bridge.single_process.model_parallel()`, or where megatron-core is set up already.
+        Call it inside `bridge.single_process.model_parallel(...)`, or where megatron-core is set up already: the
+        parallel sizes are those of its process groups. `settings` are `bridge.live_model.build_model`'s.
         """
-        overrides = {"perform_initialization": not load_weights, **overrides}
-        model = build_gpt_model(self.config, params_dtype=params_dtype, **overrides)
+        settings = {"perform_initialization": not load_weights, **settings}
+        with together():
+            model = build_model(self.config, params_dtype=params_dtype, **settings)
         if load_weights:
-            self.load_hf_weights(model)
+            self.load_hf_weights(model, track=track)
         return model
 
-    @torch.no_grad()
-    def load_hf_weights(self, model: nn.Module, *, track: Track = untracked) -> None:
-        """Fill a model with the source's weights, each rounded once to its parameter's dtype.
+    def load_hf_weights(self, model: nn.Module | list[nn.Module], *, track: Track = untracked) -> None:
+        """Fill a model with the source's weights, each rounded once to its parameter's dtype; all ranks must call it.
+
+        Each rank reads only the bytes of its own slices from the files (`bridge.live_loading`).
 
         Raises:
             ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is
-                damaged.
+                damaged. All ranks raise the same.
         """
-        registry = self.mapping_registry(model_dialect(model))
-        state = registry.bind(model)
-        for mapping in track(registry, "load", len(registry)):
-            target = state[mapping.megatron_param]
-            tensors = {name: self.read_weight(name, dtype=target.dtype) for name in mapping.hf_params}
-            target.copy_(mapping.hf_to_megatron(tensors))
+        load_weights(live_model(model, self.config), self.checkpoint, self.config, track=track)
 
-    @torch.no_grad()
-    def export_hf_weights(self, model: nn.Module, *, track: Track = untracked) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the model under its on-disk name, in the parameter's dtype, one parameter at a time.
+    def export_hf_weights(
+        self,
+        model: nn.Module | list[nn.Module],
+        dtype: Literal["bf16", "fp8", "source"] = "bf16",
+        *,
+        to: To = "all",
+        scales: Literal["source", "fresh"] = "source",
+        device: str | torch.device | None = None,
+        track: Track = untracked,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the model under its on-disk name, in model order and in bounded memory.
+
+        All ranks must call it, and go through all of what it gives.
+
+        Args:
+            model: the model, or the list of this rank's chunks.
+            dtype: of the linear layers: "bf16"; "fp8", each followed by its `<name>_scale_inv`; or the "source"'s.
+                Everything else has the source's dtype.
+            to: which rank is given a tensor: "all" are (weight sync), or one rank by its number; "spread" gives each
+                to one rank, evenly.
+            scales: of float8: the "source"'s wherever a block is untouched, or all "fresh".
+            device: "cpu" for host memory; None for the parameters' device.
+            track: shows progress.
 
         Raises:
-            ValueError: the model is not this checkpoint's.
+            ValueError: an argument is none of these, or the model is not this checkpoint's; later, a weight that is not
+                finite, or a source file that changed. All ranks raise the same.
         """
-        registry = self.mapping_registry(model_dialect(model))
-        state = registry.bind(model)
-        for mapping in track(registry, "export", len(registry)):
-            yield from mapping.megatron_to_hf(state[mapping.megatron_param].detach()).items()
+        choices = {"dtype": (dtype, ("bf16", "fp8", "source")), "scales": (scales, ("source", "fresh"))}
+        for what, (found, allowed) in choices.items():
+            if found not in allowed:
+                raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, found {found!r}")
+        quantized = dtype == "fp8" or (dtype == "source" and self.config.quantization is not None)
+        target, _ = self._target_config("fp8" if quantized else None)
+        live = live_model(model, self.config)
+        return export_weights(live, Form(self.checkpoint, target, live.dtypes, scales), to, device=device, track=track)
 
     def save_hf_pretrained(
         self,
-        model: nn.Module,
+        model: nn.Module | list[nn.Module],
         out: str | Path,
         *,
         quantization: Literal["fp8"] | None = "fp8",
@@ -169,87 +207,41 @@ class MiniMaxM2Bridge:
         max_shard_bytes: int = SHARD_BYTES,
         track: Track = untracked,
     ) -> None:
-        """Write the model as a Hugging Face checkpoint, whole or not at all.
+        """Write the model as a Hugging Face checkpoint, whole or not at all; all ranks must call it, and all write.
 
         Args:
-            model: the model.
-            out: a folder, new or empty.
+            model: the model, or the list of this rank's chunks.
+            out: a folder, new or empty, that all ranks can write to.
             quantization: "fp8" stores linear layers as float8: on the source's scales where a block is untouched, on
                 fresh ones elsewhere. None stores them as bfloat16. Everything else has the source's dtype.
             overwrite: replace a checkpoint that is in `out`; it stays whole until the new one is.
-            max_shard_bytes: size of a file; as much is held in memory.
+            max_shard_bytes: size of a file.
             track: shows progress.
 
         Raises:
-            ValueError: `out` cannot be used, or the model is not this checkpoint's; nothing is written then.
+            ValueError: `out` cannot be used, or the model is not this checkpoint's; nothing is written then. A weight
+                is not finite, or the disk is full; then `out` is left as it was. All ranks raise the same.
         """
         if quantization not in ("fp8", None):
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
         if Path(out).resolve() == self.checkpoint.folder.resolve():
             raise ValueError(f"{out}: is the source checkpoint itself, whose scales are still needed; write elsewhere")
-        self.mapping_registry(model_dialect(model)).bind(model)
-        target_config, config_json = self._target_config(quantization)
-        with HFWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
-            for name, value in self.export_hf_weights(model, track=track):
-                for stored_name, stored in self._stored(name, value.cpu(), target_config):
-                    writer.add(stored_name, stored)
-            for name in self.mtp_tensors:
-                writer.add(name, self.checkpoint.read(name))
-            for path in self.checkpoint.carried_files():
-                writer.add_file(self.checkpoint.folder / path, path)
-            writer.finish(config_json)
+        target, config_json = self._target_config(quantization)
+        save_weights(
+            live_model(model, self.config),
+            self.checkpoint,
+            target,
+            config_json,
+            out,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            track=track,
+        )
 
-    def _stored(self, name: str, value: Tensor, target: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """A weight as it goes on disk: float8 and scales, or the dtype it has in the source."""
-        source_dtype = self.checkpoint.tensors[name].dtype
-        if not is_quantized(name, target):
-            yield name, value.to(torch.bfloat16 if source_dtype == FP8 else source_dtype)
-            return
-        assert target.quantization is not None
-        block_size = target.quantization.block_size
-        if source_dtype == FP8:
-            scale_inv = self.checkpoint.read(name + SCALE_SUFFIX)
-            weight, scale_inv = requantize_blockwise(value, scale_inv, block_size=block_size, name=name)
-        else:
-            weight, scale_inv = quantize_blockwise(value, block_size=block_size, name=name)
-        yield name, weight
-        yield name + SCALE_SUFFIX, scale_inv
-
-    def _target_config(self, quantization: str | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:
+    def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:
         """The config of what is written: the source's own bytes, unless it gains or loses its quantisation."""
-        raw = dict(self.checkpoint.config)
-        if (quantization is None) == (self.config.quantization is None):
+        raw = self.checkpoint.config
+        written = target_config(raw, quantization or "none")
+        if written == raw:
             return self.config, (self.checkpoint.folder / CONFIG_NAME).read_bytes()
-        if quantization is None:
-            del raw["quantization_config"]
-        else:
-            raw["quantization_config"] = FP8_SECTION
-        return ModelConfig.from_hf(raw), raw
-
-
-FP8_SECTION: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "float8_e4m3fn",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [QuantizationConfig().block_size] * 2,
-    "modules_to_not_convert": list(QuantizationConfig().modules_to_not_convert),
-}
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """A checkpoint as a state dict whose tensors are read when asked for."""
-
-    def __init__(self, checkpoint: HFCheckpoint):
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._checkpoint.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.tensors)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.tensors)
+        return ModelConfig.from_hf(written), written

@@ -84,6 +84,8 @@ def export_checkpoint(
             not finite, a file changed, or `out` is not fit.
         OSError: the disk is full, or a worker died; what was finished is kept.
     """
+    if job.scales not in ("source", "fresh"):
+        raise ValueError(f"scales must be 'source' or 'fresh', found {job.scales!r}")
     job = job._replace(
         megatron=str(Path(job.megatron).resolve()), source=job.source and str(Path(job.source).resolve())
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from bridge.planning import Plan, Tile, compact, experts_of, gigabytes, holds, runs, summary, tiles
+from bridge.plan_report import compact, experts_of, gigabytes, holds, runs, summary
+from bridge.planning import Plan, Tile, tiles
 
 MOST_ROWS = 64  # more ranks than this are drawn together
 FONT, CHARACTER = 12, 7.3  # pixels: the font's size, and the width of one character with some room

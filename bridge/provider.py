@@ -127,6 +127,7 @@ def build_gpt_model(
     *,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
+    vocab_size: int | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -135,7 +136,8 @@ def build_gpt_model(
     """This rank's part of the model, on the current CUDA device or else on the CPU.
 
     Call it inside `bridge.single_process.model_parallel()`, or in a trainer that has set up megatron-core.
-    `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next.
+    `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next. `vocab_size` is
+    the padded vocabulary's, where embedding and head are to have more rows than there are tokens.
     """
     megatron = transformer_config(config, params_dtype=params_dtype, backend=backend, **overrides)
     model = GPTModel(
@@ -144,7 +146,7 @@ def build_gpt_model(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
-        **gpt_model_arguments(config),
+        **gpt_model_arguments(config) | ({} if vocab_size is None else {"vocab_size": vocab_size}),
     )
     # Made on the CPU, as transformers does: CUDA's power function differs in the last bit.
     inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge.hf_writer import check_target
+from bridge.hf_files import CONFIG_NAME
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
 from bridge.provider import build_gpt_model
 from bridge.reference_logits import reference_logits
 from bridge.single_process import model_parallel
+from bridge.staging import check_target
 from bridge.verify import Comparison, compare_checkpoints
 
 
@@ -102,7 +103,9 @@ def roundtrip(
     Raises:
         ValueError: the checkpoint is damaged, or `out` cannot be used.
     """
-    check_target(out, overwrite)  # now, not after the model has been built
+    check_target(
+        Path(out).absolute(), overwrite=overwrite, marker=CONFIG_NAME
+    )  # now, not after the model has been built
     truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
     with model_parallel():
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.

@@ -16,10 +16,10 @@ from torch import Tensor
 from bridge.hf_folder import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.progress import Track, untracked
 from bridge.staging import Staging
-from bridge.target_config import FP8_SECTION
+from bridge.target_config import FP8_SECTION, stored_tensors
 from reference.checkpoint import SCALE_SUFFIX, TensorSpec, expected_tensors
-from reference.config import FP8_BLOCK, ModelConfig
-from reference.fp8 import FP8, quantize_blockwise, scale_grid
+from reference.config import ModelConfig
+from reference.fp8 import FP8, quantize_blockwise
 
 # In the released files' dialect, with keys that the model does not need, as those files have them.
 SMALL_CONFIG: dict[str, Any] = {
@@ -80,7 +80,8 @@ def make_checkpoint(
     """
     model = ModelConfig.from_hf(config)
     generator = torch.Generator().manual_seed(seed)
-    groups = [_group(name, spec) for name, spec in expected_tensors(model).items() if not name.endswith(SCALE_SUFFIX)]
+    specs = expected_tensors(model).items()
+    groups = [_group(name, spec, model) for name, spec in specs if not name.endswith(SCALE_SUFFIX)]
     for layer in range(model.num_hidden_layers, model.num_hidden_layers + mtp_layers):
         for name in ("enorm.weight", "hnorm.weight"):
             groups.append({f"model.layers.{layer}.{name}": TensorPlan(torch.bfloat16, (model.hidden_size,))})
@@ -93,11 +94,9 @@ def make_checkpoint(
         staging.publish()
 
 
-def _group(name: str, spec: TensorSpec) -> dict[str, TensorPlan]:
-    if spec.dtypes == (FP8,):
-        grid = scale_grid(spec.shape, FP8_BLOCK)
-        return {name: TensorPlan(FP8, spec.shape), name + SCALE_SUFFIX: TensorPlan(torch.float32, grid)}
-    return {name: TensorPlan(torch.float32 if name.endswith(_FLOAT32) else torch.bfloat16, spec.shape)}
+def _group(name: str, spec: TensorSpec, model: ModelConfig) -> dict[str, TensorPlan]:
+    plain = torch.float32 if name.endswith(_FLOAT32) else torch.bfloat16
+    return stored_tensors(name, spec.shape, model, plain)
 
 
 def _tensors(file: FilePlan, model: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -108,7 +107,8 @@ def _tensors(file: FilePlan, model: ModelConfig, generator: torch.Generator) -> 
         if plan.dtype != FP8:
             yield name, value.to(plan.dtype)
             continue
-        weight, scale_inv = quantize_blockwise(value, name=name)
+        assert model.quantization is not None
+        weight, scale_inv = quantize_blockwise(value, block_size=model.quantization.block_size, name=name)
         yield name, weight
         yield name + SCALE_SUFFIX, scale_inv
 

@@ -129,8 +129,8 @@ def write_states(folder: Path, unit: int, config: ModelConfig, common: dict[str,
 def finish(folder: Path, chunks: Iterable[Chunk], stored: Iterable[Stored]) -> None:
     """Write `metadata.json` and `.metadata`: from here on the folder is a checkpoint.
 
-    pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a worker
-    and by an earlier run give the same bytes.
+    pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
+    worker and by an earlier run give the same bytes.
     """
     write_bytes(folder / FORMAT_NAME, json.dumps(FORMAT).encode())
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -164,7 +164,9 @@ def _write(folder: Path, unit: int, items: list[WriteItem], make: dict) -> list[
     try:
         results = _Writer(folder).write_data(plan, _LazyPlanner(make)).value()
     except RuntimeError as error:  # what torch's archive says of the bytes it could not write
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     stored = []
     for result in results:
         start, info = result.index.offset, result.storage_data
@@ -262,7 +264,9 @@ class TorchDistCheckpoint:
             out = torch.empty(shape, dtype=entry.properties.dtype)
             region = ChunkStorageMetadata(torch.Size(start), torch.Size(shape))
             chunks = self._chunks[key]
-            near = chunks.get(start[: len(next(iter(chunks), ()))], [])
+            leading = len(next(iter(chunks), ()))
+            one = all(size == 1 for size in shape[:leading])  # else every chunk has one row, and more are wanted
+            near = chunks.get(start[:leading], []) if one else entry.chunks
             items = create_read_items_for_chunk_list(key, replace(entry, chunks=near), [region])
             files = {self._reader.storage_data[item.storage_index].relative_path for item in items}
             covered = sum(item.lengths.numel() for item in items)

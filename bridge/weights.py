@@ -4,6 +4,7 @@
 of one. `open_weights` tells which format a folder has.
 """
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint, read_object
 from bridge.torch_dist import TorchDistCheckpoint
 from compiled.fp8 import dequantize_blockwise
-from reference.checkpoint import SCALE_SUFFIX, check_tensors
+from reference.checkpoint import SCALE_SUFFIX, check_tensors, parameter_count
 from reference.config import ModelConfig, QuantizationConfig
 from reference.dist_checkpoint import Entry, entries
 from reference.fp8 import FP8
@@ -30,8 +31,8 @@ class HFWeights:
         ValueError: it is not a whole MiniMax-M2.
     """
 
-    def __init__(self, path: Path | str):
-        self.checkpoint = HFCheckpoint(path)
+    def __init__(self, source: HFCheckpoint | Path | str):
+        self.checkpoint = source if isinstance(source, HFCheckpoint) else HFCheckpoint(source)
         self.config = ModelConfig.from_hf(self.checkpoint.config)
         check_tensors({name: (info.dtype, info.shape) for name, info in self.checkpoint.tensors.items()}, self.config)
 
@@ -131,6 +132,12 @@ def beside(checkpoint: TorchDistCheckpoint) -> Path:
 
 
 def _entries(checkpoint: TorchDistCheckpoint, config: ModelConfig) -> list[Entry]:
+    asked, stored = parameter_count(config), sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    if asked > 2 * stored:  # a wrong config.json may ask for more layers than can be listed
+        raise ValueError(
+            f"{checkpoint.folder}: holds {stored} weights and config.json describes {asked}; checkpoint and config do "
+            "not belong together"
+        )
     together, apart = (list(entries(config, layer_keys=layer_keys)) for layer_keys in (False, True))
     found = together if any(entry.key in checkpoint.shapes for entry in together if entry.index) else apart
     for entry in found:

@@ -11,7 +11,7 @@ Source: the released files' headers (96,103 tensors for M2.7).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from reference.names import TABLE, Dialect, Row, Scope, find, instances
 
 SCALE_SUFFIX = "_scale_inv"
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_PROBLEMS = 10_000
 
 # Shape of each on-disk tensor, by the end of its name, in sizes of the model; True where quantisation applies.
 _SHAPES: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -87,18 +88,20 @@ def _covers(module: str, name: str) -> bool:
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint on disk, scales included, in model order."""
-    expected: dict[str, TensorSpec] = {}
+    return dict(_expected(config))
+
+
+def _expected(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
     for row, layer, expert in instances(config):
         names = row.format(Dialect.HF_DISK, layer, expert)
         for name, shape in zip(names, source_shapes(row, config), strict=True):
             if is_quantized(name, config):
                 assert config.quantization is not None
                 grid = scale_grid(shape, config.quantization.block_size)
-                expected[name] = TensorSpec((FP8,), shape)
-                expected[name + SCALE_SUFFIX] = TensorSpec((torch.float32,), grid)
+                yield name, TensorSpec((FP8,), shape)
+                yield name + SCALE_SUFFIX, TensorSpec((torch.float32,), grid)
             else:
-                expected[name] = TensorSpec(PLAIN_DTYPES, shape)
-    return expected
+                yield name, TensorSpec(PLAIN_DTYPES, shape)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -118,16 +121,22 @@ def is_mtp(name: str, config: ModelConfig) -> bool:
 
 
 def problems(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> list[str]:
-    """Everything that is wrong with a checkpoint's (dtype, shape) by name; each entry names a tensor and a remedy."""
-    expected = expected_tensors(config)
+    """What is wrong with a checkpoint's (dtype, shape) by name; each entry names a tensor and a remedy.
+
+    At most `MOST_PROBLEMS`: a config.json that is wrong may ask for any number of layers.
+    """
+    expected: set[str] = set()
     bad = []
-    for name in expected:
+    for name, spec in _expected(config):
+        expected.add(name)
         if name not in found:
             bad.append(_missing(name))
-        elif complaint := _mismatch(name, *found[name], expected[name]):
+        elif complaint := _mismatch(name, *found[name], spec):
             bad.append(complaint)
+        if len(bad) == MOST_PROBLEMS:
+            return bad
     bad += [_unexpected(name, found) for name in found if name not in expected and not is_mtp(name, config)]
-    return bad
+    return bad[:MOST_PROBLEMS]
 
 
 def check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> None:
@@ -138,7 +147,8 @@ def check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], conf
     """
     bad = problems(found, config)
     if bad:
-        more = f"\n... and {len(bad) - 8} more" if len(bad) > 8 else ""
+        at_least = "at least " if len(bad) == MOST_PROBLEMS else ""
+        more = f"\n... and {at_least}{len(bad) - 8} more" if len(bad) > 8 else ""
         raise ValueError("\n".join(bad[:8]) + more)
 
 

@@ -7,6 +7,7 @@ another model. Field names are Hugging Face's. Keys that do not change the compu
 carries the file itself.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -76,9 +77,7 @@ class ModelConfig:
             if field.type is int:
                 _require_positive_int(field.name, getattr(self, field.name))
         for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, found {value!r}")
+            _require_positive_number(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
@@ -114,9 +113,10 @@ class ModelConfig:
         _require_fixed(config, _FIXED, "config.json")
         if "model_type" not in config:
             raise ValueError("config.json has no model_type; expected 'minimax_m2'")
-        attention_types = set(config.get("attn_type_list") or [1])
-        if attention_types != {1}:
-            raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {sorted(attention_types)}")
+        kinds = config.get("attn_type_list") or [1]
+        if not isinstance(kinds, list) or any(kind != 1 for kind in kinds):
+            found = f"[{', '.join(sorted(set(map(repr, kinds))))}]" if isinstance(kinds, list) else repr(kinds)
+            raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {found}")
 
         head_dim = cls.head_dim if config.get("head_dim") is None else config["head_dim"]
         _require_positive_int("head_dim", head_dim)
@@ -131,8 +131,13 @@ class ModelConfig:
 
 
 def _require_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
         raise ValueError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _require_positive_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a positive number, found {value!r}")
 
 
 def _require_fixed(mapping: Mapping[str, Any], supported: dict[str, tuple[Any, ...]], where: str) -> None:
@@ -162,6 +167,7 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -
     for where, section in (("", config), ("rope_parameters.", parameters)):
         factor = section.get("partial_rotary_factor")
         if factor is not None:
+            _require_positive_number(f"{where}partial_rotary_factor", factor)
             widths[f"{where}partial_rotary_factor x head_dim"] = round(factor * head_dim, 6)  # 58/112 * 112 < 58
     if not widths:
         raise ValueError(
@@ -173,6 +179,8 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -
         for where, section in (("", config), ("rope_parameters.", parameters))
         if section.get("rope_theta") is not None
     }
+    for name, theta in thetas.items():
+        _require_positive_number(name, theta)
     width = _agreed(widths)
     if width != int(width):
         raise ValueError(f"the rotary width must be a whole number of channels, found {widths}")
@@ -188,14 +196,18 @@ def _agreed(candidates: dict[str, float]) -> float:
 def _read_quantization(section: Mapping[str, Any] | None) -> QuantizationConfig | None:
     if section is None:
         return None
+    if not isinstance(section, Mapping):
+        raise ValueError(f"quantization_config must be an object, found {section!r}")
     if "quant_method" not in section:
         raise ValueError("quantization_config has no quant_method; expected 'fp8'")
     _require_fixed(section, _QUANTIZATION_FIXED, "quantization_config")
     block = section.get("weight_block_size") or [FP8_BLOCK, FP8_BLOCK]
-    if len(block) != 2 or block[0] != block[1]:
+    if not isinstance(block, list) or len(block) != 2 or block[0] != block[1]:
         raise ValueError(f"weight_block_size must be two equal sizes such as [128, 128], found {block!r}")
     _require_positive_int("weight_block_size", block[0])
     excluded = section.get("modules_to_not_convert")
     if excluded is None:
         return QuantizationConfig(block_size=block[0])
+    if not isinstance(excluded, list) or not all(isinstance(module, str) for module in excluded):
+        raise ValueError(f"modules_to_not_convert must be a list of names, found {excluded!r}")
     return QuantizationConfig(block_size=block[0], modules_to_not_convert=tuple(excluded))

@@ -113,7 +113,7 @@ def plan(
     Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted.
     """
     with reporting():
-        from bridge import planning
+        from bridge import plan_report, planning
         from bridge.plan_picture import write_picture
 
         config = planning.read_config(path)
@@ -129,14 +129,14 @@ def plan(
             write_picture(found, picture)
         advice = planning.advice(found)  # None when it fits
     if as_json:
-        say_json(planning.to_json(found))
+        say_json(plan_report.to_json(found))
     elif is_speaker():
-        headings, rows = planning.table(found)
+        headings, rows = plan_report.table(found)
         say(str(path), rows, columns=tuple(headings))
         if advice and advice.fits:
-            headings, rows = planning.advice_rows(advice)
+            headings, rows = plan_report.advice_rows(advice)
             say("", rows, columns=tuple(headings))
-        for line in planning.summary(found, advice):
+        for line in plan_report.summary(found, advice):
             output.print(escape(line), soft_wrap=True, highlight=False)
     if advice:
         raise typer.Exit(1)

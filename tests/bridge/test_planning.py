@@ -18,26 +18,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bridge import planning
+from bridge import plan_report, planning
 from bridge.plan_picture import CHARACTER, FONT, PARTS, picture, write_picture
-from bridge.planning import (
-    NOT_COUNTED,
-    Plan,
-    advice,
-    advice_rows,
-    compact,
-    flags,
-    layout,
-    parse_layers,
-    parse_memory,
-    plan,
-    read_config,
-    runs,
-    summary,
-    table,
-    tiles,
-    to_json,
-)
+from bridge.plan_report import NOT_COUNTED, advice_rows, compact, flags, runs, summary, table, to_json
+from bridge.planning import Plan, advice, layout, parse_layers, parse_memory, plan, read_config, tiles
 from bridge.provider import build_gpt_model
 from bridge.single_process import model_parallel
 from reference.config import ModelConfig
@@ -347,7 +331,7 @@ def test_advice_can_be_followed():
         again = full_plan(64, distributed_optimizer=on, **sizes)
         assert again.parallelism == fit.parallelism
         assert again.headroom >= 0
-        assert planning.gigabytes(again.largest) == largest
+        assert plan_report.gigabytes(again.largest) == largest
 
 
 def test_options_name_layers_that_are_not_the_default():

@@ -12,7 +12,8 @@ import pytest
 
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
-from reference.memory import Bytes, Holding, advise, default_layers, holdings, layouts, training_bytes
+from reference.layouts import advise, default_layers, layouts
+from reference.memory import Bytes, Holding, holdings, training_bytes
 from reference.names import Dialect
 from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
 from reference.sharding import parameters

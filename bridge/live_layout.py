@@ -1,0 +1,178 @@
+"""Where a live megatron-core model stands: its parallel layout, read from the process groups and from the model itself.
+
+Nothing is asked of the user that the program knows already. The sizes are megatron-core's, the layers of each stage are
+those that the chunks hold, the padded vocabulary is the embedding's. What `reference.sharding` assumes of a layout is
+checked on the way: the order of ranks, layers that follow one another from stage to stage, experts that do from rank to
+rank. Every rank learns what all ranks found, so all come to the same answer or the same error.
+"""
+
+from typing import NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor, distributed, nn
+
+from bridge.live_agreement import gather, together
+from bridge.mapping import MappingRegistry, model_dialects, model_state
+from reference.config import ModelConfig
+from reference.names import Dialect, Row, find
+from reference.parallelism import Parallelism
+
+
+class LiveModel(NamedTuple):
+    """A model that ranks share: this rank's tensors by (chunk, name), and where it stands.
+
+    `dtypes` are the parameters' of the whole model, by row of `reference.names.TABLE`.
+    """
+
+    registry: MappingRegistry
+    state: dict[tuple[int, str], Tensor]
+    dtypes: dict[Row, torch.dtype]
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return self.registry.parallelism
+
+    @property
+    def rank(self) -> int:
+        return self.registry.rank
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.state.values())).device if self.state else torch.device(torch.cuda.current_device())
+
+
+class _Facts(NamedTuple):
+    """What one rank knows. Layers and experts are counted over the model, from 0."""
+
+    sizes: dict[str, int]
+    at: dict[str, int]
+    layers: list[list[int]]
+    experts: set[tuple[int, ...]]
+    vocabulary: set[int]
+    dialects: tuple[Dialect, ...]
+    dtypes: dict[str, torch.dtype]
+
+
+def live_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> LiveModel:
+    """Read the layout of a model; all ranks must call it. `model` is one chunk, or the list of a rank's chunks.
+
+    Raises:
+        ValueError: megatron-core is not set up; the ranks, layers or experts lie in another order than
+            `reference.sharding` has them; or a chunk is not this config's. All ranks raise the same.
+    """
+    if not (distributed.is_initialized() and parallel_state.model_parallel_is_initialized()):
+        raise ValueError(
+            "megatron-core's process groups are not there: enter bridge.single_process.model_parallel(), or call "
+            "megatron.core.parallel_state.initialize_model_parallel() first"
+        )
+    chunks = unwrap_model(model if isinstance(model, list) else [model])
+    with together():
+        facts = _facts(chunks)
+    everyone = gather(facts)
+    with together():
+        parallelism = _parallelism(everyone, config)
+        registry = MappingRegistry(config, _dialect(everyone), parallelism, distributed.get_rank())
+        return LiveModel(registry, registry.bind(chunks), _dtypes(everyone))
+
+
+def _facts(chunks: list[nn.Module]) -> _Facts:
+    states = [model_state(chunk) for chunk in chunks]
+    dialects = model_dialects(states)
+    layers = [list(chunk.decoder.layers) for chunk in chunks]
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    tables = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return _Facts(
+        sizes={
+            "tp": tp,
+            "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+            "vpp": len(chunks),
+            "ep": parallel_state.get_expert_model_parallel_world_size(),
+            "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+            "cp": parallel_state.get_context_parallel_world_size(),
+            "dp": parallel_state.get_data_parallel_world_size(),
+        },
+        at={
+            "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "pp": parallel_state.get_pipeline_model_parallel_rank(),
+            "ep": parallel_state.get_expert_model_parallel_rank(),
+            "etp": parallel_state.get_expert_tensor_parallel_rank(),
+            "cp": parallel_state.get_context_parallel_rank(),
+            "dp": parallel_state.get_data_parallel_rank(),
+        },
+        layers=[[layer.layer_number - 1 for layer in of_chunk] for of_chunk in layers],
+        experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
+        vocabulary={tp * len(state[table]) for state in states for table in tables if table in state},
+        dialects=dialects,
+        dtypes={name: value.dtype for state in states for name, value in state.items()},
+    )
+
+
+def _parallelism(everyone: list[_Facts], config: ModelConfig) -> Parallelism:
+    sizes = everyone[0].sizes
+    for rank, facts in enumerate(everyone):
+        if facts.sizes != sizes:
+            raise ValueError(f"rank 0 has the parallel sizes {sizes}, rank {rank} has {facts.sizes}")
+    padded = {rows for facts in everyone for rows in facts.vocabulary}
+    if len(padded) != 1 or min(padded) < config.vocab_size:
+        raise ValueError(
+            f"embedding and head have {sorted(padded)} rows over all ranks, expected the same number, at least the "
+            f"vocabulary's {config.vocab_size}"
+        )
+    found = Parallelism(
+        **sizes, layers_per_stage=_layers_per_stage(everyone, config), vocab_divisor=min(padded) // sizes["tp"]
+    )
+    if found.world_size != len(everyone):
+        raise ValueError(
+            f"tp x cp x dp x pp = {found.world_size} ranks, expected the world's {len(everyone)}: megatron-core must "
+            "have been set up over all ranks of torch.distributed, without weight rematerialisation groups"
+        )
+    for rank, facts in enumerate(everyone):
+        expected = found.coordinates(rank)._asdict()
+        for axis, index in facts.at.items():
+            if expected[axis] != index:
+                raise ValueError(
+                    f"rank {rank} is number {index} along {axis}, expected {expected[axis]}: call "
+                    "initialize_model_parallel with its default order, 'tp-cp-ep-dp-pp'"
+                )
+        local = config.num_local_experts // found.ep
+        experts = tuple(range(expected["ep"] * local, (expected["ep"] + 1) * local))
+        if facts.experts - {experts}:
+            raise ValueError(f"rank {rank} holds experts {min(facts.experts - {experts})}, expected {experts}")
+    return found
+
+
+def _layers_per_stage(everyone: list[_Facts], config: ModelConfig) -> tuple[int, ...]:
+    pp, vpp = everyone[0].sizes["pp"], everyone[0].sizes["vpp"]
+    stages: dict[int, list[int]] = {}
+    for rank, facts in enumerate(everyone):
+        for chunk, layers in enumerate(facts.layers):
+            stage = chunk * pp + facts.at["pp"]
+            if stages.setdefault(stage, layers) != layers:
+                raise ValueError(f"pipeline stage {stage}: rank {rank} holds layers {layers}, others {stages[stage]}")
+    order = [layer for stage in range(pp * vpp) for layer in stages.get(stage, [])]
+    if order != list(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"the stages of the model hold layers {order}, expected 0 to {config.num_hidden_layers - 1} in this order; "
+            "model and checkpoint have different depths, or the pipeline layout is not megatron-core's"
+        )
+    return tuple(len(stages[stage]) for stage in range(pp * vpp))
+
+
+def _dialect(everyone: list[_Facts]) -> Dialect:
+    """A stage without layers may have names of either dialect; all together do not."""
+    common = [dialect for dialect in Dialect if all(dialect in facts.dialects for facts in everyone)]
+    if not common:
+        raise ValueError(f"ranks have different layer specs: {sorted({facts.dialects for facts in everyone})}")
+    return common[0]
+
+
+def _dtypes(everyone: list[_Facts]) -> dict[Row, torch.dtype]:
+    dialect, found = _dialect(everyone), {}
+    for facts in everyone:
+        for name, dtype in facts.dtypes.items():
+            row = find(name, dialect).row
+            if found.setdefault(row, dtype) != dtype:
+                raise ValueError(f"{name}: {dtype} on some ranks or layers, {found[row]} on others")
+    return found

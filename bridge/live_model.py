@@ -1,0 +1,88 @@
+"""This rank's part of a `GPTModel` in whatever process groups megatron-core has: sizes, stages and padding follow them.
+
+Layers that do not divide over the stages, such as 62 over 4, 8 or 16, are spread as equally as possible, fewer where
+the embedding and the head are (`reference.parallelism.spread_layers`).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from bridge.layer_spec import Backend
+from bridge.provider import build_gpt_model
+from reference.config import ModelConfig
+from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    layers_per_stage: tuple[int, ...] | None = None,
+    vocab_divisor: int = 1,
+    **overrides: Any,
+) -> GPTModel | list[GPTModel]:
+    """This rank's chunk, or the list of its chunks where megatron-core has virtual pipeline stages.
+
+    Args:
+        config: the model.
+        params_dtype: the parameters' dtype.
+        backend: the layer spec's (`bridge.layer_spec.default_backend` if None).
+        layers_per_stage: layers of each stage in model order; None spreads them.
+        vocab_divisor: the vocabulary is filled up to a multiple of this times tensor-parallel ranks.
+        overrides: `TransformerConfig` fields.
+
+    Raises:
+        ValueError: the model does not divide by the parallel sizes.
+    """
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    stages = pp * (virtual or 1)
+    parallelism = Parallelism(
+        tp=tp,
+        pp=pp,
+        vpp=virtual or 1,
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        layers_per_stage=layers_per_stage or spread_layers(config.num_hidden_layers, stages),
+        vocab_divisor=vocab_divisor,
+    )
+    parallelism.check(config)
+    settings = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": parallelism.ep,
+        "expert_tensor_parallel_size": parallelism.etp,
+        "context_parallel_size": parallelism.cp,
+        "sequence_parallel": tp > 1,  # training experts under tensor parallelism needs it
+        "pipeline_model_parallel_layout": None if len({*parallelism.layers_per_stage}) == 1 else _stages(parallelism),
+    }
+    chunks = [
+        build_gpt_model(
+            config,
+            params_dtype=params_dtype,
+            backend=backend,
+            vocab_size=padded_vocab_size(config, parallelism),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            vp_stage=chunk,
+            **settings | overrides,
+        )
+        for chunk in ([None] if virtual is None else range(virtual))
+    ]
+    return chunks[0] if virtual is None else chunks
+
+
+def _stages(parallelism: Parallelism) -> list[list[str]]:
+    """As megatron-core's `pipeline_model_parallel_layout` wants it."""
+    stages = [["decoder"] * layers for layers in parallelism.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages

@@ -1,0 +1,115 @@
+"""Which parallel layouts of a model fit into a memory, by `reference.memory`: advice for one that does not."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+from reference.config import ModelConfig
+from reference.memory import holdings, training_bytes
+from reference.parallelism import Parallelism, spread_layers
+
+NODE = 8  # GPUs that tensor parallelism is worth spreading over
+MOST_GROWTH = 16  # advice looks at up to this many times the given ranks
+
+
+class Fit(NamedTuple):
+    """A layout, the bytes of its largest rank, and what is different in it, such as "ep 8 -> 16"."""
+
+    parallelism: Parallelism
+    distributed_optimizer: bool
+    largest: int
+    changes: tuple[str, ...]
+
+
+class Advice(NamedTuple):
+    """Layouts of `gpus` ranks that fit, nearest first and the roomiest last; and the least the given ranks can do."""
+
+    gpus: int
+    fits: tuple[Fit, ...]
+    least: Fit
+
+
+def default_layers(config: ModelConfig, stages: int) -> tuple[int, ...] | None:
+    """`Parallelism.layers_per_stage` where nobody chose one: None if the layers divide evenly, else spread."""
+    return spread_layers(config.num_hidden_layers, stages) if config.num_hidden_layers % stages else None
+
+
+def layouts(config: ModelConfig, like: Parallelism, ranks: int) -> Iterator[Parallelism]:
+    """Every choice of tp, pp, ep and etp on so many ranks that the model divides by; the rest is as in `like`.
+
+    Tensor-parallel sizes stay within a node, unless `like` is larger; each stage has a layer; where pp is 1, so is vpp.
+    """
+    narrow = [size for size in range(1, max(NODE, like.tp, like.expert_tp) + 1) if ranks % size == 0]
+    stages = [size for size in range(1, min(ranks, config.num_hidden_layers) + 1) if ranks % size == 0]
+    experts = [size for size in range(1, config.num_local_experts + 1) if config.num_local_experts % size == 0]
+    for tp, pp in product(narrow, stages):
+        dp, rest = divmod(ranks, tp * pp * like.cp)
+        vpp = like.vpp if pp > 1 else 1
+        if rest or pp * vpp > config.num_hidden_layers:
+            continue
+        layers = like.layers_per_stage if pp == like.pp else default_layers(config, pp * vpp)
+        for ep, etp in product(experts, narrow):
+            if tp * like.cp * dp % (etp * ep) == 0:
+                layout = replace(like, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp, layers_per_stage=layers)
+                if _divides(config, layout):
+                    yield layout
+
+
+def advise(config: ModelConfig, given: Parallelism, *, memory: int, distributed_optimizer: bool) -> Advice:
+    """Layouts whose largest rank needs at most `memory` bytes, with the distributed optimizer or as given.
+
+    Nearest is: fewest things changed, then the smallest factors. Of the layouts in which the same things change, the
+    nearest stands for all; the four nearest are named. Where none fits, twice as many ranks are tried, and again.
+    """
+
+    def fits(ranks: int) -> list[Fit]:
+        return [
+            Fit(layout, on, _largest(config, layout, on), _changes(given, layout, on != distributed_optimizer))
+            for layout in layouts(config, given, ranks)
+            for on in sorted({distributed_optimizer, True})
+        ]
+
+    def nearness(fit: Fit) -> tuple[int, float, int]:
+        before, after = _sizes(given), _sizes(fit.parallelism)
+        factors = sum(abs(math.log2(after[name] / before[name])) for name in before)
+        return len(fit.changes), factors, fit.largest
+
+    ranks, found = given.world_size, fits(given.world_size)
+    least = min(found, key=lambda fit: (fit.largest, *nearness(fit)))
+    while not any(fit.largest <= memory for fit in found) and ranks < MOST_GROWTH * given.world_size:
+        ranks *= 2
+        found = fits(ranks)
+    found = [fit for fit in found if fit.largest <= memory]
+    nearest: dict[tuple[str, ...], Fit] = {}
+    for fit in sorted(found, key=nearness):
+        nearest.setdefault(tuple(change.split()[0] for change in fit.changes), fit)
+    roomiest = sorted(found, key=lambda fit: (fit.largest, *nearness(fit)))[:1]
+    return Advice(ranks, tuple(dict.fromkeys([*list(nearest.values())[:4], *roomiest])), least)
+
+
+def _largest(config: ModelConfig, parallelism: Parallelism, distributed_optimizer: bool) -> int:
+    return max(
+        training_bytes(held, parallelism, distributed_optimizer=distributed_optimizer).total
+        for held in holdings(config, parallelism)
+    )
+
+
+def _divides(config: ModelConfig, layout: Parallelism) -> bool:
+    try:
+        layout.check(config)
+    except ValueError:
+        return False
+    return True
+
+
+def _sizes(parallelism: Parallelism) -> dict[str, int]:
+    """The sizes that one chooses; dp follows."""
+    return {name: getattr(parallelism, name) for name in ("tp", "pp", "vpp", "ep")} | {"etp": parallelism.expert_tp}
+
+
+def _changes(given: Parallelism, other: Parallelism, optimizer_changes: bool) -> tuple[str, ...]:
+    before, after = _sizes(given), _sizes(other)
+    changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    return tuple(["distributed optimizer"] * optimizer_changes + changed)
