@@ -5,6 +5,7 @@ where that can be; its tensors are collected there as they leave the model, and 
 rank is done, the first one adds config and index and puts the folder in place.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -90,14 +91,17 @@ def _owners(plan: Plan, files: list[FilePlan]) -> dict[str, int]:
 
 def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) -> Exception | None:
     """This rank's files. If that fails it still takes its part in what the others collect, who wait for it."""
-    failure = None
-    try:
+
+    def write() -> None:
         for file in mine:
             write_file(folder, file, islice(tensors, len(file.tensors)))
-    except Exception as error:
-        failure = error
-    for _ in stream:
-        pass
+
+    failure = None
+    for act in (write, lambda: deque(stream, maxlen=0)):
+        try:
+            act()
+        except Exception as error:
+            failure = failure or error
     return failure
 
 

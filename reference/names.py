@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby, product
+from itertools import groupby
 from typing import NamedTuple
 
 from reference.config import ModelConfig
@@ -171,9 +171,10 @@ def instances(config: ModelConfig) -> Iterable[tuple[Row, int, int]]:
     """Every (row, layer, expert) of a model, in the order of TABLE and layer by layer; 0 where there is no such index."""
     for repeats, group in groupby(TABLE, key=lambda row: row.scope is not Scope.MODEL):
         rows = list(group)
-        for layer, row in product(range(config.num_hidden_layers if repeats else 1), rows):
-            for expert in range(config.num_local_experts if row.scope is Scope.EXPERT else 1):
-                yield row, layer, expert
+        for layer in range(config.num_hidden_layers if repeats else 1):
+            for row in rows:
+                for expert in range(config.num_local_experts if row.scope is Scope.EXPERT else 1):
+                    yield row, layer, expert
 
 
 def all_names(config: ModelConfig, dialect: Dialect) -> list[str]:
