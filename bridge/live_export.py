@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.live_agreement import together
+from bridge.agreement import together
 from bridge.live_exchange import Wanted, collect, rounds
 from bridge.live_form import Form
 from bridge.live_host import to_host

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, distributed, nn
 
-from bridge.live_agreement import gather, together
+from bridge.agreement import gather, together
 from bridge.mapping import MappingRegistry, model_dialects, model_state
 from reference.config import ModelConfig
 from reference.names import Dialect, Row, find

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.agreement import together
 from bridge.hf_files import HFCheckpoint
-from bridge.live_agreement import together
 from bridge.live_layout import LiveModel
 from bridge.progress import Track, untracked
 from compiled import fp8

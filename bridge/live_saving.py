@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bridge.agreement import together
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint
 from bridge.hf_folder import FilePlan, TensorPlan, finish_folder, plan_files, write_file
-from bridge.live_agreement import together
 from bridge.live_export import export_weights
 from bridge.live_form import Form
 from bridge.live_layout import LiveModel

@@ -17,10 +17,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bridge.agreement import together
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint
 from bridge.hf_folder import SHARD_BYTES
 from bridge.hub import checkpoint_folder
-from bridge.live_agreement import together
 from bridge.live_export import To, export_weights
 from bridge.live_form import Form
 from bridge.live_layout import live_model

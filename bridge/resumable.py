@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bridge.agreement import is_leader, together
 from bridge.progress import Track, untracked
 from bridge.staging import Staging
-from bridge.team import is_leader, run_units, together
+from bridge.team import run_units
 
 Task = Callable[[Any, int, Path], tuple[list[str], Any]]
 """(job, unit, folder) -> (the files written there, the result as JSON); a function of a module, for other processes."""
@@ -54,16 +55,15 @@ def run_resumable(
             with _naming(work.job.out):
                 return stack.enter_context(Staging(work.job.out, inputs=inputs, overwrite=overwrite, marker=marker))
 
-        staging = together(lambda: open_staging() if is_leader() else None)[0]
+        with together():
+            staging = open_staging() if is_leader() else None
         done = run_units(_unit, work, range(work.num_units), workers=workers, what=what, track=track)
         results = [result for result, _ in done]
 
-        def complete() -> None:
-            with _naming(work.job.out):
+        with together(), _naming(work.job.out):
+            if staging is not None:
                 finish(staging.folder, results)
                 staging.publish()
-
-        together(lambda: complete() if is_leader() else None)
         return Done(results, sum(reused for _, reused in done))
 
 

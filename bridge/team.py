@@ -17,6 +17,7 @@ from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from bridge.agreement import gather, place, together
 from bridge.progress import Track, untracked
 
 RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
@@ -27,20 +28,6 @@ Task = Callable[[Any, int], Any]
 def launched_by_torchrun() -> bool:
     """Whether this process is a rank that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks; 0 and 1 where there is no process group."""
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def is_leader() -> bool:
-    """Whether this process speaks for the run: rank 0, or the only one."""
-    return place()[0] == 0
 
 
 def run_units(
@@ -55,7 +42,9 @@ def run_units(
     rank, world = place()
     if world > 1:
         mine = units[rank::world]
-        shares = together(lambda: [task(job, unit) for unit in track(mine, what, len(mine))])
+        with together():
+            results = [task(job, unit) for unit in track(mine, what, len(mine))]
+        shares = gather(results)
         return [shares[i % world][i // world] for i in range(len(units))]
     if workers == 1 or len(units) < 2:
         return [task(job, unit) for unit in track(units, what, len(units))]
@@ -90,31 +79,6 @@ def _start_worker(workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def together(act: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank: what each of them returned. If it fails on one, it fails on all.
-
-    Raises:
-        ValueError: what the first rank that failed raised, and its number. Alone, the error itself.
-    """
-    from torch import distributed
-
-    world = place()[1]
-    if world == 1:
-        return [act()]
-    mine: tuple[Any, str | None]
-    problem: Exception | None = None
-    try:
-        mine = (act(), None)
-    except Exception as error:
-        mine, problem = (None, str(error) or type(error).__name__), error
-    everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, mine)
-    failed = next((rank for rank, (_, message) in enumerate(everyone) if message is not None), None)
-    if failed is not None:
-        raise ValueError(f"rank {failed}: {everyone[failed][1]}") from problem
-    return [result for result, _ in everyone]
 
 
 class Ranks:

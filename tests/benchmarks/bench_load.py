@@ -28,8 +28,8 @@ import torch
 from torch import distributed
 
 from bridge import MiniMaxM2Bridge
+from bridge.agreement import gather
 from bridge.hf_files import HFCheckpoint
-from bridge.live_agreement import gather
 from bridge.live_exchange import Wanted, rounds
 from bridge.live_layout import LiveModel, live_model
 from bridge.live_plan import Plan

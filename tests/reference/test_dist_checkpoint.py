@@ -1,0 +1,111 @@
+"""Keys, shapes and places in a distributed checkpoint: those of megatron-core's own `sharded_state_dict`.
+
+Here the model has the local layer spec. Transformer Engine's needs a GPU; what a checkpoint saved from it holds was
+looked up on one (H200, megatron-core 0.19.2, Transformer Engine 2.20) and is written down below.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from checkpoints import EDGY_CONFIG
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from bridge.provider import build_gpt_model
+from bridge.single_process import model_parallel
+from bridge.synthetic import SMALL_CONFIG
+from reference.checkpoint import parameter_count
+from reference.config import ModelConfig
+from reference.dist_checkpoint import Entry, entries
+from reference.names import Dialect, all_names
+from reference.parallelism import Parallelism
+from reference.sharding import parameters
+
+EDGY = ModelConfig.from_hf(EDGY_CONFIG)
+VOCAB_DIVISOR = 128  # 131 tokens, 256 rows
+
+
+class Place(NamedTuple):
+    """A parameter in a checkpoint: its key, that tensor's shape, and where the parameter begins and ends in it."""
+
+    key: str
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+def place_of(sharded: ShardedTensor | ShardedTensorFactory) -> Place:
+    """A factory, as gated experts have, makes several tensors: one below the other."""
+    parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+    assert len({(part.key, part.global_shape) for part in parts}) == 1
+    spans = []
+    for part in parts:
+        shape = (1,) * part.prepend_axis_num + part.local_shape
+        stop = tuple(offset + size for offset, size in zip(part.global_offset, shape, strict=True))
+        spans.append((part.global_offset, stop))
+    for (_, stop), (start, _) in pairwise(spans):
+        assert stop[-2] == start[-2], "no gap between the rows"
+    return Place(parts[0].key, parts[0].global_shape, spans[0][0], spans[-1][1])
+
+
+def place(entry: Entry) -> Place:
+    start = (*entry.index, *(0 for _ in entry.parameter.shape))
+    stop = (*(i + 1 for i in entry.index), *entry.parameter.shape)
+    return Place(entry.key, entry.shape, start, stop)
+
+
+@pytest.fixture(scope="module")
+def megatron() -> dict[str, dict[str, object]]:
+    """What the model says of itself, with a key for all layers and with one for each."""
+    with model_parallel():
+        model = build_gpt_model(EDGY, backend="local", vocab_size=256, perform_initialization=False)
+        return {
+            "one key for all layers": model.sharded_state_dict(),
+            "a key for each layer": model.sharded_state_dict(metadata={"non_homogeneous_layers": True}),
+        }
+
+
+@pytest.mark.parametrize("kind", ["one key for all layers", "a key for each layer"])
+def test_every_parameter_lies_where_megatron_puts_it(megatron: dict, kind: str) -> None:
+    found = list(entries(EDGY, vocab_divisor=VOCAB_DIVISOR, layer_keys=kind == "a key for each layer"))
+    layout = Parallelism(vocab_divisor=VOCAB_DIVISOR)
+    names = [parameter.name for parameter in parameters(EDGY, layout, 0, Dialect.MEGATRON_LOCAL)]
+    ours = {name: place(entry) for name, entry in zip(names, found, strict=True)}
+    theirs = {name: place_of(v) for name, v in megatron[kind].items() if "_extra_state" not in name}
+    assert ours == theirs
+    layered = ours["decoder.layers.1.mlp.experts.local_experts.4.linear_fc2.weight"]
+    middle = (1, 4) if kind == "one key for all layers" else (4,)
+    assert layered.start == (*middle, 0, 0), "the comparison is of something"
+
+
+def test_entries_hold_every_weight_of_the_checkpoint_once() -> None:
+    sources = [source for entry in entries(EDGY) for source in entry.parameter.sources]
+    assert sources == all_names(EDGY, Dialect.HF_DISK)
+    sizes = {entry.key: entry.shape for entry in entries(EDGY)}
+    assert sum(map(math.prod, sizes.values())) == parameter_count(EDGY)
+
+
+# key: shape; as saved by megatron-core from the Transformer Engine spec, 2 layers and 4 experts of SMALL_CONFIG.
+SEEN_WITH_TRANSFORMER_ENGINE = {
+    "embedding.word_embeddings.weight": (256, 384),
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (2, 384),
+    "decoder.layers.self_attention.linear_qkv.weight": (2, 1024, 384),
+    "decoder.layers.self_attention.q_layernorm.weight": (2, 768),
+    "decoder.layers.self_attention.k_layernorm.weight": (2, 128),
+    "decoder.layers.self_attention.linear_proj.weight": (2, 384, 768),
+    "decoder.layers.pre_mlp_layernorm.weight": (2, 384),
+    "decoder.layers.mlp.router.weight": (2, 4, 384),
+    "decoder.layers.mlp.router.expert_bias": (2, 4),
+    "decoder.layers.mlp.experts.experts.linear_fc1.weight": (2, 4, 512, 384),
+    "decoder.layers.mlp.experts.experts.linear_fc2.weight": (2, 4, 384, 256),
+    "decoder.final_layernorm.weight": (384,),
+    "output_layer.weight": (256, 384),
+}
+
+
+def test_the_keys_of_transformer_engine_are_the_same() -> None:
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "vocab_size": 256}
+    config = ModelConfig.from_hf(SMALL_CONFIG | sizes)
+    assert {entry.key: entry.shape for entry in entries(config)} == SEEN_WITH_TRANSFORMER_ENGINE
