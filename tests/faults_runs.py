@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +42,17 @@ forks = get_context("forkserver")
 
 @contextmanager
 def warm_server(checkpoint: Path) -> Iterator[None]:
-    """Runs start from a warm process inside this block (and after it: the server lives as long as pytest)."""
+    """Runs start from a warm process inside this block."""
     environment = ENVIRONMENT | {"FAULTS_CHECKPOINT": str(checkpoint)}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
+        _forkserver._stop()  # a process has one of these: another test's would have imported other things
         forks.set_forkserver_preload(["pytest", "faults_warm", "faults_runs"])
         start(ImportJob("/nowhere", "/nowhere/out")).outcome()
         yield
     finally:
+        _forkserver._stop()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
