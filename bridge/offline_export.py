@@ -13,7 +13,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bridge.hf_files import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
@@ -21,7 +20,7 @@ from bridge.hf_folder import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, p
 from bridge.progress import Track, untracked
 from bridge.resumable import Work, run_resumable
 from bridge.target_config import Quantization, stored_tensors, target_config
-from bridge.weights import HFWeights, TorchDistWeights, beside
+from bridge.weights import HFWeights, TorchDistWeights, beside, same_bits
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise
 from compiled.requantize import requantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
@@ -246,7 +245,7 @@ class _Tally:
         decode = partial(dequantize_blockwise, block_size=size, dtype=weight.dtype, name=name)
         if source is not None and source.dtype(name) == FP8 and self._job.scales == "source":
             codes, scale_inv = source.stored(name)
-            if torch.equal(decode(codes, scale_inv), weight):
+            if same_bits(decode(codes, scale_inv), weight):
                 self.count = self.count._replace(identical=self.count.identical + 1)
                 return codes, scale_inv
             codes, scale_inv = requantize_blockwise(weight, scale_inv, block_size=size, name=name)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.agreement import is_leader, together
+from bridge.agreement import gather, is_leader, together
 from bridge.progress import Track, untracked
 from bridge.staging import Staging
 from bridge.team import run_units
@@ -57,6 +57,10 @@ def run_resumable(
 
         with together():
             staging = open_staging() if is_leader() else None
+            known = _finished_before(work, staging) if staging is not None and staging.published else None
+        known = gather(known)[0]
+        if known is not None:
+            return Done(known, len(known))
         done = run_units(_unit, work, range(work.num_units), workers=workers, what=what, track=track)
         results = [result for result, _ in done]
 
@@ -65,6 +69,17 @@ def run_resumable(
                 finish(staging.folder, results)
                 staging.publish()
         return Done(results, sum(reused for _, reused in done))
+
+
+def _finished_before(work: Work, staging: Staging) -> list[Any]:
+    """The results of a run that was killed when its output was in place already."""
+    results = [staging.finished(f"unit-{unit}") for unit in range(work.num_units)]
+    if None in results:
+        raise ValueError(
+            f"{staging.out}: was complete and has been changed since; delete it, and what is to be made anew"
+        )
+    staging.forget()
+    return results
 
 
 def _unit(work: Work, unit: int) -> tuple[Any, bool]:

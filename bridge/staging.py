@@ -33,7 +33,8 @@ class Staging:
 
     `inputs` describes the work as JSON; None means that nothing can be taken up again: leftovers are deleted, and so is
     the folder when the `with` block is left by an error. `marker` is the file by which an existing `out` is known to be
-    something that may be replaced.
+    something that may be replaced. `published` says that a run with these inputs has put `out` in place and was killed
+    before it forgot its journal: `folder` is `out` then, and only `forget` is left to do.
 
     Raises:
         ValueError: `out` is not fit (`check_target`), or another run is writing it; nothing has been written then.
@@ -41,14 +42,20 @@ class Staging:
 
     def __init__(self, out: Path | str, *, inputs: dict[str, Any] | None, overwrite: bool = False, marker: str = ""):
         self.out = Path(os.path.abspath(out))
-        check_target(self.out, overwrite=overwrite, marker=marker)
         self.folder, self._journal = _sibling(self.out, "partial"), _sibling(self.out, "journal")
         self._resumable, self._overwrite = inputs is not None, overwrite
+        same = inputs is not None and self._read(INPUTS) == json.loads(json.dumps(inputs))
+        self.published = same and not self.folder.exists() and self.out.exists()
+        if not self.published:
+            check_target(self.out, overwrite=overwrite, marker=marker)
         self._lock = _lock(self._journal, fcntl.LOCK_EX)
-        if inputs is None or self._read(INPUTS) != json.loads(json.dumps(inputs)):
-            self._clear()
+        if self.published:
+            self.folder = self.out
+        else:
+            if not same:
+                self._clear()
+            self.folder.mkdir(parents=True, exist_ok=True)  # before the inputs: they are alone only after `publish`
             _write(self._journal / INPUTS, _json_bytes(inputs))
-        self.folder.mkdir(parents=True, exist_ok=True)
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # from here on the run's workers may join
 
     @classmethod
@@ -57,7 +64,7 @@ class Staging:
         staging = cls.__new__(cls)
         staging.out = Path(os.path.abspath(out))
         staging.folder, staging._journal = _sibling(staging.out, "partial"), _sibling(staging.out, "journal")
-        staging._resumable, staging._overwrite = True, False
+        staging._resumable, staging._overwrite, staging.published = True, False, False
         staging._lock = _lock(staging._journal, fcntl.LOCK_SH)
         return staging
 
@@ -99,6 +106,11 @@ class Staging:
                     f"{self.out}: was empty when writing began and is not now ({error}); write elsewhere"
                 ) from error
         sync(self.out.parent)
+        self.forget()
+
+    def forget(self) -> None:
+        """Delete the journal, and the folder that was replaced."""
+        old = _sibling(self.out, "old")
         if self._overwrite and old.exists():  # also if an earlier run died between the renames
             shutil.rmtree(old)
         shutil.rmtree(self._journal)
@@ -117,6 +129,7 @@ class Staging:
         self.close()
 
     def _clear(self) -> None:
+        (self._journal / INPUTS).unlink(missing_ok=True)
         for entry in self._journal.iterdir():
             entry.unlink()
         if self.folder.exists():

@@ -16,7 +16,7 @@ from bridge.hf_files import CONFIG_NAME, HFCheckpoint
 from bridge.progress import Track, untracked
 from bridge.reference_logits import random_tokens, reference_logits
 from bridge.team import run_units
-from bridge.weights import HFWeights, TorchDistWeights, Weights, open_weights, weight_names
+from bridge.weights import HFWeights, TorchDistWeights, Weights, open_weights, same_bits, weight_names
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
 from reference.fp8 import FP8
@@ -124,7 +124,7 @@ def _compare(name: str, left: Weights, right: Weights) -> _Verdict:
     if all(quantized):
         stored = left.stored(name), right.stored(name)
         nbytes = sum(tensor.nbytes for tensor in stored[0])
-        if all(_same_bytes(a, b) for a, b in zip(*stored, strict=True)):
+        if all(same_bits(a, b) for a, b in zip(*stored, strict=True)):
             return _Verdict(2, nbytes, 2, 0, None)
         values = [side.read_weight(name, dtype=torch.float32) for side in (left, right)]
         return _measured(name, *values, tensors=2, what="codes or scales differ")
@@ -132,17 +132,9 @@ def _compare(name: str, left: Weights, right: Weights) -> _Verdict:
         return _differs(name, f"{dtypes[0]} against {dtypes[1]}")
     dtype = next(dtype for dtype in dtypes if dtype != FP8)
     values = [side.read_weight(name, dtype=dtype) for side in (left, right)]
-    if _same_bytes(*values):
+    if same_bits(*values):
         return _Verdict(1, values[0].nbytes, int(not any(quantized)), int(any(quantized)), None)
     return _measured(name, *values, tensors=1, what="values differ")
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def _measured(name: str, a: Tensor, b: Tensor, *, tensors: int, what: str) -> _Verdict:

@@ -7,6 +7,7 @@ compares every parameter with `reference.sharding.shard` of the dequantised sour
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bridge.offline_export import ExportJob, export_checkpoint
 from bridge.offline_import import ImportJob, import_checkpoint
 from bridge.synthetic import make_checkpoint
 from bridge.torch_dist import COMMON_STATE, extra_state_keys
+from bridge.weights import TorchDistWeights
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
 from reference.names import Dialect
@@ -220,6 +222,14 @@ def test_what_megatron_saves_is_exported_to_the_sources_bytes(folder: Path, tmp_
     assert (folder / "source/config.json").read_bytes() == (tmp_path / "out/config.json").read_bytes()
     weights = sum(name.endswith("_scale_inv") for name in source)
     assert (summary.identical, summary.requantised) == (weights, 0)
+
+
+@pytest.mark.parametrize("saved", [saved for saved in SAVED if saved[1]], ids=str)
+def test_a_config_of_fewer_layers_is_refused(folder: Path, saved: tuple) -> None:
+    """With a key for each layer every weight that it describes is there, and more."""
+    fewer = replace(CONFIG, num_hidden_layers=CONFIG.num_hidden_layers - 1)
+    with pytest.raises(ValueError, match=rf"decoder.layers.{fewer.num_hidden_layers}.*no such weight"):
+        TorchDistWeights(folder / f"{saved[0]} {saved[1]}", fewer)
 
 
 def test_megatron_reads_the_common_state(folder: Path) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from bridge import offline_import
 from bridge.offline_export import ExportJob, ExportSummary, export_checkpoint
 from bridge.offline_import import ImportJob, import_checkpoint
+from bridge.staging import Staging
 from reference.config import ModelConfig
 from reference.dist_checkpoint import entries
 from reference.fp8 import FP8, dequantize_blockwise, quantize_blockwise, requantize_blockwise
@@ -170,6 +171,39 @@ def test_an_interrupted_import_is_taken_up(imported: Path, checkpoint: Path, tmp
     assert summary.reused == 3
     assert contents(tmp_path / "out") == contents(imported)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_killed_after_its_last_rename_is_known_to_be_complete(
+    imported: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    job = ImportJob(str(checkpoint), str(tmp_path / "out"), unit_bytes=UNIT_BYTES)
+
+    def killed(staging: Staging) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "forget", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(job)
+    assert sorted(os.listdir(tmp_path)) == [".out.journal", "out"]
+    with pytest.raises(ValueError, match="is not empty"):  # another job
+        import_checkpoint(job._replace(dtype="fp32"))
+    summary = import_checkpoint(job)
+    assert summary.reused == summary.files
+    assert contents(tmp_path / "out") == contents(imported)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_complete_output_that_was_changed_is_not_called_complete(
+    checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    job = ImportJob(str(checkpoint), str(tmp_path / "out"), unit_bytes=UNIT_BYTES)
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "forget", lambda staging: None)
+        import_checkpoint(job)
+    (tmp_path / "out/iter_0000001/__1_0.distcp").unlink()
+    with pytest.raises(ValueError, match="changed since"):
+        import_checkpoint(job)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
