@@ -113,6 +113,7 @@ class Staging:
         old = _sibling(self.out, "old")
         if self._overwrite and old.exists():  # also if an earlier run died between the renames
             shutil.rmtree(old)
+        (self._journal / INPUTS).unlink(missing_ok=True)
         shutil.rmtree(self._journal)
 
     def close(self) -> None:

@@ -343,6 +343,9 @@ def write(out, value, kill_before):
     sys.addaudithook(hook)
     done = 0
     with Staging(out, inputs={"value": value}, overwrite=True, marker="done") as staged:
+        if staged.published:
+            staged.forget()
+            return done
         for unit in range(4):
             with Staging.join(out) as joined:
                 if joined.finished(f"unit-{unit}") is None:
