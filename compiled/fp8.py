@@ -203,8 +203,10 @@ def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
         return torch.empty(grid, dtype=torch.float32, device=weight.device)
     row_blocks, col_blocks = grid[-2:]
     missing = (0, col_blocks * block_size - cols, 0, row_blocks * block_size - rows)
-    padded = torch.nn.functional.pad(weight.detach().abs(), missing)
-    amax = padded.view(*experts, row_blocks, block_size, -1).amax(-2)
+    values = weight.detach().abs()
+    if any(missing):
+        values = torch.nn.functional.pad(values, missing)
+    amax = values.view(*experts, row_blocks, block_size, -1).amax(-2)
     scale = amax.view(*grid, block_size).amax(-1).to(torch.float32) / FP8_MAX
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 

@@ -41,14 +41,14 @@ forks = get_context("forkserver")
 
 
 @contextmanager
-def warm_server(checkpoint: Path) -> Iterator[None]:
-    """Runs start from a warm process inside this block."""
+def warm_server(checkpoint: Path, *modules: str) -> Iterator[None]:
+    """Runs start inside this block from a process that has imported `modules`, by default `faults_warm`."""
     environment = ENVIRONMENT | {"FAULTS_CHECKPOINT": str(checkpoint)}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
         _forkserver._stop()  # a process has one of these: another test's would have imported other things
-        forks.set_forkserver_preload(["pytest", "faults_warm", "faults_runs"])
+        forks.set_forkserver_preload(["pytest", *(modules or ["faults_warm"]), "faults_runs"])
         start(ImportJob("/nowhere", "/nowhere/out")).outcome()
         yield
     finally:
