@@ -35,11 +35,9 @@ DIST_CONFIG = EDGY_CONFIG | {"num_attention_heads": 8, "num_local_experts": 4}  
 CONFIG = ModelConfig.from_hf(DIST_CONFIG)
 LAYOUTS = {
     "one rank": Parallelism(dp=4),
-    "tp2": Parallelism(tp=2, dp=2, etp=1),
     "pp2": Parallelism(pp=2, dp=2, vocab_divisor=64),
     "tp2 ep2": Parallelism(tp=2, ep=2, etp=1, dp=2, vocab_divisor=8),
     "tp2 etp2 pp2": Parallelism(tp=2, etp=2, pp=2),
-    "ep4": Parallelism(dp=4, ep=4, etp=1),
     "tp4, 2 key heads": Parallelism(tp=4, etp=4, vocab_divisor=16),
 }
 # Saved at one layout, loaded at others. The second of a pair says that each layer has its keys.

@@ -443,6 +443,7 @@ def test_killed_with_two_workers(conversions: dict[str, Conversion], tmp_path: P
     assert siblings(out) == ["out"]
 
 
+@pytest.mark.slow  # test_offline has it at less cost
 def test_a_rank_fails(checkpoint: Path, tmp_path: Path, out: Path):
     copy, name = spoilt_source(checkpoint, tmp_path)
     status, said = real(import_job(copy, out), tmp_path, ranks=2).finish()

@@ -373,6 +373,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(
 # ------------------------------------------------------------------------------------------------------ many processes
 
 
+@pytest.mark.slow  # two workers also run, and are killed, in test_faults
 def test_two_workers_write_the_same_bytes(imported: Path, plain: Path, checkpoint: Path, tmp_path: Path) -> None:
     job = ImportJob(str(checkpoint), str(tmp_path / "megatron"), unit_bytes=UNIT_BYTES)
     import_checkpoint(job, workers=2)
