@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bridge.hf_files import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
