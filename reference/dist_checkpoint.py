@@ -1,9 +1,9 @@
 """Where each weight lies in a megatron-core distributed checkpoint (`torch_dist`).
 
 Such a checkpoint holds global tensors under keys that name neither layer nor expert: all layers' weights of one kind
-are one tensor whose first axis is the layer, and whose second axis, for experts, is the expert. Both layer specs and every
-parallel layout share these keys, which is why a checkpoint saved at one layout loads at another. Some checkpoints keep
-each layer under a key of its own (`non_homogeneous_layers`); then the layer's axis is missing.
+are one tensor whose first axis is the layer, and whose second axis, for experts, is the expert. Both layer specs and
+every parallel layout share these keys, which is why a checkpoint saved at one layout loads at another. Some checkpoints
+keep each layer under a key of its own (`non_homogeneous_layers`); then the layer's axis is missing.
 
 Source: megatron-core TransformerBlock.sharded_state_dict, TEGroupedLinear, SequentialMLP, apply_swiglu_sharded_factory.
 """
