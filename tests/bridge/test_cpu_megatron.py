@@ -133,6 +133,8 @@ def test_training_step_is_the_plain_gradient():
     batches = _batches(2)
     with model_parallel():
         trained = _model(finalize_model_grads_func=partial(finalize_model_grads, force_all_reduce=True))
+        plain = _model()
+        plain.load_state_dict(trained.state_dict())  # now: the step moves the router's bias
         ddp = DistributedDataParallel(trained.config, DistributedDataParallelConfig(), trained)
         forward_backward_no_pipelining(
             forward_step_func=_forward_step,
@@ -142,8 +144,6 @@ def test_training_step_is_the_plain_gradient():
             seq_length=12,
             micro_batch_size=2,
         )
-        plain = _model()
-        plain.load_state_dict(trained.state_dict())
         for batch in batches:
             (_loss(plain, batch).mean() / len(batches)).backward()
         for name, parameter in trained.named_parameters():

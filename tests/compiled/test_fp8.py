@@ -403,6 +403,7 @@ assert damaged
 """
 
 
+@pytest.mark.slow  # the kernels themselves are tested on a GPU
 def test_geometry_of_the_cuda_kernels():
     """Triton's interpreter runs them on the CPU; its bfloat16 and its NaN are not the hardware's, so float32 it is."""
     pytest.importorskip("triton")
