@@ -409,6 +409,7 @@ def spoilt_source(source: Path, folder: Path) -> tuple[Path, str]:
     return copy, name
 
 
+@pytest.mark.slow  # an error of a unit is tested in one process and under torchrun too
 def test_a_unit_fails_in_a_worker(checkpoint: Path, tmp_path: Path, out: Path):
     copy, name = spoilt_source(checkpoint, tmp_path)
     status, said = real(import_job(copy, out), tmp_path, workers=2).finish()

@@ -46,7 +46,8 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield snapshot(out)
 
 
-def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path, times: int) -> None:
     (tmp_path / "timed").mkdir()
     begin = time.monotonic()
     assert start(tmp_path / "timed/out").outcome().exitcode == 0
@@ -61,7 +62,7 @@ def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None
         assert start(out, overwrite=True).outcome().exitcode == 0
         assert snapshot(out) == whole
         assert os.listdir(out.parent) == ["out"]
-        if killed == 30:
+        if killed == times:
             return
     pytest.fail(f"only {killed} of 200 saves were killed before they were done")
 
