@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from bridge.hf_files import CONFIG_NAME, DTYPES, INDEX_NAME, SHARD_SUFFIX, stays_inside
-from bridge.staging import sync
+from bridge.staging import json_bytes, sync, write_bytes
 
 SHARD_BYTES = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -141,19 +141,11 @@ def finish_folder(
         else:
             shutil.copyfile(source, folder / path)
         sync(folder / path)
-    write_bytes(folder / CONFIG_NAME, config if isinstance(config, bytes) else _json_bytes(config))
+    write_bytes(folder / CONFIG_NAME, config if isinstance(config, bytes) else json_bytes(config))
     weight_map = {name: plan.file for plan in files for name in plan.tensors}
     total = sum(plan.nbytes for file in files for plan in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_bytes(folder / INDEX_NAME, _json_bytes(index))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all."""
-    unnamed = path.with_name(f".{path.name}.tmp")
-    unnamed.write_bytes(data)
-    sync(unnamed)
-    unnamed.rename(path)
+    write_bytes(folder / INDEX_NAME, json_bytes(index))
 
 
 def _header(plan: FilePlan) -> bytes:
@@ -167,7 +159,3 @@ def _header(plan: FilePlan) -> bytes:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
-
-
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -28,7 +28,7 @@ from bridge.live_layout import LiveModel
 from bridge.progress import Track, untracked
 from compiled import fp8
 from reference.checkpoint import SCALE_SUFFIX
-from reference.config import FP8_BLOCK, ModelConfig
+from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
 from reference.sharding import Piece
 
@@ -77,7 +77,7 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
             been written to by then.
     """
     with together():
-        block_size = FP8_BLOCK if config.quantization is None else config.quantization.block_size
+        block_size = config.block_size
         batches = _pack(_slices(live, checkpoint), checkpoint, block_size)
         for reads, buffer in track(_read_ahead(batches, checkpoint, live.device), "load", len(batches)):
             on_device = buffer.to(live.device, non_blocking=True)

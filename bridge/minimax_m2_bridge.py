@@ -33,7 +33,7 @@ from bridge.provider import gpt_model_arguments, transformer_config
 from bridge.target_config import target_config
 from bridge.weights import HFWeights
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
-from reference.config import ModelConfig, QuantizationConfig
+from reference.config import ModelConfig
 from reference.fp8 import FP8, dequantize_blockwise
 from reference.names import Dialect
 from reference.parallelism import Parallelism
@@ -118,12 +118,8 @@ class MiniMaxM2Bridge:
         if name + SCALE_SUFFIX not in state:
             raise ValueError(f"{name}: float8 without its scales {name + SCALE_SUFFIX}; it cannot be dequantised")
         return dequantize_blockwise(
-            weight, state[name + SCALE_SUFFIX], block_size=self._block_size, dtype=dtype, name=name
+            weight, state[name + SCALE_SUFFIX], block_size=self.config.block_size, dtype=dtype, name=name
         )
-
-    @property
-    def _block_size(self) -> int:
-        return (self.config.quantization or QuantizationConfig()).block_size
 
     def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """A weight of the source, dequantised to `dtype` if it is float8, else as it is on disk."""

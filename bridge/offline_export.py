@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.hf_files import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
+from bridge.hf_files import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, HFCheckpoint, read_object
 from bridge.hf_folder import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.progress import Track, untracked
 from bridge.resumable import Work, run_resumable
 from bridge.target_config import Quantization, stored_tensors, target_config
+from bridge.torch_dist import TorchDistCheckpoint
 from bridge.weights import HFWeights, TorchDistWeights, beside, same_bits
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise
 from compiled.requantize import requantize_blockwise
@@ -89,7 +90,8 @@ def export_checkpoint(
     job = job._replace(
         megatron=str(Path(job.megatron).resolve()), source=job.source and str(Path(job.source).resolve())
     )
-    job = job._replace(versions=_versions(*_open(job)))
+    source = None if job.source is None else HFCheckpoint(job.source)
+    job = job._replace(versions=_versions(TorchDistCheckpoint(job.megatron), source))
     plan = _plan(job)
     tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
     keys = {entry.key for entry in plan.entries.values()}
@@ -134,17 +136,17 @@ def _open(job: ExportJob) -> tuple[TorchDistWeights, HFWeights | None]:
     return TorchDistWeights(job.megatron, source and source.config), source
 
 
-def _versions(megatron: TorchDistWeights, source: HFWeights | None) -> tuple[tuple[str, int, int], ...]:
+def _versions(megatron: TorchDistCheckpoint, source: HFCheckpoint | None) -> tuple[tuple[str, int, int], ...]:
     if source:
-        return (*megatron.checkpoint.versions, *source.checkpoint.versions)
-    config = (beside(megatron.checkpoint) / CONFIG_NAME).stat()
-    return (*megatron.checkpoint.versions, (CONFIG_NAME, config.st_size, config.st_mtime_ns))
+        return (*megatron.versions, *source.versions)
+    config = (beside(megatron) / CONFIG_NAME).stat()
+    return (*megatron.versions, (CONFIG_NAME, config.st_size, config.st_mtime_ns))
 
 
 @lru_cache(maxsize=1)  # a worker does many units of one job
 def _plan(job: ExportJob) -> _Plan:
     megatron, source = _open(job)
-    if _versions(megatron, source) != job.versions:
+    if _versions(megatron.checkpoint, source and source.checkpoint) != job.versions:
         raise ValueError(f"{job.megatron}: its files, or the source's, changed since the export began; start again")
     folder = source.checkpoint.folder if source else beside(megatron.checkpoint)
     raw = read_object(folder / CONFIG_NAME)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from bridge.hf_files import CONFIG_NAME, HFCheckpoint
-from bridge.hf_folder import write_bytes
 from bridge.pieces import read_pieces
 from bridge.progress import Track, untracked
 from bridge.resumable import Work, run_resumable
-from bridge.staging import sync
+from bridge.staging import sync, write_bytes
 from bridge.torch_dist import TRACKER, Chunk, Stored, finish, write_chunks, write_states
 from bridge.weights import HF_FOLDER, HFWeights
 from reference.checkpoint import is_mtp

@@ -5,7 +5,7 @@ from torch import Tensor
 from bridge.hf_files import HFCheckpoint
 from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX
-from reference.config import ModelConfig, QuantizationConfig
+from reference.config import ModelConfig
 from reference.fp8 import FP8
 from reference.sharding import Piece
 
@@ -31,7 +31,7 @@ def _read_piece(checkpoint: HFCheckpoint, config: ModelConfig, piece: Piece, out
     if value.dtype != FP8:
         out.copy_(value)
         return
-    size = (config.quantization or QuantizationConfig()).block_size
+    size = config.block_size
     blocks = [slice(span[0] // size, -(-span[1] // size)) for span in (piece.rows, piece.cols)]
     dequantize_blockwise(
         value,

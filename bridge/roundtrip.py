@@ -103,9 +103,8 @@ def roundtrip(
     Raises:
         ValueError: the checkpoint is damaged, or `out` cannot be used.
     """
-    check_target(
-        Path(out).absolute(), overwrite=overwrite, marker=CONFIG_NAME
-    )  # now, not after the model has been built
+    # Now, not after the model has been built.
+    check_target(out.absolute(), overwrite=overwrite, marker=CONFIG_NAME)
     truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
     with model_parallel():
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.

@@ -55,7 +55,7 @@ class Staging:
             if not same:
                 self._clear()
             self.folder.mkdir(parents=True, exist_ok=True)  # before the inputs: they are alone only after `publish`
-            _write(self._journal / INPUTS, _json_bytes(inputs))
+            write_bytes(self._journal / INPUTS, json_bytes(inputs))
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # from here on the run's workers may join
 
     @classmethod
@@ -78,7 +78,7 @@ class Staging:
     def record(self, unit: str, files: Iterable[str], result: Any) -> None:
         """The unit is done: its files are on the disk, `result` (JSON, not None) came of it."""
         described = {file: _describe(self.folder / file) for file in files}
-        _write(self._journal / f"{unit}.json", _json_bytes({"files": described, "result": result}))
+        write_bytes(self._journal / f"{unit}.json", json_bytes({"files": described, "result": result}))
 
     def publish(self) -> None:
         """Put the folder in place, and forget the journal.
@@ -171,6 +171,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all."""
+    unnamed = path.with_name(f".{path.name}.tmp")
+    unnamed.write_bytes(data)
+    sync(unnamed)
+    unnamed.rename(path)
+
+
+def json_bytes(value: Any) -> bytes:
+    """For people to read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _lock(journal: Path, mode: int) -> int:
     """A lock on the journal folder that is at this path now; one that was just deleted is no lock."""
     deadline = time.monotonic() + LOCK_SECONDS
@@ -194,19 +207,5 @@ def _describe(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    unnamed = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unnamed.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unnamed.rename(path)
-
-
 def _sibling(out: Path, role: str) -> Path:
     return out.with_name(f".{out.name}.{role}")
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from bridge.hf_folder import write_bytes
+from bridge.staging import write_bytes
 from reference.config import ModelConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -172,11 +172,6 @@ def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
     return (key in left) != (key in right) and without[0] == without[1]
 
 
-def total_bytes(path: Path | str) -> int:
-    """Bytes of a checkpoint's files, roughly: what deciding on the number of processes needs."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-
-
 @torch.no_grad()
 def compare_logits(
     left: Path | str, right: Path | str, tokens: str = "", *, seed: int = 0, track: Track = untracked

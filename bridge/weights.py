@@ -15,7 +15,7 @@ from bridge.hf_files import CONFIG_NAME, HFCheckpoint, read_object
 from bridge.torch_dist import TorchDistCheckpoint
 from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, check_tensors, parameter_count
-from reference.config import ModelConfig, QuantizationConfig
+from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
 from reference.fp8 import FP8
 from reference.names import Dialect, Layout, all_names
@@ -53,8 +53,7 @@ class HFWeights:
         weight, *scales = self.stored(name)
         if not scales:
             return weight
-        size = (self.config.quantization or QuantizationConfig()).block_size
-        return dequantize_blockwise(weight, *scales, block_size=size, dtype=dtype, name=name)
+        return dequantize_blockwise(weight, *scales, block_size=self.config.block_size, dtype=dtype, name=name)
 
 
 class TorchDistWeights:

@@ -72,6 +72,11 @@ class ModelConfig:
     initializer_range: float = 0.02
     quantization: QuantizationConfig | None = None
 
+    @property
+    def block_size(self) -> int:
+        """Of the FP8 blocks that weights are stored in, or would be."""
+        return (self.quantization or QuantizationConfig()).block_size
+
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type is int:

@@ -58,9 +58,9 @@ def verify(
     Tensors of one dtype are compared byte by byte; float8 against bfloat16 or float32 by value, exactly.
     """
     with reporting(), progress() as track:
-        from bridge.verify import compare_checkpoints, compare_logits, total_bytes
+        from bridge.verify import compare_checkpoints, compare_logits
 
-        count = default_workers(workers, total_bytes(left) + total_bytes(right))
+        count = default_workers(workers, left, right)
         found = compare_checkpoints(left, right, workers=count, track=track)
         error = compare_logits(left, right, tokens, seed=seed, track=track) if logits and is_speaker() else None
     if as_json:

@@ -38,10 +38,11 @@ Workers = Annotated[
 SMALL_BYTES, MOST_WORKERS = 2 * 10**9, 8
 
 
-def default_workers(workers: int | None, nbytes: int) -> int:
-    """Starting a process costs seconds: small work is done in this one."""
+def default_workers(workers: int | None, *folders: Path) -> int:
+    """Starting a process costs seconds: small work, by the bytes of the folders' files, is done in this one."""
     if workers is not None:
         return workers
+    nbytes = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 1 if nbytes < SMALL_BYTES else min(MOST_WORKERS, os.cpu_count() or 1)
 
 

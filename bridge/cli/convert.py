@@ -63,11 +63,10 @@ def import_(
         from bridge.hub import checkpoint_folder
         from bridge.offline_import import ImportJob, import_checkpoint
 
-        job = ImportJob(str(checkpoint_folder(str(path))), str(out), str(dtype), iteration)
-        nbytes = import_checkpoint(job, dry_run=True).bytes_read
-        summary = import_checkpoint(
-            job, workers=default_workers(workers, nbytes), overwrite=overwrite, dry_run=dry_run, track=track
-        )
+        folder = checkpoint_folder(str(path))
+        job = ImportJob(str(folder), str(out), str(dtype), iteration)
+        count = default_workers(workers, folder)
+        summary = import_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, track=track)
     _conclude(f"{path} -> {out}", summary, dry_run=dry_run, as_json=as_json)
 
 
@@ -106,10 +105,8 @@ def export_(
 
         folder = source and str(checkpoint_folder(str(source)))
         job = ExportJob(str(megatron), str(out), str(quantization), str(scales), folder)
-        nbytes = export_checkpoint(job, dry_run=True).bytes_read
-        summary = export_checkpoint(
-            job, workers=default_workers(workers, nbytes), overwrite=overwrite, dry_run=dry_run, track=track
-        )
+        count = default_workers(workers, megatron)
+        summary = export_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, track=track)
     _conclude(f"{megatron} -> {out}", summary, dry_run=dry_run, as_json=as_json)
 
 
