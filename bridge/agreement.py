@@ -60,7 +60,7 @@ def _any_failed(failed: bool) -> bool:
     import torch
     from torch import distributed
 
-    on_host = distributed.get_backend() == "gloo"
+    on_host = "gloo" in distributed.get_backend_config()
     flag = torch.tensor([failed], dtype=torch.int32, device="cpu" if on_host else torch.cuda.current_device())
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return bool(flag.item())

@@ -1,9 +1,11 @@
 """The proof on a small checkpoint made on the spot, for a machine that has none: `minimax-m2 demo`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from bridge.agreement import is_leader, together
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
 from bridge.reference_logits import random_tokens
@@ -14,22 +16,26 @@ from bridge.transformers_oracle import missing_packages, transformers_logits
 SHARD_BYTES = 4_000_000  # small, so that there are several files
 
 
-def demo(folder: Path, *, seed: int = 0, track: Track = untracked) -> list[Finding]:
+def demo(
+    folder: Path, *, seed: int = 0, sizes: Mapping[str, int] | None = None, track: Track = untracked
+) -> list[Finding]:
     """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, compare the two.
 
-    The model runs in float32, where equality of logits means most.
+    The model runs in float32, where equality of logits means most; over torchrun's ranks by `sizes`.
 
     Raises:
-        ValueError: one of the two folders is there and not empty.
+        ValueError: one of the two folders is there and not empty, or the model does not divide by `sizes`.
     """
-    source = folder / "source"
-    make_checkpoint(source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, track=track)
+    source, missing = folder / "source", missing_packages()
+    with together():
+        if is_leader():
+            make_checkpoint(source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, track=track)
     with MiniMaxM2Bridge.from_hf_pretrained(source) as bridge:
         tokens = random_tokens(bridge.config, seed=seed)
-        missing = missing_packages()
-        others = {} if missing else {"transformers MiniMaxM2ForCausalLM": transformers_logits(source, tokens)}
+        oracle = {"transformers MiniMaxM2ForCausalLM": lambda: transformers_logits(source, tokens)}
+        others = {} if missing else oracle
         findings = roundtrip(
-            bridge, folder / "exported", tokens, params_dtype=torch.float32, others=others, track=track
+            bridge, folder / "exported", tokens, params_dtype=torch.float32, sizes=sizes, others=others, track=track
         )
         made = Finding(
             "made an FP8 checkpoint",

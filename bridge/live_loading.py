@@ -32,7 +32,7 @@ from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
 from reference.sharding import Piece
 
-READ_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 8
+READ_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 4  # more threads wait for Python's lock
 _ALIGNMENT = 256
 
 
@@ -165,7 +165,7 @@ def _read_ahead(
 
     def read(reads: list[Read]) -> Tensor:
         # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
-        size = max(BATCH_BYTES, max(read.stop for read in reads)) if on_gpu else _end(reads)
+        size = max(BATCH_BYTES, _end(reads)) if on_gpu else _end(reads)
         buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         for part, start, stop, scales in reads:
             checkpoint.read_into(buffer[start:stop], part.source, part.rows, part.cols)

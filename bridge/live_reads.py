@@ -69,15 +69,17 @@ class _Queue:
 
     def read(self, file: int, buffer: np.ndarray, offset: int, run: int, pitch: int) -> bool:
         """False if some run was not read whole, for whatever reason: then it is for `preadv` to say."""
-        total, requests = buffer.nbytes // run, self._requests
+        total = buffer.nbytes // run
+        requests, index = self._requests[:total], self._index[:total]
         requests["file"], requests["nbytes"] = file, run
-        requests["buffer"], requests["offset"] = buffer.ctypes.data + self._index * run, offset + self._index * pitch
+        requests["buffer"], requests["offset"] = buffer.ctypes.data + index * run, offset + index * pitch
         for first in range(0, total, _RUNS):
             count = min(_RUNS, total - first)
             if not self._round(count) or not (self._events["result"][:count] == run).all():
                 return False
-            requests["buffer"] += _RUNS * run
-            requests["offset"] += _RUNS * pitch
+            if first + count < total:
+                requests["buffer"] += _RUNS * run
+                requests["offset"] += _RUNS * pitch
         return True
 
     def _round(self, count: int) -> bool:

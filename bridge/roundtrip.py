@@ -7,17 +7,19 @@ the root mean square over all logits. In bfloat16 it is that of the median token
 another expert, in the one run or in the other, and that token's error says nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from bridge.agreement import gather, is_leader, together
 from bridge.hf_files import CONFIG_NAME
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
-from bridge.provider import build_gpt_model
 from bridge.reference_logits import reference_logits
 from bridge.single_process import model_parallel
 from bridge.staging import check_target
@@ -78,10 +80,10 @@ def judge_logits(who: str, logits: Tensor, truth: LogitTruth) -> Finding:
 
 
 @torch.no_grad()
-def megatron_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits [batch, seq, vocab] of a megatron-core model that one process holds."""
+def megatron_logits(model: nn.Module, tokens: Tensor, vocab_size: int) -> Tensor:
+    """Logits [batch, seq, vocab] of a megatron-core model without pipeline stages, on every rank."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return model.eval()(tokens, positions, None)
+    return gather_from_tensor_model_parallel_region(model.eval()(tokens, positions, None))[..., :vocab_size]
 
 
 def roundtrip(
@@ -90,33 +92,42 @@ def roundtrip(
     tokens: Tensor,
     *,
     params_dtype: torch.dtype = torch.bfloat16,
-    others: dict[str, Tensor] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    others: dict[str, Callable[[], Tensor]] | None = None,
     overwrite: bool = False,
     track: Track = untracked,
 ) -> list[Finding]:
     """Import the bridge's checkpoint into a real `GPTModel`, compare logits, export it to `out`, compare every byte.
 
-    `others` are further models' logits on the same tokens, by name, to be judged likewise. The reference runs before
-    the model is built, so that memory holds one layer and then one model. In a narrower `params_dtype` than the
-    source's own (float32 norms into bfloat16) bytes differ, and the findings say so.
+    Under torchrun the model is spread over the ranks by `sizes`, as in `bridge.single_process.model_parallel`, all of
+    them export and compare bytes, and all have the findings; the reference runs on rank 0. `others` are further models
+    whose logits on the same tokens are judged likewise, by name; rank 0 calls them. The reference runs before the model
+    is built, so that memory holds one layer and then one model. In a narrower `params_dtype` than the source's own
+    (float32 norms into bfloat16) bytes differ, and the findings say so.
 
     Raises:
-        ValueError: the checkpoint is damaged, or `out` cannot be used.
+        ValueError: the checkpoint is damaged, `out` cannot be used, or the model does not divide by `sizes`.
     """
-    # Now, not after the model has been built.
-    check_target(out.absolute(), overwrite=overwrite, marker=CONFIG_NAME)
-    truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
-    with model_parallel():
+    with model_parallel(**(sizes or {})):
+        with together():  # out now, not after the model has been built
+            check_target(out.absolute(), overwrite=overwrite, marker=CONFIG_NAME)
+            ranks = get_tensor_model_parallel_world_size()
+            if tokens.shape[1] % ranks:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens a sequence, expected a multiple of the {ranks} ranks they are cut over"
+                )
+            logits = {who: call() for who, call in (others or {}).items()} if is_leader() else {}
+            truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track) if is_leader() else None
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.
-        model = build_gpt_model(bridge.config, params_dtype=params_dtype, backend="local", perform_initialization=False)
+        model = bridge.to_megatron_model(params_dtype=params_dtype, backend="local", track=track)
         device = next(model.parameters()).device
-        bridge.load_hf_weights(model, track=track)
-        logits = {"megatron-core GPTModel": megatron_logits(model, tokens.to(device)).cpu(), **(others or {})}
+        found = megatron_logits(model, tokens.to(device), bridge.config.vocab_size).cpu()
+        logits = {"megatron-core GPTModel": found, **logits}
         quantization = "fp8" if bridge.config.quantization else None
         bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, track=track)
-    same = compare_checkpoints(bridge.checkpoint.folder, out, track=track)
-    judged = [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
-    return [*judged, *_byte_findings(same)]
+        same = compare_checkpoints(bridge.checkpoint.folder, out, track=track)
+        judged = [] if truth is None else [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
+        return [*gather(judged)[0], *_byte_findings(same)]
 
 
 def _byte_findings(same: Comparison) -> list[Finding]:

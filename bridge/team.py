@@ -82,14 +82,21 @@ def _start_worker(workers: int) -> None:
 
 
 class Ranks:
-    """The process group of torchrun's ranks while a `with` block lasts; nothing where there is one process."""
+    """The process group of torchrun's ranks while a `with` block lasts; nothing where there is one process.
+
+    It moves host tensors by gloo and a GPU's by NCCL.
+    """
 
     def __enter__(self) -> None:
         self._mine = launched_by_torchrun() and place()[1] == 1
         if self._mine:
+            import torch
             from torch import distributed
 
-            distributed.init_process_group("gloo", timeout=RANK_TIMEOUT)
+            gpu = torch.cuda.is_available()
+            if gpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=RANK_TIMEOUT)
 
     def __exit__(self, *_: object) -> None:
         if self._mine:

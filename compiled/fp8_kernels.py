@@ -25,13 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compiled.launch import Launcher
+
 STRIP, WARPS = 32, 4  # rows of a program, and its warps
 WHOLE_BLOCK_WARPS = 8  # where a program is a whole block
 _WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def launch(
-    kernel: triton.JITFunction,
+    kernel: Launcher,
     source: Tensor,
     scale_inv: Tensor,
     result: Tensor,
@@ -46,24 +48,15 @@ def launch(
     _, row_blocks, col_blocks = scale_inv.shape
     width = triton.next_power_of_2(block_size)
     strip, warps = (width, WHOLE_BLOCK_WARPS) if kernel is quantize_afresh else (min(STRIP, width), WARPS)
-    kernel[(col_blocks, row_blocks * triton.cdiv(block_size, strip), experts)](
-        source,
-        scale_inv,
-        result,
-        damaged,
-        rows,
-        cols,
-        row_offset,
-        col_offset,
-        source.stride(),
-        scale_inv.stride(),
-        result.stride(),
-        WIDE=_WIDE[wide],
-        BLOCK=block_size,
-        ROWS=strip,
-        COLS=width,
-        num_warps=warps,
-    )
+    kernel(
+        (col_blocks, row_blocks * triton.cdiv(block_size, strip), experts),
+        (
+            source, scale_inv, result, damaged, rows, cols, row_offset, col_offset,
+            source.stride(), scale_inv.stride(), result.stride(),
+        ),
+        (_WIDE[wide], block_size, strip, width),
+        warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -101,6 +94,7 @@ def _report(damaged, scale, amax):
         tl.store(damaged, 1, mask=good == 0)
 
 
+@Launcher
 @triton.jit
 def dequantize(
     codes, scales, out, damaged, rows, cols, row_offset, col_offset, codes_at, scales_at, out_at,
@@ -115,6 +109,7 @@ def dequantize(
     _report(damaged, scale, _amax(code))
 
 
+@Launcher
 @triton.jit
 def quantize(
     values, scales, codes, damaged, rows, cols, row_offset, col_offset, values_at, scales_at, codes_at,
@@ -130,6 +125,7 @@ def quantize(
     _report(damaged, scale, amax)
 
 
+@Launcher
 @triton.jit
 def quantize_afresh(
     values, scales, codes, damaged, rows, cols, row_offset, col_offset, values_at, scales_at, codes_at,

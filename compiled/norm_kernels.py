@@ -15,7 +15,7 @@ parts. S, C, r, R: `reference.norm`; `terms` is N R, the number of terms in S ov
 import triton
 import triton.language as tl
 
-from compiled.norm_launch import Launcher
+from compiled.launch import Launcher
 
 
 @triton.jit

@@ -93,7 +93,8 @@ def square_sums(inputs: list[Tensor], setting: Setting) -> Tensor:
     tokens, batch = _tokens(sums)
     if tokens:
         sizes = _sizes(parts, None, setting)
-        square_sums_kernel(tokens, tokens, (_views(parts), sums, batch), sizes, sizes.warps(PLAIN.square_sums))
+        warps = sizes.warps(PLAIN.square_sums)
+        square_sums_kernel((tokens, 1, 1), (_views(parts), sums, batch), sizes, free=(tokens,), warps=warps)
     return sums
 
 
@@ -121,7 +122,8 @@ def forward(
             _views(parts), _views(ys), tuple(weights), sums, rstd, _table(cos, sin), batch,
             setting.terms[0], setting.terms[-1], setting.eps,
         )  # fmt: skip
-        forward_kernel(tokens, tokens, arguments, sizes, sizes.warps(_tuning(cos).forward))
+        warps = sizes.warps(_tuning(cos).forward)
+        forward_kernel((tokens, 1, 1), arguments, sizes, free=(tokens,), warps=warps)
     return [*ys, rstd]
 
 
@@ -230,10 +232,10 @@ def _launch_backward(
         _views(grads), _views(parts), None if dxs is None else _views(parts_of(dxs, setting)), tuple(weights),
         partials, rstd, coupling, _table(cos, sin), batch, setting.terms[0], setting.terms[-1],
     )  # fmt: skip
-    backward_kernel(programs, tokens, arguments, (*sizes, stages), warps)
+    backward_kernel((programs, 1, 1), arguments, (*sizes, stages), free=(tokens,), warps=warps)
     if dw is not None:
         width, rows, columns = dw.numel(), 64, 32
-        add_partials_kernel(-(-width // columns), programs, (partials, dw), (width, rows, columns))
+        add_partials_kernel((-(-width // columns), 1, 1), (partials, dw), (width, rows, columns), free=(programs,))
 
 
 def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, int, int, int], ...]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from bridge.team import Ranks, launched_by_torchrun
+from bridge.agreement import gather, is_leader
+from bridge.team import Ranks
 
 LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
 
@@ -68,12 +69,13 @@ def is_speaker() -> bool:
 
 @contextmanager
 def folder(keep: Path | None) -> Iterator[Path]:
-    """The folder to keep, or one that is deleted at the end."""
+    """The folder to keep, or one that is deleted at the end, on all ranks the same."""
     if keep is not None:
         yield keep
         return
-    with tempfile.TemporaryDirectory(prefix="minimax-m2-") as temporary:
-        yield Path(temporary)
+    with ExitStack() as stack:
+        make = tempfile.TemporaryDirectory(prefix="minimax-m2-")
+        yield Path(gather(stack.enter_context(make) if is_leader() else None)[0])
 
 
 class _Rate(ProgressColumn):
@@ -125,13 +127,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def one_process(verb: str) -> None:
-    """Refuse torchrun for a verb that works in one process.
-
-    Raises:
-        ValueError: there are several ranks.
-    """
-    if launched_by_torchrun():
-        raise ValueError(f"{verb} works in one process; start it without torchrun")

@@ -1,5 +1,7 @@
 """`minimax-m2 demo`, `roundtrip` and `bench`: proofs and measurements on this machine."""
 
+import math
+import os
 import subprocess
 import sys
 from enum import StrEnum
@@ -15,12 +17,13 @@ from bridge.cli.common import (
     CheckpointPath,
     Overwrite,
     folder,
-    one_process,
+    is_speaker,
     output,
     progress,
     reporting,
     say_json,
 )
+from bridge.team import launched_by_torchrun
 
 
 class ModelDtype(StrEnum):
@@ -28,6 +31,12 @@ class ModelDtype(StrEnum):
 
     BF16 = "bf16"
     FP32 = "fp32"
+
+
+TensorParallel = Annotated[
+    int | None, typer.Option(min=1, help="Tensor parallel size under torchrun (default: the number of ranks).")
+]
+ExpertParallel = Annotated[int, typer.Option(min=1, help="Expert parallel size under torchrun.")]
 
 
 class Benchmark(StrEnum):
@@ -45,14 +54,15 @@ def demo(
         Path | None, typer.Option(help="Keep the two checkpoints in this folder (default: a temporary one).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and tokens.")] = 0,
+    tp: TensorParallel = None,
+    ep: ExpertParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """Make a small FP8 checkpoint, take it through a real megatron-core GPTModel and back, and prove it unchanged."""
     with reporting(), folder(keep) as target, progress() as track:
-        one_process("demo")
         from bridge.demo import demo as run
 
-        findings = run(target, seed=seed, track=track)
+        findings = run(target, seed=seed, sizes=_sizes(tp, ep), track=track)
     _conclude("Hugging Face FP8 -> megatron-core -> Hugging Face FP8", findings, as_json)
 
 
@@ -65,14 +75,16 @@ def roundtrip(
     dtype: Annotated[ModelDtype, typer.Option(help="Dtype of the megatron-core model.")] = ModelDtype.BF16,
     tokens: Annotated[int, typer.Option(help="Length of the two random sequences whose logits are compared.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
+    tp: TensorParallel = None,
+    ep: ExpertParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """The demo's proof on a checkpoint of yours.
 
-    Memory: the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
+    Under torchrun the model is spread over all ranks; the reference runs on rank 0, layer by layer. Memory: the ranks'
+    shares of the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
     """
     with reporting(), folder(out and out.parent) as parent, progress() as track:
-        one_process("roundtrip")
         import torch
 
         from bridge.minimax_m2_bridge import MiniMaxM2Bridge
@@ -83,7 +95,15 @@ def roundtrip(
         params_dtype = {ModelDtype.BF16: torch.bfloat16, ModelDtype.FP32: torch.float32}[dtype]
         with MiniMaxM2Bridge.from_hf_pretrained(str(path)) as bridge:
             sample = random_tokens(bridge.config, length=tokens, seed=seed)
-            findings = run(bridge, target, sample, params_dtype=params_dtype, overwrite=overwrite, track=track)
+            findings = run(
+                bridge,
+                target,
+                sample,
+                params_dtype=params_dtype,
+                sizes=_sizes(tp, ep),
+                overwrite=overwrite,
+                track=track,
+            )
     _conclude(f"{path} -> megatron-core -> {target if out else 'Hugging Face'}", findings, as_json)
 
 
@@ -101,17 +121,40 @@ def bench(
     """Run a benchmark of tests/benchmarks, with its baselines, on this machine. fp8 and offline run without a GPU."""
     script = Path(__file__).parents[2] / "tests" / "benchmarks" / f"bench_{what}.py"
     with reporting():
+        if launched_by_torchrun():
+            raise ValueError("bench starts its own ranks: run it without torchrun, with --gpus")
         if not script.is_file():
             raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), str(out)], check=False).returncode)
 
 
+def _sizes(tp: int | None, ep: int) -> dict[str, int]:
+    """megatron-core's parallel sizes. Without `tp`, all of torchrun's ranks; an expert is cut over what `ep` leaves.
+
+    Raises:
+        ValueError: the ranks do not divide by them.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    tp = tp or world
+    expert_tp = max(1, tp // ep)
+    if world % tp or world % (ep * expert_tp):
+        raise ValueError(
+            f"--tp {tp} --ep {ep} needs a multiple of {math.lcm(tp, ep * expert_tp)} ranks, found {world}; start them "
+            "with torchrun --nproc-per-node"
+        )
+    return {
+        "tensor_model_parallel_size": tp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": expert_tp,
+    }
+
+
 def _conclude(title: str, findings: list, as_json: bool) -> None:
     """Say what was proven; leave with status 1 if anything does not hold."""
     if as_json:
         say_json({"findings": findings})
-    else:
+    elif is_speaker():
         marks = {True: "[green]holds[/green]", False: "[red]FAILS[/red]", None: "[yellow]skipped[/yellow]"}
         table = Table("claim", "found", "", title=escape(title), title_justify="left")
         for finding in findings:

@@ -1,7 +1,7 @@
 """Loading and exporting a live model: FP8 files of true width into a Transformer Engine `GPTModel`, and to the host.
 
 Bytes: a rank reads its share of the files once (7.4 GB at two layers and one rank), moves them to its GPU as they are
-and writes twice as many there; an export moves 14.9 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The
+and writes twice as many there; an export moves 14.7 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The
 first load of a process also makes the pinned buffers and compiles; the median of the others is what a second one costs.
 Memory is what the process holds beyond what it held before, page cache not counted: its own (sampled), and pinned.
 
@@ -43,7 +43,7 @@ from reference.parallelism import Parallelism, spread_layers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import environment
-from true_width import TRUE_WIDTH, make
+from true_width import TRUE_WIDTH, few_layers, make
 
 RUNS = 4
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -58,7 +58,7 @@ def measured(row: dict[str, Any], key: str) -> Iterator[None]:
     own, done = [_anonymous()], threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.005):
+        while not done.wait(0.02):
             own.append(_anonymous())
 
     sampler = threading.Thread(target=sample)
@@ -185,11 +185,10 @@ def planning() -> dict[str, float]:
 
 def main(out: Path, layers: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
-    config = TRUE_WIDTH | {"num_hidden_layers": layers}
     world = int(os.environ.get("WORLD_SIZE", 1))
     made = time.perf_counter()
     if not folder.exists() and world == 1:
-        make(folder, config)
+        make(folder, few_layers(layers))
     made = time.perf_counter() - made
     print(f"checkpoint {made:.1f} s", flush=True)
     layouts = [Parallelism(tp=world, etp=world)] + ([Parallelism(tp=world, ep=world, etp=1)] if world > 1 else [])

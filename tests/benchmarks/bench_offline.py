@@ -26,9 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from record import environment
-from true_width import TRUE_WIDTH, make
+from true_width import few_layers, make
 
-VOCABULARY = 8192
 BUFFER = 16 << 20
 FILE_BYTES = 512 << 20
 COMMAND = [sys.executable, "-c", "from bridge.cli import app; app()"]
@@ -114,7 +113,7 @@ def anonymous(pid: int) -> int:
 def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
     source, megatron, back = folder / "source", folder / "megatron", folder / "exported"
     if not source.exists():
-        make(source, TRUE_WIDTH | {"num_hidden_layers": layers, "vocab_size": VOCABULARY})
+        make(source, few_layers(layers))
     run("inspect", str(source))
     workers = ["--workers", str(os.cpu_count())]
     rows = []
@@ -139,7 +138,7 @@ def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
 def main(path: Path, layers: int, folder: str | None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-offline-") as temporary:
         rows = measure(Path(folder or temporary), layers)
-    config = {**TRUE_WIDTH, "num_hidden_layers": layers, "vocab_size": VOCABULARY, "cores": os.cpu_count()}
+    config = {**few_layers(layers), "cores": os.cpu_count()}
     record = {"environment": environment(), "model": __doc__, "config": config, "rows": rows}
     path.write_text(json.dumps(record, indent=2) + "\n")
 

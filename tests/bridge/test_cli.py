@@ -55,11 +55,11 @@ def test_demo_fails_when_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """A megatron-core model with one norm weight off by 1 % must be found out."""
     real = bridge.roundtrip.megatron_logits
 
-    def disturbed(model, tokens):
+    def disturbed(model, *args):
         with torch.no_grad():
             model.decoder.layers[0].input_layernorm.weight[7] *= 1.01
         try:
-            return real(model, tokens)
+            return real(model, *args)
         finally:
             with torch.no_grad():
                 model.decoder.layers[0].input_layernorm.weight[7] /= 1.01

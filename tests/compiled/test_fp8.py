@@ -416,7 +416,7 @@ def test_twenty_shapes_on_the_gpu():
     from compiled import fp8_kernels
 
     def kernels() -> int:
-        return sum(len(cache[0]) for cache in fp8_kernels.dequantize.device_caches.values())
+        return sum(len(cache[0]) for cache in fp8_kernels.dequantize.kernel.device_caches.values())
 
     before = kernels()
     for rows, cols in [(2 + 37 * n, 16 * (n % 7 + 2)) for n in range(20)]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Launcher:
-    """Calls `kernel(count, *arguments, *constants)`, of which `count` must be an integer not specialized on.
+    """Calls `kernel(*free, *arguments, *constants)`; `free` are integers that the kernel is not specialized on.
 
     What Triton compiles a kernel for, beside its constants, depends on the arguments' types, on which pointers are
     multiples of 16, and on the integers: these are the key here. A launch by Triton works all of it out, and more.
@@ -17,16 +17,22 @@ class Launcher:
         self.kernel, self.compiled = kernel, {}
 
     def __call__(
-        self, programs: int, count: int, arguments: tuple[Any, ...], constants: tuple[int, ...], warps: int = 4
+        self,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        *,
+        free: tuple[int, ...] = (),
+        warps: int = 4,
     ) -> None:
         key = warps, constants, _described(arguments)
         compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.kernel[(programs,)](count, *arguments, *constants, num_warps=warps)
+            compiled = self.kernel[grid](*free, *arguments, *constants, num_warps=warps)
             if compiled is not None:  # as in Triton's interpreter
                 self.compiled[key] = compiled
         else:
-            compiled[programs, 1, 1](count, *arguments, *constants)
+            compiled[grid](*free, *arguments, *constants)
 
 
 def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
