@@ -12,10 +12,9 @@ the first of them, `0 <= offset < block_size`. For rows `start:stop` of a weight
     first, last = start // 128, -(-stop // 128)
     dequantize_blockwise(weight[start:stop], scale_inv[first:last], row_offset=start % 128)
 
-**Checks.** A scale that is not finite and positive, or a NaN code, raises. On the CPU they are looked for first, with
-two maxima over the codes. On CUDA the kernel finds them while it decodes: no second pass, but `out` is written before
-the error is raised, and each call waits for the answer. With `check_values=False` no call waits, NaN codes become NaN
-values, and the caller answers for the scales.
+**Checks.** A scale that is not finite and positive, or a NaN code, raises. They are found while decoding: no second
+pass, but `out` is written before the error is raised, and on CUDA each call waits for the answer. With
+`check_values=False` no call waits, NaN codes become NaN values, and the caller answers for the scales.
 
 **How.** On the CPU `compiled.fp8_inductor`, the code's bits moved into a float32; on CUDA `compiled.fp8_kernels`, by
 hand in Triton. Both compile at first use, a number of times that does not grow with the number of shapes; each says
@@ -64,13 +63,11 @@ def dequantize_blockwise(
             check_scale_values(scale_inv, name=name)
             check_codes(weight, name=name)
         return out
-    damaged = _holds_nan(weight)
     if check_values:
         _check_scale_values(scale_inv, name)
-        if damaged:
+    if fp8_inductor.decode(*operands):
+        if check_values:
             check_codes(weight, name=name)
-    fp8_inductor.decode(*operands)
-    if damaged:
         out.detach().masked_fill_(weight.isnan(), torch.nan)
     return out
 
@@ -160,11 +157,6 @@ def _check_scale_values(scale_inv: Tensor, name: str) -> None:
         least, greatest = scale_inv.aminmax()  # NaN if one is
         if not 0 < least.item() <= greatest.item() < math.inf:
             check_scale_values(scale_inv, name=name)
-
-
-def _holds_nan(weight: Tensor) -> bool:
-    """NaN is 0x7F, the greatest int8, and 0xFF, the greatest uint8: two maxima cost less than one comparison."""
-    return weight.numel() > 0 and (weight.view(torch.int8).amax() == 0x7F or weight.view(torch.uint8).amax() == 0xFF)
 
 
 def _holds_infinite(weight: Tensor) -> bool:

@@ -4,9 +4,10 @@ A scale is spread over the columns of its block, which costs 1/32 of a byte an e
 row of the weight: the inner loop is then one run over the columns, whatever the blocks and offsets.
 
 **Decoding.** Sign, exponent and mantissa of a code, shifted into a float32, stand for its value * 2^-120, the subnormal
-codes as subnormal float32; multiplying by 2^120 is exact. (A thread that flushes subnormals, after
-`torch.set_flush_denormal`, would lose them: like float64 it gets plain PyTorch.) The product is rounded to bfloat16
-by integers, to nearest even. NaN codes are not looked at: `compiled.fp8` does.
+codes as subnormal float32. The scales bring 2^120 along, which is exact, so the product has the bits of value * scale.
+(Scales of 256 and more would overflow then, and a thread that flushes subnormals, after `torch.set_flush_denormal`,
+would lose the subnormal codes: like float64 they get plain PyTorch.) The product is rounded to bfloat16 by integers, to
+nearest even. What becomes of a NaN code is undefined; each row's greatest code tells of one, in the same pass.
 
 **Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
 2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
@@ -28,22 +29,33 @@ from torch import Tensor
 
 from reference.fp8 import FP8, FP8_MAX
 
+_NAN = 0x7F  # the code, without its sign
+_LEAST_NORMAL = torch.tensor(2.0**-126)
 _MAX_COMPILATIONS = 64  # of one function; beyond torch's own limit, 8, `fullgraph` is an error
 _OPTIONS = {"cpp.simdlen": 1, "assert_indirect_indexing": False}
 if shutil.which("c++"):
     _OPTIONS["cpp.cxx"] = (None, "c++")
 
 
-def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> None:
-    """out = round(weight * scale of its block), for [experts, rows, cols]."""
-    for codes, values, spread, row in _matrices(weight, out, scale_inv, block_size, row_offset, col_offset):
-        if values.dtype == torch.float64 or _flushes_subnormals():
+def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> bool:
+    """out = round(weight * scale of its block), for [experts, rows, cols]; True if there was a NaN code.
+
+    Only where there is none is `out` what it should be.
+    """
+    plain = out.dtype == torch.float64 or _flushes_subnormals() or not _all_below(scale_inv, 256)
+    scales = scale_inv if plain else scale_inv * 2.0**120
+    damaged = False
+    for codes, values, spread, row in _matrices(weight, out, scales, block_size, row_offset, col_offset):
+        if plain:
             wide = torch.promote_types(values.dtype, torch.float32)
             values.copy_(codes.to(wide) * spread[row])
+            greatest = torch.where(codes.isnan(), _NAN, 0)
         elif values.dtype == torch.bfloat16:
-            _decode_to_bfloat16(codes.view(torch.int8), spread, row, values.view(torch.int16))
+            greatest = _decode_to_bfloat16(codes.view(torch.int8), spread, row, values.view(torch.int16))
         else:
-            _decode(codes.view(torch.int8), spread, row, values)
+            greatest = _decode(codes.view(torch.int8), spread, row, values)
+        damaged = damaged or greatest.amax().item() == _NAN
+    return damaged
 
 
 def encode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> None:
@@ -70,8 +82,9 @@ def _matrices(
         for one in zip(source.split(1), result.split(1), scale_inv.split(1), strict=True):
             yield from _matrices(*one, block_size, row_offset, col_offset)
         return
-    spread = scale_inv.flatten(0, 1).repeat_interleave(block_size, dim=1)[:, col_offset : col_offset + cols]
-    spread = torch.cat([spread, spread[-1:]])  # contiguous and two rows at least: one compilation less each
+    grid = scale_inv.flatten(0, 1)
+    grid = torch.cat([grid, grid[-1:]])  # two rows at least, and contiguous in the end: one compilation less each
+    spread = grid[..., None].expand(-1, -1, block_size).flatten(1)[:, col_offset : col_offset + cols].contiguous()
     row = _row_of_blocks(experts, rows, scale_inv.shape[1], block_size, row_offset)
     yield source.flatten(0, 1), result.flatten(0, 1), spread, row
 
@@ -82,42 +95,53 @@ def _row_of_blocks(experts: int, rows: int, row_blocks: int, block_size: int, ro
     return ((torch.arange(rows) + row_offset) // block_size + first).flatten()
 
 
+def _all_below(x: Tensor, bound: float) -> bool:
+    return not x.numel() or x.amax().item() < bound
+
+
 def _flushes_subnormals() -> bool:
-    return (torch.tensor(2.0**-126) * 0.5).item() == 0
+    return (_LEAST_NORMAL * 0.5).item() == 0
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """torch.compile at first call: `import torch._inductor` alone takes a second."""
     compiled = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True, options=_OPTIONS))
 
     @functools.wraps(function)
-    def call(*operands: Tensor) -> None:
+    def call(*operands: Tensor) -> Tensor | None:
         operands = [x.data for x in operands]  # not as views: what is compiled would depend on their bases' shapes
         with torch.no_grad():
             try:
-                compiled()(*operands)
+                return compiled()(*operands)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
                 with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILATIONS):
-                    compiled()(*operands)
+                    return compiled()(*operands)
 
     return call
 
 
-def _value(codes: Tensor) -> Tensor:
-    """int8 -> float32."""
-    sign_exponent_mantissa = (codes.to(torch.int32) << 20) & ~0x78000000
-    return sign_exponent_mantissa.view(torch.float32) * 2.0**120
+def _small_value(codes: Tensor) -> Tensor:
+    """int8 -> float32, the value * 2^-120."""
+    return ((codes.to(torch.int32) << 20) & ~0x78000000).view(torch.float32)
+
+
+def _greatest(codes: Tensor) -> Tensor:
+    """Of each row, without sign."""
+    return (codes & 0x7F).amax(1)
 
 
 @_compiled
-def _decode_to_bfloat16(codes: Tensor, spread: Tensor, row: Tensor, out: Tensor) -> None:
-    bits = (_value(codes) * spread[row]).view(torch.int32)
+def _decode_to_bfloat16(codes: Tensor, large: Tensor, row: Tensor, out: Tensor) -> Tensor:
+    """`large`: the scales * 2^120."""
+    bits = (_small_value(codes) * large[row]).view(torch.int32)
     out.copy_((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return _greatest(codes)
 
 
 @_compiled
-def _decode(codes: Tensor, spread: Tensor, row: Tensor, out: Tensor) -> None:
-    out.copy_(_value(codes) * spread[row])
+def _decode(codes: Tensor, large: Tensor, row: Tensor, out: Tensor) -> Tensor:
+    out.copy_(_small_value(codes) * large[row])
+    return _greatest(codes)
 
 
 @_compiled

@@ -30,9 +30,9 @@ def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert all(torch.equal(source[name].view(torch.uint8), exported[name].view(torch.uint8)) for name in source)
 
 
-def test_demo_fails_when_a_byte_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roundtrip_fails_when_a_byte_differs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn one bit between export and comparison: the proof must not hold."""
-    real = bridge.demo.roundtrip
+    real = bridge.roundtrip.roundtrip
 
     def sabotaged(source, out, *args, **kwargs):
         save = source.save_hf_pretrained
@@ -44,14 +44,14 @@ def test_demo_fails_when_a_byte_differs(monkeypatch: pytest.MonkeyPatch) -> None
         source.save_hf_pretrained = save_and_damage
         return real(source, out, *args, **kwargs)
 
-    monkeypatch.setattr(bridge.demo, "roundtrip", sabotaged)
-    result = CliRunner().invoke(app, ["demo"])
+    monkeypatch.setattr(bridge.roundtrip, "roundtrip", sabotaged)
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--dtype", "fp32"])
     assert result.exit_code == 1
     assert "FAILS" in result.stdout
     assert NORM in result.stdout
 
 
-def test_demo_fails_when_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roundtrip_fails_when_logits_differ(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A megatron-core model with one norm weight off by 1 % must be found out."""
     real = bridge.roundtrip.megatron_logits
 
@@ -65,7 +65,7 @@ def test_demo_fails_when_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
                 model.decoder.layers[0].input_layernorm.weight[7] /= 1.01
 
     monkeypatch.setattr(bridge.roundtrip, "megatron_logits", disturbed)
-    result = CliRunner().invoke(app, ["demo"])
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--dtype", "fp32"])
     assert result.exit_code == 1
     assert "FAILS" in result.stdout
 

@@ -1,23 +1,22 @@
 """megatron-core's own `dist_checkpointing` on real ranks: it loads what we import, at any layout; what it saves at one
 layout it loads at another, norms included, and we export it back to the source's bytes.
 
-Four gloo ranks, forked from one process that has imported what is slow to import, work through all layouts. Each
+Four gloo ranks work through all layouts. Each
 compares every parameter with `reference.sharding.shard` of the dequantised source and reports what differs.
 """
 
 import json
 from argparse import Namespace
 from dataclasses import replace
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import EDGY_CONFIG, all_tensors
+from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.multiprocessing import start_processes
 
 from bridge.offline_export import ExportJob, export_checkpoint
 from bridge.offline_import import ImportJob, import_checkpoint
@@ -162,8 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(folder / "source", DIST_CONFIG, mtp_layers=1, max_shard_bytes=150_000)
     import_checkpoint(ImportJob(str(folder / "source"), str(folder / "imported"), unit_bytes=200_000))
     torch.save(dequantised(folder / "source"), folder / "tensors.pt")
-    set_forkserver_preload(["bridge.single_process", "bridge.provider", "bridge.mapping"])
-    start_processes(run_rank, (folder,), nprocs=WORLD, start_method="forkserver")
+    run_ranks(run_rank, (folder,), WORLD)
     return folder
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from faults_runs import Run, die_at, forks, snapshot, warm_server
+from ranks import SLOW_IMPORTS
 
-SHARD_BYTES = 100_000
+SHARD_BYTES, TIMES = 100_000, 30
 
 
 def save(pipe: Connection, out: str, overwrite: bool, fault: partial | None) -> None:
@@ -46,8 +47,7 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield snapshot(out)
 
 
-@pytest.mark.parametrize("times", [10, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path, times: int) -> None:
+def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "timed").mkdir()
     begin = time.monotonic()
     assert start(tmp_path / "timed/out").outcome().exitcode == 0
@@ -62,7 +62,7 @@ def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path, times: 
         assert start(out, overwrite=True).outcome().exitcode == 0
         assert snapshot(out) == whole
         assert os.listdir(out.parent) == ["out"]
-        if killed == times:
+        if killed == TIMES:
             return
     pytest.fail(f"only {killed} of 200 saves were killed before they were done")
 
@@ -87,3 +87,65 @@ def test_killed_while_it_replaces_a_checkpoint(whole: dict[str, str], tmp_path: 
         assert start(out, overwrite=True).outcome().exitcode == 0
         assert snapshot(out) == whole
     pytest.fail("a save makes fewer changes than that")
+
+
+# ------------------------------------------------------------------------------------------------------------ two ranks
+
+
+def save_on_rank(pipe: Connection, rank: int, folder: str, source: str, out: str) -> None:
+    import torch
+    from torch import distributed
+
+    from bridge import MiniMaxM2Bridge
+    from bridge.single_process import model_parallel
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with model_parallel(tensor_model_parallel_size=2), MiniMaxM2Bridge.from_hf_pretrained(source) as bridge:
+        model = bridge.to_megatron_model()
+        distributed.barrier()
+        pipe.send("started")
+        bridge.save_hf_pretrained(model, out, overwrite=True, max_shard_bytes=SHARD_BYTES)
+    pipe.send((None, None))
+
+
+def start_ranks(folder: Path, source: Path, out: Path) -> list[Run]:
+    folder.mkdir(parents=True)
+    runs = []
+    for rank in range(2):
+        ours, theirs = forks.Pipe(duplex=False)
+        process = forks.Process(target=save_on_rank, args=(theirs, rank, str(folder), str(source), str(out)))
+        process.start()
+        theirs.close()
+        runs.append(Run(process, ours))
+    for running in runs:
+        running.pipe.recv()
+    return runs
+
+
+def succeed(runs: list[Run]) -> bool:
+    return [running.outcome().exitcode for running in runs] == [0, 0]
+
+
+@pytest.mark.slow  # each save starts two ranks and builds their models
+def test_a_rank_is_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
+    """The other rank comes to an end, too, and the same save on two ranks again leaves what an undisturbed one does."""
+    with warm_server(checkpoint, *SLOW_IMPORTS):
+        out, moments, killed = tmp_path / "out", random.Random(0), 0
+        running, begin = start_ranks(tmp_path / "undisturbed", checkpoint, out), time.monotonic()
+        assert succeed(running)
+        seconds, whole = time.monotonic() - begin, snapshot(out)
+        for number in range(4 * TIMES):
+            out = tmp_path / str(number) / "out"
+            running = start_ranks(tmp_path / str(number) / "ranks", checkpoint, out)
+            running[number % 2].kill_after(moments.uniform(0, seconds))
+            codes = [one.outcome().exitcode for one in running]
+            assert None not in codes, "a rank hangs"
+            killed += codes[number % 2] == -signal.SIGKILL
+            assert not out.exists() or snapshot(out) == whole
+            assert succeed(start_ranks(tmp_path / str(number) / "again", checkpoint, out))
+            assert snapshot(out) == whole
+            assert sorted(os.listdir(out.parent)) == ["again", "out", "ranks"]
+            if killed == TIMES:
+                return
+        pytest.fail(f"only {killed} of {number + 1} saves were killed before they were done")

@@ -26,8 +26,8 @@ from oracles import (
     settled_tokens,
     to_disk_names,
 )
+from ranks import run_ranks
 from torch import Tensor
-from torch.multiprocessing import spawn
 
 from reference.names import Dialect
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
@@ -253,7 +253,7 @@ def run_megatron(
 ) -> dict[str, Run]:
     """All layouts of a world size; gradients and weights put together under on-disk names."""
     torch.save(batches, folder / "batches.pt")
-    spawn(_rank, (world, str(folder), dtype, sabotage), nprocs=world)
+    run_ranks(_rank, (world, str(folder), dtype, sabotage), world)
     runs = {}
     for name, layout in LAYOUTS.items():
         if layout.world_size != world:

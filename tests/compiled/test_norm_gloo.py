@@ -5,14 +5,13 @@ the unsharded ones, which `reference.norm`, autograd and float64 give; the tests
 """
 
 from itertools import product
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor
-from torch.multiprocessing import start_processes
 
 from compiled import full_dim_norm
 from compiled.full_dim_norm import FullDimQKNorm, FullDimRMSNorm
@@ -183,9 +182,7 @@ COMPILED = {
 def reports(request, tmp_path_factory) -> list[dict]:
     """What every rank of a world found."""
     folder = tmp_path_factory.mktemp(f"gloo{request.param}")
-    # A clean process, which imports what is slow to import, and from which the ranks are forked.
-    set_forkserver_preload(["torch._dynamo", "torch._functorch.aot_autograd", "compiled.full_dim_norm"])
-    start_processes(run_rank, (request.param, folder), nprocs=request.param, start_method="forkserver")
+    run_ranks(run_rank, (request.param, folder), request.param)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
