@@ -6,9 +6,10 @@ that many bytes in one process, 16 MiB at a time, and syncs every file; files ar
 each of them, memory is touched, which also empties the page cache; each conversion's time includes starting its
 processes.
 
-    python tests/benchmarks/bench_offline.py OUT.json [LAYERS [FOLDER]]
+    python tests/benchmarks/bench_offline.py OUT.json [LAYERS [EXPERTS [FOLDER]]]
 
-Everything is written to FOLDER (default: a temporary one), which needs room for six times the checkpoint.
+Everything is written to FOLDER (default: a temporary one), which needs room for six times the checkpoint: fewer experts
+leave room for more layers, to see that memory does not grow with them.
 """
 
 import json
@@ -110,10 +111,10 @@ def anonymous(pid: int) -> int:
     return sum(1024 * int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status))
 
 
-def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
+def measure(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     source, megatron, back = folder / "source", folder / "megatron", folder / "exported"
     if not source.exists():
-        make(source, few_layers(layers))
+        make(source, config)
     run("inspect", str(source))
     workers = ["--workers", str(os.cpu_count())]
     rows = []
@@ -135,13 +136,15 @@ def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main(path: Path, layers: int, folder: str | None) -> None:
+def main(path: Path, layers: int = 2, experts: int = 256, folder: str | None = None) -> None:
+    config = few_layers(layers, experts)
     with tempfile.TemporaryDirectory(prefix="bench-offline-") as temporary:
-        rows = measure(Path(folder or temporary), layers)
-    config = {**few_layers(layers), "cores": os.cpu_count()}
+        rows = measure(Path(folder or temporary), config)
+    config = {**config, "cores": os.cpu_count()}
     record = {"environment": environment(), "model": __doc__, "config": config, "rows": rows}
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2, sys.argv[3] if len(sys.argv) > 3 else None)
+    out, *sizes = sys.argv[1:4]
+    main(Path(out), *map(int, sizes), *sys.argv[4:])

@@ -27,9 +27,9 @@ TRUE_WIDTH = SMALL_CONFIG | {
 }
 
 
-def few_layers(layers: int) -> dict[str, Any]:
+def few_layers(layers: int, experts: int = 256) -> dict[str, Any]:
     """The config of a checkpoint that is all layers: with a small vocabulary, two of them are 7.4 GB."""
-    return TRUE_WIDTH | {"num_hidden_layers": layers, "vocab_size": 8192}
+    return TRUE_WIDTH | {"num_hidden_layers": layers, "num_local_experts": experts, "vocab_size": 8192}
 
 
 def make(folder: Path, config: dict[str, Any]) -> None:
