@@ -30,6 +30,22 @@ def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert all(torch.equal(source[name].view(torch.uint8), exported[name].view(torch.uint8)) for name in source)
 
 
+@pytest.mark.slow  # `test_live_ranks` has the same proof on ranks that need not import everything first
+def test_demo_on_torchruns_ranks(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launcher, *COMMAND, "demo", "--ep", "2", "--keep", str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("holds") == 4
+    assert "FAILS" not in result.stdout
+
+
+def test_parallel_sizes_need_their_ranks(checkpoint: Path) -> None:
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--tp", "2", "--ep", "4"])
+    assert result.exit_code == 2
+    assert "--tp 2 --ep 4 needs a multiple of 4 ranks, found 1" in " ".join(result.output.split())
+
+
 def test_roundtrip_fails_when_a_byte_differs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn one bit between export and comparison: the proof must not hold."""
     real = bridge.roundtrip.roundtrip
