@@ -10,6 +10,7 @@ from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
 from bridge.reference_logits import random_tokens
 from bridge.roundtrip import Finding, roundtrip
+from bridge.single_process import model_parallel
 from bridge.synthetic import SMALL_CONFIG, make_checkpoint
 from bridge.transformers_oracle import missing_packages, transformers_logits
 
@@ -21,28 +22,29 @@ def demo(
 ) -> list[Finding]:
     """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, compare the two.
 
-    The model runs in float32, where equality of logits means most; over torchrun's ranks by `sizes`.
+    The model runs in float32, where equality of logits means most; over torchrun's ranks by `sizes`, as in `roundtrip`.
 
     Raises:
         ValueError: one of the two folders is there and not empty, or the model does not divide by `sizes`.
     """
     source, missing = folder / "source", missing_packages()
-    with together():
-        if is_leader():
-            make_checkpoint(source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, track=track)
-    with MiniMaxM2Bridge.from_hf_pretrained(source) as bridge:
-        tokens = random_tokens(bridge.config, seed=seed)
-        oracle = {"transformers MiniMaxM2ForCausalLM": lambda: transformers_logits(source, tokens)}
-        others = {} if missing else oracle
-        findings = roundtrip(
-            bridge, folder / "exported", tokens, params_dtype=torch.float32, sizes=sizes, others=others, track=track
-        )
-        made = Finding(
-            "made an FP8 checkpoint",
-            f"{len(bridge.checkpoint.tensors)} tensors in {bridge.checkpoint.num_files} files, "
-            f"{bridge.checkpoint.nbytes / 1e6:.1f} MB, {len(bridge.mtp_tensors)} of them MTP",
-            True,
-        )
+    with model_parallel(**(sizes or {})):
+        with together():
+            if is_leader():
+                make_checkpoint(source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, track=track)
+        with together():
+            bridge = MiniMaxM2Bridge.from_hf_pretrained(source)
+        with bridge:
+            tokens = random_tokens(bridge.config, seed=seed)
+            oracle = {"transformers MiniMaxM2ForCausalLM": lambda: transformers_logits(source, tokens)}
+            others, target = {} if missing else oracle, folder / "exported"
+            findings = roundtrip(bridge, target, tokens, params_dtype=torch.float32, others=others, track=track)
+            made = Finding(
+                "made an FP8 checkpoint",
+                f"{len(bridge.checkpoint.tensors)} tensors in {bridge.checkpoint.num_files} files, "
+                f"{bridge.checkpoint.nbytes / 1e6:.1f} MB, {len(bridge.mtp_tensors)} of them MTP",
+                True,
+            )
     if missing:
         note = f"not compared: {', '.join(missing)} not installed; pip install -e '.[test]' brings it"
         findings.append(Finding("logits: transformers = reference", note, None))

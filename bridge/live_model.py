@@ -16,6 +16,31 @@ from reference.config import ModelConfig
 from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
 
 
+def group_parallelism(
+    config: ModelConfig, *, layers_per_stage: tuple[int, ...] | None = None, vocab_divisor: int = 1
+) -> Parallelism:
+    """The layout that megatron-core's process groups give a model; without `layers_per_stage` they are spread.
+
+    Raises:
+        ValueError: the model does not divide by the parallel sizes.
+    """
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    parallelism = Parallelism(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        pp=pp,
+        vpp=virtual,
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        layers_per_stage=layers_per_stage or spread_layers(config.num_hidden_layers, pp * virtual),
+        vocab_divisor=vocab_divisor,
+    )
+    parallelism.check(config)
+    return parallelism
+
+
 def build_model(
     config: ModelConfig,
     *,
@@ -38,30 +63,16 @@ def build_model(
     Raises:
         ValueError: the model does not divide by the parallel sizes.
     """
+    parallelism = group_parallelism(config, layers_per_stage=layers_per_stage, vocab_divisor=vocab_divisor)
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
-    stages = pp * (virtual or 1)
-    parallelism = Parallelism(
-        tp=tp,
-        pp=pp,
-        vpp=virtual or 1,
-        ep=parallel_state.get_expert_model_parallel_world_size(),
-        etp=parallel_state.get_expert_tensor_parallel_world_size(),
-        cp=parallel_state.get_context_parallel_world_size(),
-        dp=parallel_state.get_data_parallel_world_size(),
-        layers_per_stage=layers_per_stage or spread_layers(config.num_hidden_layers, stages),
-        vocab_divisor=vocab_divisor,
-    )
-    parallelism.check(config)
     settings = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
+        "tensor_model_parallel_size": parallelism.tp,
+        "pipeline_model_parallel_size": parallelism.pp,
         "virtual_pipeline_model_parallel_size": virtual,
         "expert_model_parallel_size": parallelism.ep,
         "expert_tensor_parallel_size": parallelism.etp,
         "context_parallel_size": parallelism.cp,
-        "sequence_parallel": tp > 1,  # training experts under tensor parallelism needs it
+        "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
         "pipeline_model_parallel_layout": None if len({*parallelism.layers_per_stage}) == 1 else _stages(parallelism),
     }
     chunks = [

@@ -7,23 +7,26 @@ the root mean square over all logits. In bfloat16 it is that of the median token
 another expert, in the one run or in the other, and that token's error says nothing.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_world_size
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from bridge.agreement import gather, is_leader, together
+from bridge.agreement import gather, is_leader, place, together
 from bridge.hf_files import CONFIG_NAME
+from bridge.live_model import group_parallelism
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.progress import Track, untracked
 from bridge.reference_logits import reference_logits
 from bridge.single_process import model_parallel
 from bridge.staging import check_target
 from bridge.verify import Comparison, compare_checkpoints
+from reference.parallelism import Parallelism
 
 
 def root_mean_square(logits: Tensor) -> float:
@@ -106,18 +109,18 @@ def roundtrip(
     (float32 norms into bfloat16) bytes differ, and the findings say so.
 
     Raises:
-        ValueError: the checkpoint is damaged, `out` cannot be used, or the model does not divide by `sizes`.
+        ValueError: the checkpoint is damaged, `out` cannot be used, the model does not divide by `sizes`, or they have
+            pipeline stages. All ranks raise the same.
     """
     with model_parallel(**(sizes or {})):
-        with together():  # out now, not after the model has been built
+        with together():  # what can be wrong is found now, not after the reference has run
             check_target(out.absolute(), overwrite=overwrite, marker=CONFIG_NAME)
-            ranks = get_tensor_model_parallel_world_size()
-            if tokens.shape[1] % ranks:
-                raise ValueError(
-                    f"{tokens.shape[1]} tokens a sequence, expected a multiple of the {ranks} ranks they are cut over"
-                )
-            logits = {who: call() for who, call in (others or {}).items()} if is_leader() else {}
-            truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track) if is_leader() else None
+            _check_layout(group_parallelism(bridge.config), tokens)
+            logits, truth = {}, None
+            if is_leader():
+                with _all_cores():
+                    logits = {who: call() for who, call in (others or {}).items()}
+                    truth = logit_truth(bridge, tokens, params_dtype=params_dtype, track=track)
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.
         model = bridge.to_megatron_model(params_dtype=params_dtype, backend="local", track=track)
         device = next(model.parameters()).device
@@ -126,8 +129,32 @@ def roundtrip(
         quantization = "fp8" if bridge.config.quantization else None
         bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, track=track)
         same = compare_checkpoints(bridge.checkpoint.folder, out, track=track)
-        judged = [] if truth is None else [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
+        with together():
+            judged = [] if truth is None else [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
         return [*gather(judged)[0], *_byte_findings(same)]
+
+
+def _check_layout(layout: Parallelism, tokens: Tensor) -> None:
+    if layout.pp > 1:
+        raise ValueError(f"found {layout.pp} pipeline stages, expected 1: logits are compared on every rank")
+    if tokens.shape[1] % layout.tp:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens a sequence, expected a multiple of the {layout.tp} ranks they are cut over"
+        )
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """While the other ranks wait, theirs too: torchrun gives each rank one thread."""
+    if place()[1] == 1:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _byte_findings(same: Comparison) -> list[Finding]:

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from bridge.cpu_megatron import megatron_on_cpu
+from bridge.team import LEADER_TIMEOUT
 
 
 @contextmanager
@@ -55,4 +56,4 @@ def _start_processes() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(backend)
+    torch.distributed.init_process_group(backend, timeout=LEADER_TIMEOUT)

@@ -21,6 +21,7 @@ from bridge.agreement import gather, place, together
 from bridge.progress import Track, untracked
 
 RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
+LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
 
 Task = Callable[[Any, int], Any]
 
@@ -84,8 +85,11 @@ def _start_worker(workers: int) -> None:
 class Ranks:
     """The process group of torchrun's ranks while a `with` block lasts; nothing where there is one process.
 
-    It moves host tensors by gloo and a GPU's by NCCL.
+    It moves host tensors by gloo, and with `models` those of a GPU by NCCL, where there are GPUs.
     """
+
+    def __init__(self, *, models: bool = False):
+        self._models = models
 
     def __enter__(self) -> None:
         self._mine = launched_by_torchrun() and place()[1] == 1
@@ -93,10 +97,11 @@ class Ranks:
             import torch
             from torch import distributed
 
-            gpu = torch.cuda.is_available()
-            if gpu:
+            gpus = self._models and torch.cuda.is_available()
+            if gpus:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=RANK_TIMEOUT)
+            timeout = LEADER_TIMEOUT if self._models else RANK_TIMEOUT
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
 
     def __exit__(self, *_: object) -> None:
         if self._mine:

@@ -12,8 +12,8 @@ the first of them, `0 <= offset < block_size`. For rows `start:stop` of a weight
     first, last = start // 128, -(-stop // 128)
     dequantize_blockwise(weight[start:stop], scale_inv[first:last], row_offset=start % 128)
 
-**Checks.** A scale that is not finite and positive, or a NaN code, raises. They are found while decoding: no second
-pass, but `out` is written before the error is raised, and on CUDA each call waits for the answer. With
+**Checks.** A scale that is not finite and positive, or a NaN code, raises. NaN codes are found while decoding: no
+second pass, but `out` is written before the error is raised, and on CUDA each call waits for the answer. With
 `check_values=False` no call waits, NaN codes become NaN values, and the caller answers for the scales.
 
 **How.** On the CPU `compiled.fp8_inductor`, the code's bits moved into a float32; on CUDA `compiled.fp8_kernels`, by

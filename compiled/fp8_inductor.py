@@ -7,7 +7,7 @@ row of the weight: the inner loop is then one run over the columns, whatever the
 codes as subnormal float32. The scales bring 2^120 along, which is exact, so the product has the bits of value * scale.
 (Scales of 256 and more would overflow then, and a thread that flushes subnormals, after `torch.set_flush_denormal`,
 would lose the subnormal codes: like float64 they get plain PyTorch.) The product is rounded to bfloat16 by integers, to
-nearest even. What becomes of a NaN code is undefined; each row's greatest code tells of one, in the same pass.
+nearest even. A NaN code becomes some number; each row's greatest code tells of one, in the same pass.
 
 **Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
 2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
@@ -30,7 +30,8 @@ from torch import Tensor
 from reference.fp8 import FP8, FP8_MAX
 
 _NAN = 0x7F  # the code, without its sign
-_LEAST_NORMAL = torch.tensor(2.0**-126)
+_SCALE_LIMIT = 2.0**8  # times 2^120 it is beyond float32
+_LEAST_NORMAL = torch.tensor(2.0**-126, dtype=torch.float32, device="cpu")
 _MAX_COMPILATIONS = 64  # of one function; beyond torch's own limit, 8, `fullgraph` is an error
 _OPTIONS = {"cpp.simdlen": 1, "assert_indirect_indexing": False}
 if shutil.which("c++"):
@@ -38,18 +39,18 @@ if shutil.which("c++"):
 
 
 def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> bool:
-    """out = round(weight * scale of its block), for [experts, rows, cols]; True if there was a NaN code.
+    """out = round(weight * scale of its block), for [experts, rows, cols]; True if there is a NaN code.
 
-    Only where there is none is `out` what it should be.
+    In place of NaN codes `out` is left undefined.
     """
-    plain = out.dtype == torch.float64 or _flushes_subnormals() or not _all_below(scale_inv, 256)
+    plain = out.dtype == torch.float64 or _flushes_subnormals() or not _all_within(scale_inv, _SCALE_LIMIT)
     scales = scale_inv if plain else scale_inv * 2.0**120
     damaged = False
     for codes, values, spread, row in _matrices(weight, out, scales, block_size, row_offset, col_offset):
         if plain:
             wide = torch.promote_types(values.dtype, torch.float32)
             values.copy_(codes.to(wide) * spread[row])
-            greatest = torch.where(codes.isnan(), _NAN, 0)
+            greatest = _greatest(codes.view(torch.int8))
         elif values.dtype == torch.bfloat16:
             greatest = _decode_to_bfloat16(codes.view(torch.int8), spread, row, values.view(torch.int16))
         else:
@@ -91,12 +92,12 @@ def _matrices(
 
 @functools.lru_cache(32)
 def _row_of_blocks(experts: int, rows: int, row_blocks: int, block_size: int, row_offset: int) -> Tensor:
-    first = torch.arange(experts)[:, None] * row_blocks
-    return ((torch.arange(rows) + row_offset) // block_size + first).flatten()
+    first = torch.arange(experts, device="cpu")[:, None] * row_blocks
+    return ((torch.arange(rows, device="cpu") + row_offset) // block_size + first).flatten()
 
 
-def _all_below(x: Tensor, bound: float) -> bool:
-    return not x.numel() or x.amax().item() < bound
+def _all_within(x: Tensor, bound: float) -> bool:
+    return not x.numel() or x.abs().amax().item() < bound
 
 
 def _flushes_subnormals() -> bool:

@@ -40,7 +40,7 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([
         x if type(x) is int
         else _described(x) if type(x) is tuple
-        else (x.dtype, x.data_ptr() % 16, x.get_device()) if isinstance(x, Tensor)
+        else (x.dtype, x.data_ptr() % 16 == 0, x.get_device()) if isinstance(x, Tensor)
         else x
         for x in arguments
     ])  # fmt: skip

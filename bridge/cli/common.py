@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from bridge.agreement import gather, is_leader
+from bridge.agreement import gather, is_leader, together
 from bridge.team import Ranks
 
 LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
@@ -48,13 +48,14 @@ def default_workers(workers: int | None, *folders: Path) -> int:
 
 
 @contextmanager
-def reporting() -> Iterator[None]:
-    """torchrun's process group; errors as one message on stderr and status 2; third-party start-up noise silenced."""
+def reporting(*, models: bool = False) -> Iterator[None]:
+    """torchrun's process group (`models`: on GPUs where there are some); errors as one message on stderr and status 2;
+    third-party start-up noise silenced."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with Ranks():
+        with Ranks(models=models):
             yield
     except (ValueError, OSError) as error:
         if is_speaker():
@@ -74,8 +75,10 @@ def folder(keep: Path | None) -> Iterator[Path]:
         yield keep
         return
     with ExitStack() as stack:
-        make = tempfile.TemporaryDirectory(prefix="minimax-m2-")
-        yield Path(gather(stack.enter_context(make) if is_leader() else None)[0])
+        with together():
+            make = tempfile.TemporaryDirectory(prefix="minimax-m2-") if is_leader() else nullcontext()
+            made = stack.enter_context(make)
+        yield Path(gather(made)[0])
 
 
 class _Rate(ProgressColumn):

@@ -1,7 +1,5 @@
 """`minimax-m2 demo`, `roundtrip` and `bench`: proofs and measurements on this machine."""
 
-import math
-import os
 import subprocess
 import sys
 from enum import StrEnum
@@ -12,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from bridge.agreement import place, together
 from bridge.cli.common import (
     AsJson,
     CheckpointPath,
@@ -59,7 +58,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make a small FP8 checkpoint, take it through a real megatron-core GPTModel and back, and prove it unchanged."""
-    with reporting(), folder(keep) as target, progress() as track:
+    with reporting(models=True), folder(keep) as target, progress() as track:
         from bridge.demo import demo as run
 
         findings = run(target, seed=seed, sizes=_sizes(tp, ep), track=track)
@@ -84,7 +83,7 @@ def roundtrip(
     Under torchrun the model is spread over all ranks; the reference runs on rank 0, layer by layer. Memory: the ranks'
     shares of the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
     """
-    with reporting(), folder(out and out.parent) as parent, progress() as track:
+    with reporting(models=True), folder(out and out.parent) as parent, progress() as track:
         import torch
 
         from bridge.minimax_m2_bridge import MiniMaxM2Bridge
@@ -93,7 +92,9 @@ def roundtrip(
 
         target = out or parent / "exported"
         params_dtype = {ModelDtype.BF16: torch.bfloat16, ModelDtype.FP32: torch.float32}[dtype]
-        with MiniMaxM2Bridge.from_hf_pretrained(str(path)) as bridge:
+        with together():
+            bridge = MiniMaxM2Bridge.from_hf_pretrained(str(path))
+        with bridge:
             sample = random_tokens(bridge.config, length=tokens, seed=seed)
             findings = run(
                 bridge,
@@ -135,13 +136,13 @@ def _sizes(tp: int | None, ep: int) -> dict[str, int]:
     Raises:
         ValueError: the ranks do not divide by them.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world = place()
     tp = tp or world
     expert_tp = max(1, tp // ep)
     if world % tp or world % (ep * expert_tp):
         raise ValueError(
-            f"--tp {tp} --ep {ep} needs a multiple of {math.lcm(tp, ep * expert_tp)} ranks, found {world}; start them "
-            "with torchrun --nproc-per-node"
+            f"--tp {tp} --ep {ep}: the number of ranks must be a multiple of {tp}, and of {ep} experts' ranks x "
+            f"{expert_tp} for each expert; found {world}; choose other sizes or torchrun --nproc-per-node"
         )
     return {
         "tensor_model_parallel_size": tp,

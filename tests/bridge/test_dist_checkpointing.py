@@ -1,8 +1,8 @@
 """megatron-core's own `dist_checkpointing` on real ranks: it loads what we import, at any layout; what it saves at one
 layout it loads at another, norms included, and we export it back to the source's bytes.
 
-Four gloo ranks work through all layouts. Each
-compares every parameter with `reference.sharding.shard` of the dequantised source and reports what differs.
+Four gloo ranks work through all layouts. Each compares every parameter with `reference.sharding.shard` of the
+dequantised source and reports what differs.
 """
 
 import json

@@ -197,14 +197,24 @@ def _check_saving(rank: int, bridge, model, disk: dict[str, Tensor], out: Path) 
 
 
 def _check_roundtrip(bridge, out: Path) -> None:
-    """The proof of `minimax-m2 roundtrip`, with the vocabulary cut and filled up: it holds, and all ranks know."""
+    """The proof of `minimax-m2 roundtrip`, with the vocabulary cut and filled up; all ranks know what holds."""
     from bridge.reference_logits import random_tokens
     from bridge.roundtrip import roundtrip
 
-    findings = roundtrip(bridge, out, random_tokens(bridge.config, length=8), params_dtype=torch.float32)
-    assert [finding.holds for finding in findings] == [True, True], findings
+    def prove(length: int, **options: Any) -> list[bool | None]:
+        tokens = random_tokens(bridge.config, length=length)
+        return [finding.holds for finding in roundtrip(bridge, out, tokens, params_dtype=torch.float32, **options)]
+
+    def fails() -> Tensor:
+        assert distributed.get_rank() == 0
+        raise ValueError("this model does not run")
+
     with pytest.raises(ValueError, match="7 tokens a sequence, expected a multiple of the 2 ranks"):
-        roundtrip(bridge, out.with_name("odd"), random_tokens(bridge.config, length=7), params_dtype=torch.float32)
+        prove(7)
+    with pytest.raises(ValueError, match="this model does not run"):
+        prove(8, others={"failing": fails})
+    zero = torch.zeros(2, 8, bridge.config.vocab_size)
+    assert prove(8, others={"wrong": lambda: zero}) == [True, False, True]
 
 
 def _check_one_changed_weight(rank: int, bridge, model, disk: dict[str, Tensor]) -> None:

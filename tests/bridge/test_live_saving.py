@@ -1,18 +1,19 @@
 """Saving a live model, killed at any moment: the output is absent or whole, and the next save leaves nothing behind.
 
-Each save is a fork of a server that holds the loaded model (`faults_model`).
+A save by one rank is a fork of a server that holds the loaded model (`faults_model`); two ranks build theirs.
 """
 
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 from faults_runs import Run, die_at, forks, snapshot, warm_server
 from ranks import SLOW_IMPORTS
 
@@ -47,11 +48,18 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield snapshot(out)
 
 
-def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "timed").mkdir()
+def timed(act: Callable[[], bool]) -> float:
+    """Seconds of a run that must succeed."""
     begin = time.monotonic()
-    assert start(tmp_path / "timed/out").outcome().exitcode == 0
-    seconds, moments, killed = time.monotonic() - begin, random.Random(0), 0
+    assert act()
+    return time.monotonic() - begin
+
+
+def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None:
+    """Within as long as the last undisturbed save took: the machine may be busy at times."""
+    (tmp_path / "timed").mkdir()
+    seconds = timed(lambda: start(tmp_path / "timed/out").outcome().exitcode == 0)
+    moments, killed = random.Random(0), 0
     for number in range(200):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
@@ -59,7 +67,7 @@ def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None
         running.kill_after(moments.uniform(0, seconds))
         killed += running.outcome().exitcode == -signal.SIGKILL
         assert not out.exists() or snapshot(out) == whole
-        assert start(out, overwrite=True).outcome().exitcode == 0
+        seconds = timed(lambda out=out: start(out, overwrite=True).outcome().exitcode == 0)
         assert snapshot(out) == whole
         assert os.listdir(out.parent) == ["out"]
         if killed == TIMES:
@@ -93,7 +101,6 @@ def test_killed_while_it_replaces_a_checkpoint(whole: dict[str, str], tmp_path: 
 
 
 def save_on_rank(pipe: Connection, rank: int, folder: str, source: str, out: str) -> None:
-    import torch
     from torch import distributed
 
     from bridge import MiniMaxM2Bridge
@@ -128,22 +135,23 @@ def succeed(runs: list[Run]) -> bool:
 
 
 @pytest.mark.slow  # each save starts two ranks and builds their models
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks are forks, which CUDA does not survive")
 def test_a_rank_is_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
     """The other rank comes to an end, too, and the same save on two ranks again leaves what an undisturbed one does."""
-    with warm_server(checkpoint, *SLOW_IMPORTS):
+    with warm_server(checkpoint, "faults_warm", *SLOW_IMPORTS):
         out, moments, killed = tmp_path / "out", random.Random(0), 0
-        running, begin = start_ranks(tmp_path / "undisturbed", checkpoint, out), time.monotonic()
-        assert succeed(running)
-        seconds, whole = time.monotonic() - begin, snapshot(out)
+        running = start_ranks(tmp_path / "undisturbed", checkpoint, out)
+        seconds, whole = timed(lambda: succeed(running)), snapshot(out)
         for number in range(4 * TIMES):
-            out = tmp_path / str(number) / "out"
+            out, victim = tmp_path / str(number) / "out", number % 2
             running = start_ranks(tmp_path / str(number) / "ranks", checkpoint, out)
-            running[number % 2].kill_after(moments.uniform(0, seconds))
+            running[victim].kill_after(moments.uniform(0, seconds))
             codes = [one.outcome().exitcode for one in running]
             assert None not in codes, "a rank hangs"
-            killed += codes[number % 2] == -signal.SIGKILL
+            killed += codes[victim] == -signal.SIGKILL
             assert not out.exists() or snapshot(out) == whole
-            assert succeed(start_ranks(tmp_path / str(number) / "again", checkpoint, out))
+            again = start_ranks(tmp_path / str(number) / "again", checkpoint, out)
+            seconds = timed(lambda again=again: succeed(again))
             assert snapshot(out) == whole
             assert sorted(os.listdir(out.parent)) == ["again", "out", "ranks"]
             if killed == TIMES:

@@ -37,10 +37,10 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 
 
 def source(shape: tuple[int, ...], block: int = 128, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Any finite codes and scales from 2^-60 to 2^60."""
+    """Any finite codes and scales from 2^-60 to 240; one of 256 would take a CPU's decoding out of what is compiled."""
     generator = np.random.default_rng(seed)
     codes = generator.choice(np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF]), shape)
-    scales = np.exp2(generator.uniform(-60, 60, scale_grid(shape, block))).astype(np.float32)
+    scales = np.exp2(generator.uniform(-60, 7.9, scale_grid(shape, block))).astype(np.float32)
     return torch.from_numpy(codes).view(FP8), torch.from_numpy(scales)
 
 
@@ -55,8 +55,9 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype = BF16, seed: int = 0) ->
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", [BF16, F32, F64])
-def test_every_code_on_scales_of_the_whole_float32_range(dtype, device):
+@pytest.mark.parametrize("below", [2.0**8, 2.0**128], ids=["below 256", "whole range"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, F64])
+def test_every_code_on_every_kind_of_scale(dtype, below, device):
     """Subnormal scales, products that overflow, that are subnormal, and that lie between two results."""
     edges = [
         2.0**-149,
@@ -66,12 +67,15 @@ def test_every_code_on_scales_of_the_whole_float32_range(dtype, device):
         1.1e-40,
         1 + 2.0**-8,
         1 + 2.0**-9,
+        255.99,
+        256.0,
         3.4e38,
         7.6e35,
         7.5e35,
     ]
     random = torch.exp2(torch.empty(1000).uniform_(-149, 127.9, generator=torch.Generator().manual_seed(0)))
-    scales = torch.cat([torch.tensor(edges), random])[None]
+    scales = torch.cat([torch.tensor(edges), random])
+    scales = scales[scales < below][None]
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(1, scales.numel()).view(FP8)
     finite = codes.float().isfinite()
     legal = torch.where(finite, codes.view(torch.uint8), 0).view(FP8)
@@ -100,6 +104,23 @@ def test_smallest_shapes(shape, device):
     found = dequantize_blockwise(codes.to(device), scales.to(device))
     assert found.shape == shape
     assert same_bits(found, reference.dequantize_blockwise(codes, scales))
+
+
+def test_scales_that_nobody_checked_are_multiplied_with():
+    """Also one of 256 or more and negative: the caller answers for it, and gets the product."""
+    codes, _ = source((4, 4))
+    for scale in (-300.0, 0.0, torch.inf):
+        found = dequantize_blockwise(codes, torch.full((1, 1), scale), dtype=F32, check_values=False)
+        assert same_bits(found, codes.float() * scale)
+
+
+def test_other_default_devices_leave_nothing_behind():
+    """What is remembered between calls is not made where the default device happened to be."""
+    codes, scales = source((5, 7), block=16)
+    with torch.device("meta"):
+        dequantize_blockwise(codes, scales, block_size=16)
+    found = dequantize_blockwise(codes, scales, block_size=16)
+    assert same_bits(found, reference.dequantize_blockwise(codes, scales, block_size=16))
 
 
 def test_subnormal_codes_where_the_thread_flushes_subnormal_numbers():
