@@ -9,6 +9,7 @@ torch is imported where it is needed: the command answers `--help` without it.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from bridge.agreement import gather, place, together
 from bridge.progress import Track, untracked
 
 RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
+PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
 LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
 
 Task = Callable[[Any, int], Any]
@@ -70,13 +72,19 @@ def _in_processes(task: Task, job: Any, units: Sequence[int], workers: int, what
 
 
 def _start_worker(workers: int) -> None:
-    """Die with the parent, at once; share the cores with the other workers."""
+    """Share the cores with the other workers, and end with the process that started them."""
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    _end_with(parent_process().pid)
+
+
+def _end_with(parent: int) -> None:
+    """An orphan would go on writing where the same command, run again, writes."""
 
     def follow() -> None:
-        parent_process().join()
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -100,6 +108,7 @@ class Ranks:
             gpus = self._models and torch.cuda.is_available()
             if gpus:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            _end_with(os.getppid())
             timeout = LEADER_TIMEOUT if self._models else RANK_TIMEOUT
             distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
 

@@ -357,10 +357,10 @@ if __name__ == "__main__":
     job = eval(sys.argv[1])
     with Ranks():
         try:
-            print(f"rank {os.environ.get('RANK')} is {os.getpid()}", file=sys.stderr, flush=True)
+            os.write(2, f"rank {os.environ.get('RANK')} is {os.getpid()}\\n".encode())  # at once: ranks share it
             convert(job, workers=int(sys.argv[2]))
         except (ValueError, OSError) as error:
-            print(f"refused: {error}", file=sys.stderr, flush=True)
+            os.write(2, f"refused: {error}\\n".encode())
             sys.exit(2)
 """
 
@@ -399,6 +399,15 @@ def wait_for_a_unit(out: Path, running: Real) -> None:
         assert time.monotonic() < until, "waited in vain"
         assert running.process.poll() is None, running.log.read_text()
         time.sleep(0.002)
+
+
+def pid_of(rank: int, running: Real) -> int:
+    """As the rank itself has said, or will in a moment."""
+    until = time.monotonic() + TIMEOUT
+    while not (said := re.search(rf"^rank {rank} is (\d+)$", running.log.read_text(), re.MULTILINE)):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.002)
+    return int(said[1])
 
 
 def spoilt_source(source: Path, folder: Path) -> tuple[Path, str]:
@@ -467,14 +476,34 @@ def test_a_rank_is_killed(conversions: dict[str, Conversion], tmp_path: Path, ou
     job, expected, _ = conversions[direction]
     running = real(job(out), tmp_path, ranks=2)
     wait_for_a_unit(out, running)
-    (pid,) = re.findall(rf"^rank {rank} is (\d+)$", running.log.read_text(), re.MULTILINE)
-    os.kill(int(pid), signal.SIGKILL)
+    os.kill(pid_of(rank, running), signal.SIGKILL)
     status, _ = running.finish()
     assert status
     assert not out.exists()
     again = run(job(out))
     assert again.error is None
     assert again.summary.reused > 0
+    assert snapshot(out) == expected
+    assert siblings(out) == ["out"]
+
+
+def test_torchruns_agent_is_killed(conversions: dict[str, Conversion], tmp_path: Path, out: Path):
+    """Ranks that nobody watches over end, also one that waits for another."""
+    job, expected, _ = conversions["import"]
+    running = real(job(out), tmp_path, ranks=2)
+    wait_for_a_unit(out, running)
+    waiting, stopped = (pid_of(rank, running) for rank in range(2))
+    os.kill(stopped, signal.SIGSTOP)
+    os.kill(running.process.pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while waiting in processes_with(running.mark):
+        assert time.monotonic() < until, "rank 0 waits for a rank that does nothing"
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGCONT)
+    status, _ = running.finish()
+    assert status == -signal.SIGKILL
+    assert not out.exists()
+    assert run(job(out)).error is None
     assert snapshot(out) == expected
     assert siblings(out) == ["out"]
 
