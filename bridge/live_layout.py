@@ -77,22 +77,27 @@ def live_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> LiveM
         return LiveModel(registry, registry.bind(chunks), _dtypes(everyone))
 
 
+def group_sizes(chunks: int) -> dict[str, int]:
+    """The sizes of megatron-core's process groups, as `Parallelism` names them; a rank has so many chunks."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": chunks,
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+
+
 def _facts(chunks: list[nn.Module]) -> _Facts:
     states = [model_state(chunk) for chunk in chunks]
     dialects = model_dialects(states)
     layers = [list(chunk.decoder.layers) for chunk in chunks]
-    tp = parallel_state.get_tensor_model_parallel_world_size()
+    sizes = group_sizes(len(chunks))
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
     return _Facts(
-        sizes={
-            "tp": tp,
-            "pp": parallel_state.get_pipeline_model_parallel_world_size(),
-            "vpp": len(chunks),
-            "ep": parallel_state.get_expert_model_parallel_world_size(),
-            "etp": parallel_state.get_expert_tensor_parallel_world_size(),
-            "cp": parallel_state.get_context_parallel_world_size(),
-            "dp": parallel_state.get_data_parallel_world_size(),
-        },
+        sizes=sizes,
         at={
             "tp": parallel_state.get_tensor_model_parallel_rank(),
             "pp": parallel_state.get_pipeline_model_parallel_rank(),
@@ -103,7 +108,7 @@ def _facts(chunks: list[nn.Module]) -> _Facts:
         },
         layers=[[layer.layer_number - 1 for layer in of_chunk] for of_chunk in layers],
         experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
-        vocabulary={tp * len(state[table]) for state in states for table in tables if table in state},
+        vocabulary={sizes["tp"] * len(state[table]) for state in states for table in tables if table in state},
         dialects=dialects,
         dtypes={name: value.dtype for state in states for name, value in state.items()},
     )

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from bridge.layer_spec import Backend
+from bridge.live_layout import group_sizes
 from bridge.provider import build_gpt_model
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
@@ -24,19 +25,9 @@ def group_parallelism(
     Raises:
         ValueError: the model does not divide by the parallel sizes.
     """
-    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
-    parallelism = Parallelism(
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        pp=pp,
-        vpp=virtual,
-        ep=parallel_state.get_expert_model_parallel_world_size(),
-        etp=parallel_state.get_expert_tensor_parallel_world_size(),
-        cp=parallel_state.get_context_parallel_world_size(),
-        dp=parallel_state.get_data_parallel_world_size(),
-        layers_per_stage=layers_per_stage or spread_layers(config.num_hidden_layers, pp * virtual),
-        vocab_divisor=vocab_divisor,
-    )
+    sizes = group_sizes(parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
+    stages = layers_per_stage or spread_layers(config.num_hidden_layers, sizes["pp"] * sizes["vpp"])
+    parallelism = Parallelism(**sizes, layers_per_stage=stages, vocab_divisor=vocab_divisor)
     parallelism.check(config)
     return parallelism
 

@@ -22,8 +22,8 @@ from bridge.agreement import gather, place, together
 from bridge.progress import Track, untracked
 
 RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
-PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
 LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
+PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
 
 Task = Callable[[Any, int], Any]
 

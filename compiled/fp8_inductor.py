@@ -47,14 +47,15 @@ def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_
     scales = scale_inv if plain else scale_inv * 2.0**120
     damaged = False
     for codes, values, spread, row in _matrices(weight, out, scales, block_size, row_offset, col_offset):
+        bits = codes.view(torch.int8)
         if plain:
             wide = torch.promote_types(values.dtype, torch.float32)
             values.copy_(codes.to(wide) * spread[row])
-            greatest = _greatest(codes.view(torch.int8))
+            greatest = _greatest(bits)
         elif values.dtype == torch.bfloat16:
-            greatest = _decode_to_bfloat16(codes.view(torch.int8), spread, row, values.view(torch.int16))
+            greatest = _decode_to_bfloat16(bits, spread, row, values.view(torch.int16))
         else:
-            greatest = _decode(codes.view(torch.int8), spread, row, values)
+            greatest = _decode(bits, spread, row, values)
         damaged = damaged or greatest.amax().item() == _NAN
     return damaged
 

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "PYTHONWARNINGS": "ignore",
+    "CUDA_VISIBLE_DEVICES": "",  # it does not survive a fork
 }
 TIMEOUT = 120.0  # of what takes a fraction of a second on an idle machine
 NOBODY = 65534
@@ -96,14 +97,20 @@ def convert(job: Job, **options: Any) -> Any:
     return import_checkpoint(job, **options) if isinstance(job, ImportJob) else export_checkpoint(job, **options)
 
 
-def start(job: Job, *, fault: Fault = dict, **options: Any) -> Run:
-    """The run has begun, with everything imported, when this returns."""
+def fork(act: Callable, *args: Any) -> Run:
+    """`act(pipe, *args)` in a process that the warm server forks; what it sends is received here."""
     ours, theirs = forks.Pipe(duplex=False)
-    process = forks.Process(target=_run, args=(theirs, job, fault, options))
+    process = forks.Process(target=act, args=(theirs, *args))
     process.start()
     theirs.close()
-    ours.recv()
     return Run(process, ours)
+
+
+def start(job: Job, *, fault: Fault = dict, **options: Any) -> Run:
+    """The run has begun, with everything imported, when this returns."""
+    running = fork(_run, job, fault, options)
+    running.pipe.recv()
+    return running
 
 
 def run(job: Job, *, fault: Fault = dict, **options: Any) -> Outcome:
@@ -113,11 +120,7 @@ def run(job: Job, *, fault: Fault = dict, **options: Any) -> Outcome:
 
 def call(act: Callable, *args: Any) -> Outcome:
     """A function in a process of its own."""
-    ours, theirs = forks.Pipe(duplex=False)
-    process = forks.Process(target=_call, args=(theirs, act, args))
-    process.start()
-    theirs.close()
-    return Run(process, ours).outcome()
+    return fork(_call, act, args).outcome()
 
 
 def _call(pipe: Connection, act: Callable, args: tuple) -> None:

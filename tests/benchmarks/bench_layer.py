@@ -1,10 +1,10 @@
 """Whole MiniMax-M2 decoder layers, forward and backward: what the query and key norm costs in a training step.
 
 Layers of true width, fewer experts, Transformer Engine spec, bfloat16. Routing is forced to be balanced, at random; in
-one turn all variants route alike. Rows differ in the attention alone: ours (norm, split and rotation in one
-kernel each way), the same model with no norm and Transformer Engine's fused rotation, and megatron-bridge's norm in its
-place. Model of the difference: the norm reads and writes qkv once each way, which the fused rotation and
-megatron-core's split do too.
+one turn all variants route alike. Rows differ in the attention alone: ours (norm, split and rotation in one kernel each
+way), the same model with no norm and Transformer Engine's fused rotation, and megatron-bridge's norm in its place.
+Model of the difference: the norm reads and writes qkv once each way, which the fused rotation and megatron-core's split
+do too.
 
     python tests/benchmarks/bench_layer.py OUT.json                                  one GPU
     torchrun --nproc-per-node 2 tests/benchmarks/bench_layer.py OUT.json             TP 2 x EP 2

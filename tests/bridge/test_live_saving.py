@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults_runs import Run, die_at, forks, snapshot, warm_server
+from faults_runs import Run, die_at, fork, snapshot, warm_server
 from ranks import SLOW_IMPORTS
 
 SHARD_BYTES, TIMES = 100_000, 30
@@ -31,12 +31,9 @@ def save(pipe: Connection, out: str, overwrite: bool, fault: partial | None) -> 
 
 
 def start(out: Path, *, overwrite: bool = False, fault: partial | None = None) -> Run:
-    ours, theirs = forks.Pipe(duplex=False)
-    process = forks.Process(target=save, args=(theirs, str(out), overwrite, fault))
-    process.start()
-    theirs.close()
-    ours.recv()
-    return Run(process, ours)
+    running = fork(save, str(out), overwrite, fault)
+    running.pipe.recv()
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +115,7 @@ def save_on_rank(pipe: Connection, rank: int, folder: str, source: str, out: str
 
 def start_ranks(folder: Path, source: Path, out: Path) -> list[Run]:
     folder.mkdir(parents=True)
-    runs = []
-    for rank in range(2):
-        ours, theirs = forks.Pipe(duplex=False)
-        process = forks.Process(target=save_on_rank, args=(theirs, rank, str(folder), str(source), str(out)))
-        process.start()
-        theirs.close()
-        runs.append(Run(process, ours))
+    runs = [fork(save_on_rank, rank, str(folder), str(source), str(out)) for rank in range(2)]
     for running in runs:
         running.pipe.recv()
     return runs
@@ -135,7 +126,6 @@ def succeed(runs: list[Run]) -> bool:
 
 
 @pytest.mark.slow  # each save starts two ranks and builds their models
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks are forks, which CUDA does not survive")
 def test_a_rank_is_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
     """The other rank comes to an end, too, and the same save on two ranks again leaves what an undisturbed one does."""
     with warm_server(checkpoint, "faults_warm", *SLOW_IMPORTS):
