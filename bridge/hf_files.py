@@ -13,16 +13,18 @@ import json
 import math
 import os
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bridge.live_reads import read_runs
+from bridge.live_reads import Read, Span, read_spans
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -56,16 +58,6 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class _Span(NamedTuple):
-    """`nbytes` of a file: runs of `run` bytes, one every `pitch`, from `offset` on."""
-
-    offset: int
-    run: int
-    pitch: int
-    nbytes: int
-    shape: tuple[int, ...]
 
 
 class HFCheckpoint:
@@ -125,22 +117,26 @@ class HFCheckpoint:
 
         Raises: ValueError as `read`, and if a slice has a step or leaves the tensor.
         """
-        span = self._span(name, rows, cols)
+        span, shape = self._span(name, rows, cols)
         buffer = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu")
-        self._shards[self.tensors[name].file].read(name, span, buffer)
-        return buffer.view(self.tensors[name].dtype).reshape(span.shape)
+        self._shards[self.tensors[name].file].read({name: [(buffer.numpy(), span)]})
+        return buffer.view(self.tensors[name].dtype).reshape(shape)
 
-    def read_into(
-        self, buffer: UInt8[Tensor, " nbytes"], name: str, rows: slice | None = None, cols: slice | None = None
-    ) -> None:
-        """The bytes of `read_slice(name, rows, cols)`, into memory of the caller's; threads may read at once.
+    def read_into(self, slices: Iterable[tuple[UInt8[np.ndarray, " nbytes"], str, slice | None, slice | None]]) -> None:
+        """The bytes of `read_slice(name, rows, cols)` for each (buffer, name, rows, cols), into memory of the caller's.
 
-        Raises: ValueError as `read_slice`, and if the buffer is not of that many bytes.
+        Many at once cost little more than one; threads may read at once.
+
+        Raises: ValueError as `read_slice`, and if a buffer is not of that many bytes.
         """
-        span = self._span(name, rows, cols)
-        if buffer.numel() != span.nbytes:
-            raise ValueError(f"{name}: found a buffer of {buffer.numel()} bytes, expected {span.nbytes}")
-        self._shards[self.tensors[name].file].read(name, span, buffer)
+        by_file: dict[str, dict[str, list[Read]]] = {}
+        for buffer, name, rows, cols in slices:
+            span, _ = self._span(name, rows, cols)
+            if buffer.nbytes != span.nbytes:
+                raise ValueError(f"{name}: found a buffer of {buffer.nbytes} bytes, expected {span.nbytes}")
+            by_file.setdefault(self.tensors[name].file, {}).setdefault(name, []).append((buffer, span))
+        for file, reads in by_file.items():
+            self._shards[file].read(reads)
 
     @property
     def versions(self) -> tuple[tuple[str, int, int], ...]:
@@ -152,7 +148,8 @@ class HFCheckpoint:
         """Bytes asked of the files so far, headers included."""
         return sum(shard.bytes_read for shard in self._shards.values())
 
-    def _span(self, name: str, rows: slice | None, cols: slice | None) -> "_Span":
+    def _span(self, name: str, rows: slice | None, cols: slice | None) -> tuple[Span, tuple[int, ...]]:
+        """Where the bytes of a slice lie, and its shape."""
         info = self._info(name)
         shape = list(info.shape)
         row = math.prod(shape[1:]) * info.dtype.itemsize
@@ -166,7 +163,7 @@ class HFCheckpoint:
             offset += start * math.prod(shape[2:]) * info.dtype.itemsize
             shape[1] = stop - start
         nbytes, run = math.prod(shape) * info.dtype.itemsize, math.prod(shape[1:]) * info.dtype.itemsize
-        return _Span(offset, nbytes if run == pitch or not shape else run, pitch, nbytes, tuple(shape))
+        return Span(offset, nbytes if run == pitch or not shape else run, pitch, nbytes), tuple(shape)
 
     def _info(self, name: str) -> TensorInfo:
         if name in self.tensors:
@@ -231,22 +228,24 @@ class _Shard:
         }
 
     def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        self.read(name, _Span(offset, nbytes, nbytes, nbytes, ()), buffer)
-        return buffer.numpy().tobytes()
+        buffer = np.empty(nbytes, np.uint8)
+        self.read({name: [(buffer, Span(offset, nbytes, nbytes, nbytes))]})
+        return buffer.tobytes()
 
-    def read(self, name: str, span: _Span, buffer: UInt8[Tensor, " nbytes"]) -> None:
-        """A span into a buffer. Raises: ValueError if the file is not the one that was opened."""
-        whole = read_runs(self._file.fileno(), buffer.numpy(), span.offset, span.run, span.pitch)
+    def read(self, reads: dict[str, list[Read]]) -> None:
+        """Spans of tensors into buffers. Raises: ValueError if the file is not the one that was opened."""
+        together = [read for of_tensor in reads.values() for read in of_tensor]
+        whole = read_spans(self._file.fileno(), together)
         try:
-            now = _version(self.path.stat())
+            now = _version(os.stat(self.path))
         except FileNotFoundError:
             now = None
         with self._counting:
-            self.bytes_read += span.nbytes
+            self.bytes_read += sum(span.nbytes for _, span in together)
         if not whole or now != self.version:  # looked at after reading: covers a change during it
+            what = " to ".join(dict.fromkeys((next(iter(reads)), next(reversed(reads)))))
             raise ValueError(
-                f"{self.path}: changed while {name} was read: (bytes, mtime_ns) {self.version} at opening, "
+                f"{self.path}: changed while {what} was read: (bytes, mtime_ns) {self.version} at opening, "
                 f"{now or 'gone'} now; open the checkpoint again once nothing writes to it"
             )
 

@@ -6,6 +6,7 @@ checked on the way: the order of ranks, layers that follow one another from stag
 rank. Every rank learns what all ranks found, so all come to the same answer or the same error.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, distributed, nn
 
 from bridge.agreement import gather, together
-from bridge.mapping import MappingRegistry, model_dialects, model_state
+from bridge.mapping import MappingRegistry, model_rows, model_state
 from reference.config import ModelConfig
-from reference.names import Dialect, Row, find
+from reference.names import TABLE, Dialect, Row
 from reference.parallelism import Parallelism
 
 
@@ -44,7 +45,7 @@ class LiveModel(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What one rank knows. Layers and experts are counted over the model, from 0."""
+    """What one rank knows. Layers and experts are counted over the model, from 0; kinds by their place in `TABLE`."""
 
     sizes: dict[str, int]
     at: dict[str, int]
@@ -52,7 +53,7 @@ class _Facts(NamedTuple):
     experts: set[tuple[int, ...]]
     vocabulary: set[int]
     dialects: tuple[Dialect, ...]
-    dtypes: dict[str, torch.dtype]
+    dtypes: dict[int, torch.dtype]
 
 
 def live_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> LiveModel:
@@ -68,13 +69,15 @@ def live_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> LiveM
             "megatron.core.parallel_state.initialize_model_parallel() first"
         )
     chunks = unwrap_model(model if isinstance(model, list) else [model])
+    states = [model_state(chunk) for chunk in chunks]
     with together():
-        facts = _facts(chunks)
+        facts = _facts(chunks, states)
     everyone = gather(facts)
     with together():
         parallelism = _parallelism(everyone, config)
         registry = MappingRegistry(config, _dialect(everyone), parallelism, distributed.get_rank())
-        return LiveModel(registry, registry.bind(chunks), _dtypes(everyone))
+        dtypes = _dtypes(item for facts in everyone for item in facts.dtypes.items())
+        return LiveModel(registry, registry.bind(states), {TABLE[kind]: dtype for kind, dtype in dtypes.items()})
 
 
 def group_sizes(chunks: int) -> dict[str, int]:
@@ -90,9 +93,10 @@ def group_sizes(chunks: int) -> dict[str, int]:
     }
 
 
-def _facts(chunks: list[nn.Module]) -> _Facts:
-    states = [model_state(chunk) for chunk in chunks]
-    dialects = model_dialects(states)
+def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
+    named = [(name, value.dtype) for state in states for name, value in state.items()]
+    rows = model_rows([name for name, _ in named])
+    of_either = next(iter(rows.values()))  # where both dialects have all the names, their rows are the same
     layers = [list(chunk.decoder.layers) for chunk in chunks]
     sizes = group_sizes(len(chunks))
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -109,8 +113,8 @@ def _facts(chunks: list[nn.Module]) -> _Facts:
         layers=[[layer.layer_number - 1 for layer in of_chunk] for of_chunk in layers],
         experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
         vocabulary={sizes["tp"] * len(state[table]) for state in states for table in tables if table in state},
-        dialects=dialects,
-        dtypes={name: value.dtype for state in states for name, value in state.items()},
+        dialects=tuple(rows),
+        dtypes=_dtypes((TABLE.index(row), dtype) for row, (_, dtype) in zip(of_either, named, strict=True)),
     )
 
 
@@ -173,11 +177,11 @@ def _dialect(everyone: list[_Facts]) -> Dialect:
     return common[0]
 
 
-def _dtypes(everyone: list[_Facts]) -> dict[Row, torch.dtype]:
-    dialect, found = _dialect(everyone), {}
-    for facts in everyone:
-        for name, dtype in facts.dtypes.items():
-            row = find(name, dialect).row
-            if found.setdefault(row, dtype) != dtype:
-                raise ValueError(f"{name}: {dtype} on some ranks or layers, {found[row]} on others")
-    return found
+def _dtypes(found: Iterable[tuple[int, torch.dtype]]) -> dict[int, torch.dtype]:
+    """By kind: one for all layers, experts and ranks."""
+    dtypes: dict[int, torch.dtype] = {}
+    for kind, dtype in found:
+        if dtypes.setdefault(kind, dtype) != dtype:
+            (name,) = TABLE[kind].names[Dialect.MEGATRON_TE]
+            raise ValueError(f"{name}: {dtype} on some ranks or layers, {dtypes[kind]} on others")
+    return dtypes

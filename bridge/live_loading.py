@@ -3,10 +3,14 @@
     files --threads--> pinned memory --one copy a batch--> device --decode--> rows of the parameter
 
 `reference.sharding` says which rows and columns of which on-disk tensors a parameter is a stack of. They are cut into
-reads of at most `READ_BYTES`, sorted as they lie in the files, and packed into batches of `BATCH_BYTES`, each float8
-slice with the scales of the blocks that it touches. A few threads read batches ahead of the decoding, at most
-`WINDOW` of them; float8 goes to the device as it is, and is decoded into its place there. Beyond the model a rank needs
-WINDOW + 2 batches of host memory and two of the device's, whatever the model's size.
+slices of at most `SLICE_BYTES`, sorted as they lie in the files, and packed into batches of `BATCH_BYTES`: the values,
+slices that are alike together, and after them the scales of the blocks that float8 slices touch. A batch is read in one
+go and decoded in a launch for each group of alike slices, for Python's time, not the bytes, is what there is little of:
+every call of it waits for the lock that the other threads hold.
+
+A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
+decoded into its place there. Beyond the model a rank needs WINDOW + 2 batches of host memory and two of the device's,
+whatever the model's size.
 
 Scales are checked on the host as they are read. NaN codes become NaN weights, which one look at the finished
 parameters finds: the device is waited for once.
@@ -19,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,40 +37,52 @@ from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
 from reference.sharding import Piece
 
-READ_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 4  # more threads wait for Python's lock
+SLICE_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 4
 _ALIGNMENT = 256
 
 
 class Slice(NamedTuple):
-    """`source[rows, cols]` of the checkpoint, and the rows of a parameter that it fills."""
+    """`source[rows, cols]` of the checkpoint, and the row of a parameter where it goes."""
 
     source: str
+    dtype: torch.dtype
     rows: slice
     cols: slice | None
-    target: Tensor
+    parameter: Tensor
+    at: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        lengths = [span.stop - span.start for span in (self.rows, self.cols) if span is not None]
-        return tuple(lengths)
+        return _lengths(span for span in (self.rows, self.cols) if span is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self, block_size: int) -> tuple[slice, ...]:
+        """The blocks that its rows and columns touch: those of its scales, if it is float8."""
+        spans = (self.rows, self.cols) if self.dtype == FP8 else ()
+        return tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in spans)
 
 
-class Read(NamedTuple):
-    """A slice, and where in its batch its bytes lie: the values', and those of its scales if it has any."""
+class Group(NamedTuple):
+    """Slices of one shape, dtype and place in their blocks, one after another from byte `start` of their batch.
 
-    slice: Slice
+    Each has scales of the shape `grid` (none: it is not float8), from byte `scales` of the batch's.
+    """
+
+    slices: list[Slice]
     start: int
-    stop: int
-    scales: "Scales | None"
+    scales: int
+    grid: tuple[int, ...]
 
 
-class Scales(NamedTuple):
-    """The scales of the blocks that a slice touches."""
+class Batch(NamedTuple):
+    """What is read at once: groups' values, and from byte `scales_at` on their scales."""
 
-    start: int
-    stop: int
-    rows: slice
-    cols: slice
+    groups: list[Group]
+    scales_at: int
+    nbytes: int
 
 
 @torch.no_grad()
@@ -77,12 +94,12 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
             been written to by then.
     """
     with together():
-        block_size = config.block_size
-        batches = _pack(_slices(live, checkpoint), checkpoint, block_size)
-        for reads, buffer in track(_read_ahead(batches, checkpoint, live.device), "load", len(batches)):
+        batches = _pack(_slices(live, checkpoint), config.block_size)
+        read = _read_ahead(batches, checkpoint, live.device, config.block_size)
+        for batch, buffer in track(read, "load", len(batches)):
             on_device = buffer.to(live.device, non_blocking=True)
-            for read in reads:
-                _fill(read, on_device, checkpoint, block_size)
+            for group in batch.groups:
+                _fill(group, on_device, on_device[batch.scales_at :], config.block_size)
         _check_codes(live, checkpoint)
 
 
@@ -96,12 +113,12 @@ def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
         parameter, start = mapping.parameter, 0
         value = live.state[parameter.chunk, parameter.name]
         for piece in parameter.pieces:
-            target = value[start : start + piece.rows[1] - piece.rows[0]]
-            start += len(target)
+            stop = start + piece.rows[1] - piece.rows[0]
             if piece.source is None:
-                target.zero_()
+                value[start:stop].zero_()
             else:
-                found += _split(piece, target, checkpoint.tensors[piece.source].dtype)
+                found += _split(piece, checkpoint.tensors[piece.source].dtype, value, start)
+            start = stop
     files = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in checkpoint.tensors.values()))}
 
     def position(part: Slice) -> tuple[int, int, int]:
@@ -111,114 +128,129 @@ def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
     return sorted(found, key=position)
 
 
-def _split(piece: Piece, target: Tensor, dtype: torch.dtype) -> Iterator[Slice]:
-    """A piece in runs of rows of at most `READ_BYTES`."""
+def _split(piece: Piece, dtype: torch.dtype, value: Tensor, at: int) -> Iterator[Slice]:
+    """A piece in runs of rows of at most `SLICE_BYTES`."""
     assert piece.source is not None
     (first, last), cols = piece.rows, None if piece.cols is None else slice(*piece.cols)
-    step = max(1, READ_BYTES // max(1, target[:1].numel() * dtype.itemsize))
+    width = 1 if cols is None else cols.stop - cols.start
+    step = max(1, SLICE_BYTES // (width * dtype.itemsize))
     for start in range(first, last, step):
-        stop = min(start + step, last)
-        yield Slice(piece.source, slice(start, stop), cols, target[start - first : stop - first])
+        yield Slice(piece.source, dtype, slice(start, min(start + step, last)), cols, value, at + start - first)
 
 
-def _pack(slices: Iterable[Slice], checkpoint: HFCheckpoint, block_size: int) -> list[list[Read]]:
+def _pack(slices: Iterable[Slice], block_size: int) -> list[Batch]:
     """Slices in batches of at most `BATCH_BYTES` (or of one slice)."""
-    batches: list[list[Read]] = []
+    taken: list[list[Slice]] = []
     end = BATCH_BYTES
     for part in slices:
-        dtype = checkpoint.tensors[part.source].dtype
-        nbytes, blocks = part.target.numel() * dtype.itemsize, None
-        if dtype == FP8:
-            assert part.cols is not None
-            blocks = _blocks(part.rows, block_size), _blocks(part.cols, block_size)
-        needed = _aligned(nbytes) + (0 if blocks is None else _aligned(_scale_bytes(*blocks)))
+        needed = _aligned(part.nbytes) + _scale_bytes(_lengths(part.blocks(block_size)))
         if end + needed > BATCH_BYTES:
-            batches.append([])
+            taken.append([])
             end = 0
-        at = end + _aligned(nbytes)
-        scales = None if blocks is None else Scales(at, at + _scale_bytes(*blocks), *blocks)
-        batches[-1].append(Read(part, end, end + nbytes, scales))
+        taken[-1].append(part)
         end += needed
-    return batches
+    return [_batch(parts, block_size) for parts in taken]
+
+
+def _batch(slices: list[Slice], block_size: int) -> Batch:
+    alike: dict[tuple, list[Slice]] = {}
+    for part in slices:
+        blocks = part.blocks(block_size)
+        offsets = [span.start % block_size for span in (part.rows, part.cols)] if blocks else []
+        alike.setdefault((_lengths(blocks), part.dtype, part.shape, part.parameter.dtype, *offsets), []).append(part)
+    groups, end, scales = [], 0, 0
+    for (grid, *_), parts in alike.items():
+        groups.append(Group(parts, end, scales, grid))
+        end = _aligned(end + len(parts) * parts[0].nbytes)
+        scales += len(parts) * _scale_bytes(grid)
+    return Batch(groups, end, end + scales)
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _blocks(span: slice, block_size: int) -> slice:
-    """The blocks that a run of rows or columns touches."""
-    return slice(span.start // block_size, -(-span.stop // block_size))
+def _lengths(spans: Iterable[slice]) -> tuple[int, ...]:
+    return tuple(span.stop - span.start for span in spans)
 
 
-def _scale_bytes(rows: slice, cols: slice) -> int:
-    return (rows.stop - rows.start) * (cols.stop - cols.start) * torch.float32.itemsize
+def _scale_bytes(grid: tuple[int, ...]) -> int:
+    return math.prod(grid) * torch.float32.itemsize if grid else 0
 
 
 # ------------------------------------------------------------------------------------------- reading ahead of decoding
 
 
 def _read_ahead(
-    batches: list[list[Read]], checkpoint: HFCheckpoint, device: torch.device
-) -> Iterator[tuple[list[Read], Tensor]]:
+    batches: list[Batch], checkpoint: HFCheckpoint, device: torch.device, block_size: int
+) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
+    # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
+    largest = max((batch.nbytes for batch in batches), default=0)
 
-    def read(reads: list[Read]) -> Tensor:
-        # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
-        size = max(BATCH_BYTES, _end(reads)) if on_gpu else _end(reads)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        for part, start, stop, scales in reads:
-            checkpoint.read_into(buffer[start:stop], part.source, part.rows, part.cols)
-            if scales is not None:
-                name = part.source + SCALE_SUFFIX
-                checkpoint.read_into(buffer[scales.start : scales.stop], name, scales.rows, scales.cols)
-                least, greatest = buffer[scales.start : scales.stop].view(torch.float32).aminmax()  # NaN if one is
-                if not 0 < least.item() <= greatest.item() < math.inf:
-                    check_scale_values(checkpoint.read(name), name=part.source)
-        return buffer[: _end(reads)]
+    def read(batch: Batch) -> Tensor:
+        whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+        buffer = whole[: batch.nbytes]
+        checkpoint.read_into(_reads(batch, buffer.numpy(), block_size))
+        scales = buffer[batch.scales_at :].view(torch.float32)
+        if scales.numel():
+            least, greatest = scales.aminmax()  # NaN if one is
+            if not 0 < least.item() <= greatest.item() < math.inf:
+                for name in {part.source for group in batch.groups if group.grid for part in group.slices}:
+                    check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
+        return buffer
 
     threads = min(THREADS, os.cpu_count() or 1)
     use_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
     with ThreadPoolExecutor(threads, thread_name_prefix="read", **use_device) as pool:
-        ahead = deque(pool.submit(read, reads) for reads in batches[:WINDOW])
+        ahead = deque(pool.submit(read, batch) for batch in batches[:WINDOW])
         try:
-            for i, reads in enumerate(batches):
+            for i, batch in enumerate(batches):
                 buffer = ahead.popleft().result()
                 if i + WINDOW < len(batches):
                     ahead.append(pool.submit(read, batches[i + WINDOW]))
-                yield reads, buffer
+                yield batch, buffer
         finally:
             for future in ahead:
                 future.cancel()
 
 
-def _end(reads: list[Read]) -> int:
-    last = reads[-1]
-    return last.stop if last.scales is None else last.scales.stop
+def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
+    """Which bytes of a batch's buffer each slice, and its scales, are read into."""
+    for group in batch.groups:
+        nbytes, scales = group.slices[0].nbytes, _scale_bytes(group.grid)
+        at, scales_at = group.start, batch.scales_at + group.scales
+        for part in group.slices:
+            yield buffer[at : at + nbytes], part.source, part.rows, part.cols
+            at += nbytes
+            if group.grid:
+                yield buffer[scales_at : scales_at + scales], part.source + SCALE_SUFFIX, *part.blocks(block_size)
+                scales_at += scales
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def _fill(read: Read, buffer: Tensor, checkpoint: HFCheckpoint, block_size: int) -> None:
-    part, scales = read.slice, read.scales
-    dtype = checkpoint.tensors[part.source].dtype
-    values = buffer[read.start : read.stop].view(dtype).view(part.shape)
-    if scales is None:
-        part.target.copy_(values)
+def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None:
+    parts, first = group.slices, group.slices[0]
+    values = buffer[group.start : group.start + len(parts) * first.nbytes].view(first.dtype).view(-1, *first.shape)
+    scales = scales[group.scales : group.scales + len(parts) * _scale_bytes(group.grid)].view(torch.float32)
+    targets = [part.parameter.detach()[part.at : part.at + first.shape[0]] for part in parts]
+    if not group.grid:
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
         return
-    assert part.cols is not None
-    grid = (scales.rows.stop - scales.rows.start, scales.cols.stop - scales.cols.start)
+    assert first.cols is not None
     fp8.dequantize_blockwise(
         values,
-        buffer[scales.start : scales.stop].view(torch.float32).view(grid),
+        scales.view(-1, *group.grid),
         block_size=block_size,
-        dtype=part.target.dtype,
-        out=part.target.detach(),
-        row_offset=part.rows.start % block_size,
-        col_offset=part.cols.start % block_size,
+        dtype=targets[0].dtype,
+        out=targets,
+        row_offset=first.rows.start % block_size,
+        col_offset=first.cols.start % block_size,
         check_values=False,
-        name=part.source,
+        name=first.source,
     )
 
 

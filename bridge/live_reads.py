@@ -1,9 +1,10 @@
 """Runs of bytes out of a file: one after another, or one every so many bytes, as the columns of a matrix lie.
 
 Tensor parallelism cuts w2 and o_proj by columns: 3072 runs of 768 bytes out of each expert's w2 at two ranks. One
-`preadv` a run costs Python 2 microseconds, and threads wait for each other's lock. Linux takes a thousand reads in one
-call by `io_submit`, at half that time and with the lock released; Python has no wrapper for it, so numpy fills the
-structs. Reads through the page cache are done when it returns. Where the call is not to be had, `preadv` does it.
+`preadv` a run costs Python 2 microseconds, and each waits for the lock that the other threads and the decoding hold.
+Linux takes a thousand reads, of any sizes, in one call by `io_submit`, at half that time and with the lock released;
+Python has no wrapper for it, so numpy fills the structs. Reads through the page cache are done when it returns. Where
+the call is not to be had, `preadv` does it.
 """
 
 import ctypes
@@ -11,10 +12,13 @@ import os
 import platform
 import queue
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 _RUNS = 1024  # of one call
+_FEW = 3  # so many whole runs are as fast one by one
 _CALLS = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}  # Linux's numbers of io_setup, io_submit, io_getevents
 _REQUEST = np.dtype(
     {
@@ -26,24 +30,41 @@ _EVENT = np.dtype([("data", "u8"), ("request", "u8"), ("result", "i8"), ("result
 _PAGE = 4096  # with a run in every page the kernel may fetch them all ahead
 
 
-def read_runs(file: int, buffer: np.ndarray, offset: int, run: int, pitch: int) -> bool:
-    """Fill a buffer of bytes with runs of `run` bytes, one every `pitch` from `offset`; False if the file ends."""
-    if buffer.nbytes <= run:
-        return _read(file, memoryview(buffer), offset)
-    if pitch < _PAGE:
-        os.posix_fadvise(file, offset, buffer.nbytes // run * pitch, os.POSIX_FADV_WILLNEED)
+class Span(NamedTuple):
+    """`nbytes` of a file: runs of `run` bytes, one every `pitch`, from `offset` on."""
+
+    offset: int
+    run: int
+    pitch: int
+    nbytes: int
+
+
+Read = tuple[np.ndarray, Span]  # the bytes that the span fills
+
+
+def read_spans(file: int, reads: Sequence[Read]) -> bool:
+    """Fill each buffer of bytes with its span; False if the file ends before."""
+    reads = [(buffer, span) for buffer, span in reads if span.nbytes]
+    if all(span.run == span.nbytes for _, span in reads) and len(reads) < _FEW:
+        return all(_read(file, memoryview(buffer), span.offset) for buffer, span in reads)
+    for _, span in reads:
+        if span.run < span.nbytes and span.pitch < _PAGE:
+            os.posix_fadvise(file, span.offset, span.nbytes // span.run * span.pitch, os.POSIX_FADV_WILLNEED)
     queued = _take()
     if queued is not None:
         own = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)  # threads that share a descriptor wait for its counter
         try:
-            if queued.read(own, buffer, offset, run, pitch):
+            if queued.read(own, reads):
                 return True
         finally:
             os.close(own)
             if queued.usable:
                 _idle.put(queued)
-    rows = buffer.reshape(-1, run)
-    return all(_read(file, memoryview(row), offset + i * pitch) for i, row in enumerate(rows))
+    return all(
+        _read(file, memoryview(row), span.offset + i * span.pitch)
+        for buffer, span in reads
+        for i, row in enumerate(buffer.reshape(-1, span.run))
+    )
 
 
 def _read(file: int, view: memoryview, offset: int) -> bool:
@@ -67,29 +88,36 @@ class _Queue:
         self._requests, self._events = np.zeros(_RUNS, _REQUEST), np.zeros(_RUNS, _EVENT)  # opcode 0 is pread
         self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(_RUNS, dtype=np.uint64)
 
-    def read(self, file: int, buffer: np.ndarray, offset: int, run: int, pitch: int) -> bool:
+    def read(self, file: int, reads: Sequence[Read]) -> bool:
         """False if some run was not read whole, for whatever reason: then it is for `preadv` to say."""
-        total = buffer.nbytes // run
-        requests, index = self._requests[:total], self._index[:total]
-        requests["file"], requests["nbytes"] = file, run
-        requests["buffer"], requests["offset"] = buffer.ctypes.data + index * run, offset + index * pitch
-        for first in range(0, total, _RUNS):
-            count = min(_RUNS, total - first)
-            if not self._round(count) or not (self._events["result"][:count] == run).all():
-                return False
-            if first + count < total:
-                requests["buffer"] += _RUNS * run
-                requests["offset"] += _RUNS * pitch
-        return True
+        self._requests["file"], filled = file, 0
+        for buffer, span in reads:
+            first, runs = 0, span.nbytes // span.run
+            while first < runs:
+                count = min(runs - first, _RUNS - filled)
+                requests, index = self._requests[filled : filled + count], self._index[:count]
+                requests["nbytes"] = requests["data"] = span.run
+                requests["buffer"] = buffer.ctypes.data + first * span.run + index * span.run
+                requests["offset"] = span.offset + first * span.pitch + index * span.pitch
+                first, filled = first + count, filled + count
+                if filled == _RUNS:
+                    if not self._round(filled):
+                        return False
+                    filled = 0
+        return self._round(filled)
 
     def _round(self, count: int) -> bool:
+        """Whether the first `count` requests were read whole."""
+        if not count:
+            return True
         sent = self._call(self._submit, count, self._pointers.ctypes.data)
         if sent > 0:  # none may be left in the queue, nor write into the buffer later
             got = self._call(self._collect, sent, sent, self._events.ctypes.data, None)
             self.usable = got == sent
         else:
             self.usable = False
-        return sent == count and self.usable
+        events = self._events[:sent]
+        return sent == count and self.usable and bool((events["result"] == events["data"]).all())
 
     def _call(self, number: int, *operands: int | None) -> int:
         return self._syscall(

@@ -4,14 +4,14 @@ Nothing is decided here: which pieces make up a parameter is `reference.sharding
 `reference.names`'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.names import Dialect, Layout, find
+from reference.names import Dialect, Layout, Row, find
 from reference.sharding import Parallelism, Parameter, parameters, placements, shard, unshard
 
 
@@ -84,19 +84,13 @@ MAPPINGS: dict[Layout, type[ParamMapping]] = {
 }
 
 
-def _mapping(parameter: Parameter) -> ParamMapping:
-    key = find(parameter.sources[0], Dialect.HF_DISK)
-    assert key is not None
-    return MAPPINGS.get(key.row.layout, ParamMapping)(parameter)
-
-
 class MappingRegistry:
     """The mappings of every parameter of one rank, in model order."""
 
     def __init__(self, config: ModelConfig, dialect: Dialect, parallelism: Parallelism | None = None, rank: int = 0):
         self.config, self.dialect, self.parallelism, self.rank = config, dialect, parallelism or Parallelism(), rank
         held = parameters(config, self.parallelism, rank, dialect)
-        self._by_name = {(parameter.chunk, parameter.name): _mapping(parameter) for parameter in held}
+        self._by_name = {(p.chunk, p.name): MAPPINGS.get(p.row.layout, ParamMapping)(p) for p in held}
         self._by_source = {source: mapping for mapping in self for source in mapping.hf_params}
 
     def __iter__(self) -> Iterator[ParamMapping]:
@@ -125,14 +119,13 @@ class MappingRegistry:
             raise ValueError(f"{name}: no parameter of this rank is made of it")
         return self._by_source[name]
 
-    def bind(self, chunks: list[nn.Module]) -> dict[tuple[int, str], Tensor]:
-        """The parameters and persistent buffers of this rank's chunks by chunk and name: exactly those of the registry.
+    def bind(self, states: Sequence[dict[str, Tensor]]) -> dict[tuple[int, str], Tensor]:
+        """The `model_state` of each of this rank's chunks by chunk and name: exactly the parameters of the registry.
 
         Raises:
             ValueError: the model has another parameter, lacks one, or has one of another shape.
         """
-        states = enumerate(map(model_state, chunks))
-        state = {(chunk, name): value for chunk, held in states for name, value in held.items()}
+        state = {(chunk, name): value for chunk, held in enumerate(states) for name, value in held.items()}
         for (chunk, name), mapping in self._by_name.items():
             if (chunk, name) not in state:
                 raise ValueError(f"{name}: the model lacks this parameter; build it with minimax_m2_layer_spec")
@@ -151,28 +144,30 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
-def model_dialects(states: list[dict[str, Tensor]]) -> tuple[Dialect, ...]:
-    """The layer specs that the parameters of a rank's chunks can be of, by their names.
+def model_rows(names: Sequence[str]) -> dict[Dialect, tuple[Row, ...]]:
+    """The layer specs that the parameters of these names can be of, and which kind each is there.
 
     Raises:
         ValueError: neither the Transformer Engine nor the local spec of MiniMax-M2.
     """
-    names = [name for state in states for name in state]
-    both = (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL)
-    possible = tuple(dialect for dialect in both if all(find(name, dialect) for name in names))
-    if possible:
-        return possible
-    unknown = next(name for name in names if not find(name, Dialect.MEGATRON_LOCAL))
-    raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with minimax_m2_layer_spec")
+    found = {}
+    for dialect in (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL):
+        keys = [find(name, dialect) for name in names]
+        if None not in keys:
+            found[dialect] = tuple(key.row for key in keys)
+    if not found:
+        unknown = next(name for name in names if not find(name, Dialect.MEGATRON_LOCAL))
+        raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with minimax_m2_layer_spec")
+    return found
 
 
 def model_dialect(model: nn.Module) -> Dialect:
     """Which layer spec a model was built from.
 
     Raises:
-        ValueError: as in `model_dialects`.
+        ValueError: as in `model_rows`.
     """
-    return model_dialects([model_state(model)])[0]
+    return next(iter(model_rows(list(model_state(model)))))
 
 
 def _check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ what it specialises on.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float8e4m3fn, Float32
@@ -38,16 +39,17 @@ def dequantize_blockwise(
     *,
     block_size: int = FP8_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
-    out: Float[Tensor, "*experts rows cols"] | None = None,
+    out: Float[Tensor, "*experts rows cols"] | Sequence[Float[Tensor, "rows cols"]] | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
     check_values: bool = True,
     name: str = "weight",
-) -> Float[Tensor, "*experts rows cols"]:
+) -> Float[Tensor, "*experts rows cols"] | Sequence[Float[Tensor, "rows cols"]]:
     """value = float8 * scale_inv of its block, formed in float32 (float64 for a float64 result), rounded once.
 
-    `out` may be any view of `dtype`; it is then the result. `row_offset` and `col_offset` are where `weight` starts
-    inside the first block of `scale_inv`. `name` is what errors call the tensor.
+    `out` may be any view of `dtype`, or for a stack a list with one for each expert; it is then the result.
+    `row_offset` and `col_offset` are where `weight` starts inside the first block of `scale_inv`. `name` is what errors
+    call the tensor.
 
     Raises:
         ValueError: the scales do not cover exactly the blocks touched, a dtype, a device or `out` does not fit, a scale
@@ -56,19 +58,22 @@ def dequantize_blockwise(
     if weight.dtype != FP8:
         raise ValueError(f"{name}: found {weight.dtype}, expected {FP8}; pass the codes as they are stored")
     _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
-    out = _result(out, weight, dtype, name)
-    operands = (_stack(weight), _stack(scale_inv), _stack(out), block_size, row_offset, col_offset)
+    each = isinstance(out, Sequence)
+    out = _results(out, weight, dtype, name) if each else _result(out, weight, dtype, name)
     if weight.is_cuda:
+        result = [one.detach() for one in out] if each else _stack(out)
+        operands = (_stack(weight), _stack(scale_inv), result, block_size, row_offset, col_offset)
         if not _launch("dequantize", *operands, dtype=dtype, check=check_values):
             check_scale_values(scale_inv, name=name)
             check_codes(weight, name=name)
         return out
     if check_values:
         _check_scale_values(scale_inv, name)
-    if fp8_inductor.decode(*operands):
-        if check_values:
-            check_codes(weight, name=name)
-        out.detach().masked_fill_(weight.isnan(), torch.nan)
+    for codes, scales, values in zip(weight, scale_inv, out, strict=True) if each else [(weight, scale_inv, out)]:
+        if fp8_inductor.decode(_stack(codes), _stack(scales), _stack(values), block_size, row_offset, col_offset):
+            if check_values:
+                check_codes(weight, name=name)
+            values.detach().masked_fill_(codes.isnan(), torch.nan)
     return out
 
 
@@ -182,6 +187,19 @@ def _result(out: Tensor | None, weight: Tensor, dtype: torch.dtype, name: str) -
     return out
 
 
+def _results(
+    out: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, name: str
+) -> Sequence[Float[Tensor, "rows cols"]]:
+    if weight.ndim != 3 or len(out) != len(weight):
+        raise ValueError(
+            f"{name}: found {len(out)} tensors as out for a weight of {list(weight.shape)}, expected one for each of "
+            "[experts, rows, cols]"
+        )
+    for codes, one in zip(weight, out, strict=True):
+        _result(one, codes, dtype, name)
+    return out
+
+
 def _stack(x: Tensor) -> Tensor:
     """[experts, rows, cols], sharing memory and unknown to autograd."""
     return x.detach() if x.ndim == 3 else x.detach()[None]
@@ -207,7 +225,7 @@ def _launch(
     kernel: str,
     source: Tensor,
     scale_inv: Tensor,
-    result: Tensor,
+    result: Tensor | list[Tensor],
     block_size: int,
     row_offset: int,
     col_offset: int,

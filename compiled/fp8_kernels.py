@@ -29,21 +29,37 @@ from compiled.launch import Launcher
 
 STRIP, WARPS = 32, 4  # rows of a program, and its warps
 WHOLE_BLOCK_WARPS = 8  # where a program is a whole block
-_WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_ELEMENT = {
+    torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64,
+}  # fmt: skip
+_ALIGNMENT = 16  # bytes, of tensors of which only the address is passed
 
 
 def launch(
     kernel: Launcher,
     source: Tensor,
     scale_inv: Tensor,
-    result: Tensor,
+    result: Tensor | list[Tensor],
     damaged: Tensor | None,
     block_size: int,
     row_offset: int,
     col_offset: int,
     wide: torch.dtype,
 ) -> None:
-    """`kernel` from source to result, both [experts, rows, cols]; products and quotients are formed in `wide`."""
+    """`kernel` from source to result, both [experts, rows, cols]; products and quotients are formed in `wide`.
+
+    `dequantize` may be given a result [rows, cols] for each expert: one launch if they lie alike, else one for each.
+    """
+    each = None
+    if not isinstance(result, Tensor):
+        if len({one.stride() for one in result}) > 1 or any(one.data_ptr() % _ALIGNMENT for one in result):
+            for codes, scales, one in zip(source, scale_inv, result, strict=True):
+                launch(kernel, codes[None], scales[None], one[None], damaged, block_size, row_offset, col_offset, wide)
+            return
+        each, result_at = _ELEMENT[result[0].dtype], (0, *result[0].stride())
+        result = torch.tensor([one.data_ptr() for one in result]).to(source.device, non_blocking=True)
+    else:
+        result_at = result.stride()
     experts, rows, cols = source.shape
     _, row_blocks, col_blocks = scale_inv.shape
     width = triton.next_power_of_2(block_size)
@@ -52,9 +68,9 @@ def launch(
         (col_blocks, row_blocks * triton.cdiv(block_size, strip), experts),
         (
             source, scale_inv, result, damaged, rows, cols, row_offset, col_offset,
-            source.stride(), scale_inv.stride(), result.stride(),
+            source.stride(), scale_inv.stride(), result_at,
         ),
-        (_WIDE[wide], block_size, strip, width),
+        (_ELEMENT[wide], block_size, strip, width, *([each] if kernel is dequantize else [])),
         warps=warps,
     )  # fmt: skip
 
@@ -98,13 +114,15 @@ def _report(damaged, scale, amax):
 @triton.jit
 def dequantize(
     codes, scales, out, damaged, rows, cols, row_offset, col_offset, codes_at, scales_at, out_at,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """out = round(code * scale)."""
+    """out = round(code * scale); with EACH, `out` holds the address of each expert's, of elements EACH."""
     row_block, col_block, row, col, here = _strip(rows, cols, row_offset, col_offset, BLOCK, ROWS, COLS)
     scale = tl.load(_at(scales, scales_at, row_block, col_block))
     code = tl.load(_at(codes, codes_at, row, col), mask=here, other=0.0).to(tl.float32)
     value = code.to(WIDE) * scale.to(WIDE)
+    if EACH is not None:
+        out = tl.multiple_of(tl.load(out + tl.program_id(2)).to(tl.pointer_type(EACH)), 16)
     tl.store(_at(out, out_at, row, col), value.to(out.dtype.element_ty), mask=here)
     _report(damaged, scale, _amax(code))
 

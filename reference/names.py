@@ -123,7 +123,7 @@ class WeightKey(NamedTuple):
 
 
 # A number is an index where it stands alone between dots or ends `weight{expert}`; those in w1 or linear_fc1 are not.
-_INDEX = re.compile(r"(?:(?<=\.)|(?<=\.weight))(?:0|[1-9][0-9]*)(?=\.|$)")
+_INDEX = re.compile(r"(?:(?<=\.)|(?<=\.weight))(0|[1-9][0-9]*)(?=\.|$)")
 _FIELD = re.compile(r"\{(layer|expert)\}")
 
 
@@ -142,7 +142,8 @@ _TEMPLATES = {dialect: _index_templates(dialect) for dialect in Dialect}
 
 def find(name: str, dialect: Dialect) -> WeightKey | None:
     """What `name` means in `dialect`; None if it is not a weight's name there."""
-    match, found = _TEMPLATES[dialect].get(_INDEX.sub("#", name)), _INDEX.findall(name)
+    parts = _INDEX.split(name)  # what stands between the indices, and each of them
+    match, found = _TEMPLATES[dialect].get("#".join(parts[::2])), parts[1::2]
     if match is None or len(match[2]) != len(found):  # fewer were found: the name itself has a "#"
         return None
     row, part, field_names = match

@@ -31,11 +31,12 @@ class Piece(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of one rank: its name there, its virtual pipeline chunk, and the pieces stacked in it.
+    """One parameter of one rank: its kind, its name there, its virtual pipeline chunk, and the pieces stacked in it.
 
     `sources` are the on-disk tensors it belongs to, also where this rank's share is all padding.
     """
 
+    row: Row
     name: str
     chunk: int
     shape: tuple[int, ...]
@@ -110,7 +111,8 @@ def _parameter(held: _Held, rank: _Rank, dialect: Dialect) -> Parameter:
     ]
     pieces = tuple(_CUTS[held.row.layout](whole, rank))
     rows, cols = sum(_length(piece.rows) for piece in pieces), pieces[0].cols
-    return Parameter(name, held.chunk, (rows,) if cols is None else (rows, _length(cols)), sources, pieces)
+    shape = (rows,) if cols is None else (rows, _length(cols))
+    return Parameter(held.row, name, held.chunk, shape, sources, pieces)
 
 
 # --- How each layout is cut: from the whole on-disk tensors of a row to one rank's pieces. ---

@@ -213,6 +213,22 @@ def test_experts_into_a_part_of_a_stacked_parameter(device):
     assert not fused[:, 136:].any()
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("odd", [[], [1], [0, 1, 2]], ids=["alike", "one at an odd address", "all of other strides"])
+def test_each_expert_into_a_tensor_of_its_own(odd, dtype, device):
+    """As the experts' weights are parameters of their own; a slice that starts inside a block."""
+    codes, scales = source((3, 136, 256))
+    rows, cols, offsets = slice(100, 136), slice(64, 192), {"row_offset": 100, "col_offset": 64}
+    memory = [torch.full((40, 150 + i), 7.0, dtype=dtype, device=device) for i in range(3)]
+    out = [x[2:38, 3:131] if i in odd else x.view(-1)[: 36 * 128].view(36, 128) for i, x in enumerate(memory)]
+    expected = reference.dequantize_blockwise(codes, scales, dtype=dtype)[:, rows, cols]
+    operands = codes[:, rows, cols].to(device), scales.to(device)
+    assert dequantize_blockwise(*operands, dtype=dtype, out=out, **offsets) is out
+    assert all(same_bits(one, whole) for one, whole in zip(out, expected, strict=True))
+    assert sum(int((x != 7).sum()) for x in memory) == sum(int((x != 7).sum()) for x in expected), "nothing else"
+
+
 # ----------------------------------------------------------------------------------------------------------- quantise
 
 
@@ -323,6 +339,8 @@ REFUSED = {
     "already decoded": ((GOOD[0].to(BF16), GOOD[1]), {}, "w1: found torch.bfloat16, expected torch.float8_e4m3fn"),
     "a vector": ((GOOD[0][0, 0], GOOD[1][0, 0]), {}, r"w1: found shape \[200\]"),
     "out of another shape": (GOOD, {"out": torch.empty(300, 200, dtype=BF16)}, r"w1: found out of \[300, 200\]"),
+    "out for one of two": (GOOD, {"out": [torch.empty(300, 200, dtype=BF16)]}, "found 1 tensors as out.*one for each"),
+    "out for experts of a matrix": ((GOOD[0][0], GOOD[1][0]), {"out": []}, "found 0 tensors as out.*one for each"),
     "out of another dtype": (GOOD, {"out": torch.empty(2, 300, 200)}, "w1: found out of .* torch.float32 .*expected"),
     "zero scale": ((GOOD[0], _damage(GOOD[1], (1, 2, 0), 0.0)), {}, r"w1_scale_inv: scale of block \[1, 2, 0\] is 0.0"),
     "negative scale": ((GOOD[0], _damage(GOOD[1], (1, 2, 0), -1.0)), {}, r"w1_scale_inv: .*\[1, 2, 0\] is -1.0"),
@@ -418,6 +436,9 @@ for block, start, shape in ((128, (150, 70), (2, 300, 200)), (3, (4, 2), (1, 7, 
         operands = part, scales[:, row // block :, col // block :], out, damaged, block, row % block, col % block
         kernels.launch(kernels.dequantize, *operands, torch.float32)
         assert torch.equal(out, whole[:, row:, col:]) and not damaged
+        each = [torch.empty(part.shape[1:]) for _ in part]
+        kernels.launch(kernels.dequantize, part, operands[1], each, *operands[3:], torch.float32)
+        assert torch.equal(torch.stack(each), whole[:, row:, col:]) and not damaged
 scales[0, -1, -1] = torch.inf
 kernels.launch(kernels.dequantize, codes, scales, torch.empty(codes.shape), damaged, block, 0, 0, torch.float32)
 assert damaged
