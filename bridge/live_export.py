@@ -5,6 +5,7 @@ for there (`bridge.live_form`), and handed out. Before they are, all ranks make 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -41,19 +42,21 @@ def export_weights(
     plan = Plan(live.registry.config, live.parallelism, live.registry.dialect)
     rank_of = _destination(to, plan)
     wanted = [Wanted(source, form.value_dtype(source), rank_of(source)) for source in plan.sources]
-    tensors = _stream(wanted, live, plan, form, track)
-    return to_host(tensors) if device is not None and torch.device(device).type == "cpu" else tensors
+    stored = _stream(wanted, live, plan, form, track)
+    on_host = device is not None and torch.device(device).type == "cpu"
+    return to_host(stored) if on_host else chain.from_iterable(stored)
 
 
 def _stream(
     wanted: list[Wanted], live: LiveModel, plan: Plan, form: Form, track: Track
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """A round at a time."""
     batches = rounds(wanted)
     for batch in track(batches, "export", len(batches)):
         collected = collect(batch, live, plan)
         with together(), torch.no_grad():
             stored = form.stored(collected)
-        yield from stored
+        yield stored
 
 
 def _destination(to: To, plan: Plan) -> Callable[[Source], int | None]:

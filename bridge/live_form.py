@@ -1,5 +1,6 @@
 """In which form weights leave a live model: the dtype of each, and float8 with its scales where that is asked for."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -29,10 +30,11 @@ class Form:
         scales: Literal["source", "fresh"] = "source",
     ):
         self._checkpoint, self._target, self._dtypes, self._scales = checkpoint, target, dtypes, scales
+        self._is_quantized = cache(lambda name: is_quantized(name, target))
 
     def value_dtype(self, source: Source) -> torch.dtype:
         """The dtype in which a tensor is collected: the parameter's if it is to be quantised, else its last."""
-        if is_quantized(source.name, self._target):
+        if self._is_quantized(source.name):
             return self._dtypes[source.row]
         stored = self._checkpoint.tensors[source.name].dtype
         return torch.bfloat16 if stored == FP8 else stored
@@ -45,7 +47,7 @@ class Form:
         """
         alike: dict[tuple, list[tuple[Source, Tensor]]] = {}
         for source, value in values:
-            if is_quantized(source.name, self._target):
+            if self._is_quantized(source.name):
                 kept = self._scales == "source" and self._checkpoint.tensors[source.name].dtype == FP8
                 alike.setdefault((kept, source.shape), []).append((source, value))
         quantized: dict[str, tuple[Tensor, Tensor]] = {}
@@ -67,8 +69,7 @@ class Form:
         name = group[0][0].name
         try:
             if kept:
-                grids = [self._checkpoint.read(source.name + SCALE_SUFFIX) for source, _ in group]
-                scale_inv = torch.stack(grids).to(stack.device)
+                scale_inv = self._source_scales([source for source, _ in group]).to(stack.device)
                 codes, scale_inv = requantize_blockwise(stack, scale_inv, block_size=block_size, name=name)
             else:
                 codes, scale_inv = fp8.quantize_blockwise(stack, block_size=block_size, name=name)
@@ -78,3 +79,10 @@ class Form:
                     self._quantized([one], kept=kept)
             raise
         return {source.name: pair for (source, _), pair in zip(group, zip(codes, scale_inv, strict=True), strict=True)}
+
+    def _source_scales(self, sources: list[Source]) -> Tensor:
+        names = [source.name + SCALE_SUFFIX for source in sources]
+        scale_inv = torch.empty((len(names), *self._checkpoint.tensors[names[0]].shape), dtype=torch.float32)
+        places = scale_inv.flatten(1).view(torch.uint8).numpy()
+        self._checkpoint.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
+        return scale_inv

@@ -1,8 +1,9 @@
 """Tensors of a GPU into ordinary host memory, at the speed of the bus.
 
 The bus is fast only into pinned memory, and pinned memory is scarce: a few pinned buffers take turns, and threads move
-the contents of each on into memory of the tensors' own while the next ones are under way. A buffer takes part of a
-large tensor or many small ones: what Python does for each costs more than the bytes of a matrix of scales.
+the contents of each on into memory of the tensors' own while the next ones are under way. Tensors that lie one after
+another on the GPU, as the matrices and the scales of a stack do, are copied as one: what Python does for each copy
+costs more than the bytes of a matrix of scales.
 """
 
 from collections import deque
@@ -21,18 +22,17 @@ AHEAD = 12  # buffers on the way or being emptied while the caller uses a tensor
 Named = tuple[str, Tensor]
 
 
-def to_host(tensors: Iterable[Named]) -> Iterator[Named]:
-    """The same tensors on the host, in order."""
-    tensors = iter(tensors)
-    first = next(tensors, None)
-    if first is None:
+def to_host(rounds: Iterable[list[Named]]) -> Iterator[Named]:
+    """The same tensors on the host, in order; those of a round may lie together on the GPU."""
+    rounds = iter(rounds)
+    first = next((tensors for tensors in rounds if tensors), [])
+    rounds = chain([first], rounds)
+    if not first or not first[0][1].is_cuda:
+        yield from chain.from_iterable(rounds)
         return
-    if not first[1].is_cuda:
-        yield from chain([first], tensors)
-        return
-    with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(first[1].device,)) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(first[0][1].device,)) as pool:
         under_way: deque[tuple[Future, list[Named]]] = deque()
-        for started in _Buffers(pool).fill(chain([first], tensors)):
+        for started in _Buffers(pool).fill(rounds):
             under_way.append(started)
             if len(under_way) > AHEAD:
                 yield from _finished(*under_way.popleft())
@@ -54,24 +54,36 @@ class _Buffers:
             self._free.put(torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True))
         self._buffer, self._used, self._parts, self._whole = self._free.get(), 0, [], []
 
-    def fill(self, tensors: Iterable[Named]) -> Iterator[tuple[Future, list[Named]]]:
+    def fill(self, rounds: Iterable[list[Named]]) -> Iterator[tuple[Future, list[Named]]]:
         """For each buffer: when it is emptied, and the tensors that are whole then (and were not before)."""
-        for name, tensor in tensors:
-            result = torch.empty(tensor.shape, dtype=tensor.dtype)
-            source, target = (x.contiguous().view(-1).view(torch.uint8) for x in (tensor, result))
-            start = 0
-            while start < len(target):
-                part = target[start : start + BUFFER_BYTES - self._used]
-                place = slice(self._used, self._used + len(part))
-                self._buffer[place].copy_(source[start : start + len(part)], non_blocking=True)
-                self._parts.append((part.numpy(), place))
-                self._used, start = place.stop, start + len(part)
-                if self._used == BUFFER_BYTES and start < len(target):
-                    yield self._send()
-            self._whole.append((name, result))
-            if self._used == BUFFER_BYTES:
-                yield self._send()
+        for tensors in rounds:
+            results = [(name, torch.empty(tensor.shape, dtype=tensor.dtype)) for name, tensor in tensors]
+            targets = [result.view(-1).view(torch.uint8).numpy() for _, result in results]
+            for run, members in _runs([tensor for _, tensor in tensors]):
+                yield from self._copy(run, [targets[index] for index in members])
+            self._whole += results
         yield self._send()
+
+    def _copy(self, run: Tensor, targets: list[np.ndarray]) -> Iterator[tuple[Future, list[Named]]]:
+        """Start copying a run, which is then cut into its targets.
+
+        Byte i of the run lies at `shift` + i of the buffer; `copied` bytes are under way, `start` is where a target is.
+        """
+        copied, start, shift = 0, 0, 0
+        for target in targets:
+            done = 0
+            while done < len(target):
+                if start + done == copied:
+                    if self._used == BUFFER_BYTES:
+                        yield self._send()
+                    part = run[copied : copied + BUFFER_BYTES - self._used]
+                    self._buffer[self._used : self._used + len(part)].copy_(part, non_blocking=True)
+                    shift = self._used - copied
+                    self._used, copied = self._used + len(part), copied + len(part)
+                piece = target[done : copied - start]
+                self._parts.append((piece, shift + start + done))
+                done += len(piece)
+            start += done
 
     def _send(self) -> tuple[Future, list[Named]]:
         arrived = torch.cuda.Event()
@@ -81,10 +93,28 @@ class _Buffers:
         return sent
 
 
+def _runs(tensors: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+    """The bytes of tensors that lie one after another in a storage, and which tensors they are; none that is empty."""
+    tensors = [tensor.contiguous() for tensor in tensors]
+    held = [index for index, tensor in enumerate(tensors) if tensor.numel()]
+    order = deque(sorted(held, key=lambda index: tensors[index].data_ptr()))
+    while order:
+        members = [order.popleft()]
+        first = tensors[members[0]]
+        storage, begin = first.untyped_storage(), first.data_ptr()
+        end, limit = begin + first.nbytes, storage.data_ptr() + storage.nbytes()
+        while order and tensors[order[0]].data_ptr() == end < limit:
+            members.append(order.popleft())
+            end += tensors[members[-1]].nbytes
+        run = torch.empty(0, dtype=torch.uint8, device=first.device)
+        yield run.set_(storage, begin - storage.data_ptr(), (end - begin,)), members
+
+
 def _empty(
-    buffer: Tensor, parts: list[tuple[np.ndarray, slice]], arrived: torch.cuda.Event, free: SimpleQueue[Tensor]
+    buffer: Tensor, parts: list[tuple[np.ndarray, int]], arrived: torch.cuda.Event, free: SimpleQueue[Tensor]
 ) -> None:
     arrived.synchronize()
-    for target, place in parts:
-        np.copyto(target, buffer[place].numpy())  # torch's copy would start threads of its own in each of these
+    host = buffer.numpy()
+    for target, start in parts:
+        np.copyto(target, host[start : start + len(target)])  # torch's would start threads of its own in each of these
     free.put(buffer)
