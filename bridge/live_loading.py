@@ -37,7 +37,7 @@ from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
 from reference.sharding import Piece
 
-SLICE_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 4
+SLICE_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 8
 _ALIGNMENT = 256
 
 
