@@ -5,7 +5,6 @@ or a test enters `model_parallel()`; under torchrun the same line joins the rank
 trainer, which has set up everything already, it does nothing. On exit only what was set up here is taken down.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -14,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from bridge.cpu_megatron import megatron_on_cpu
-from bridge.team import LEADER_TIMEOUT
+from bridge.team import join_ranks, launched_by_torchrun
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
         if not torch.cuda.is_available():
             stack.enter_context(megatron_on_cpu())
         if not torch.distributed.is_initialized():
-            _start_processes()
+            _join_processes()
             stack.callback(torch.distributed.destroy_process_group)
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
@@ -48,12 +47,10 @@ def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
         yield
 
 
-def _start_processes() -> None:
+def _join_processes() -> None:
     """Join torchrun's ranks, or else make a world of one, which needs no network port."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if not torch.distributed.is_torchelastic_launched():
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if launched_by_torchrun():
+        join_ranks(models=True)
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(backend, timeout=LEADER_TIMEOUT)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

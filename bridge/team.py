@@ -90,11 +90,20 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-class Ranks:
-    """The process group of torchrun's ranks while a `with` block lasts; nothing where there is one process.
+def join_ranks(*, models: bool) -> None:
+    """Join torchrun's process group, which moves host tensors by gloo and, with `models`, a GPU's by NCCL."""
+    import torch
+    from torch import distributed
 
-    It moves host tensors by gloo, and with `models` those of a GPU by NCCL, where there are GPUs.
-    """
+    gpus = models and torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = LEADER_TIMEOUT if models else RANK_TIMEOUT
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+
+
+class Ranks:
+    """`join_ranks` for as long as a `with` block lasts, and no longer than torchrun does; nothing for one process."""
 
     def __init__(self, *, models: bool = False):
         self._models = models
@@ -102,15 +111,8 @@ class Ranks:
     def __enter__(self) -> None:
         self._mine = launched_by_torchrun() and place()[1] == 1
         if self._mine:
-            import torch
-            from torch import distributed
-
-            gpus = self._models and torch.cuda.is_available()
-            if gpus:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             _end_with(os.getppid())
-            timeout = LEADER_TIMEOUT if self._models else RANK_TIMEOUT
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+            join_ranks(models=self._models)
 
     def __exit__(self, *_: object) -> None:
         if self._mine:
