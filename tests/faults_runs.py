@@ -34,11 +34,30 @@ ENVIRONMENT = {
 TIMEOUT = 120.0  # of what takes a fraction of a second on an idle machine
 NOBODY = 65534
 
+DIRECTIONS = ("import", "export")
 Job = ImportJob | ExportJob
 Fault = Callable[[], dict[str, Any]]
 """Called in the new process, before the run; what it returns are further options of the run."""
 
 forks = get_context("forkserver")
+
+
+class Conversion(NamedTuple):
+    """One direction: what is converted, and what comes of it when nothing happens."""
+
+    job: Callable[[Path], Job]
+    expected: dict[str, str]
+    undisturbed: Path
+
+
+def import_job(source: Path, out: Path) -> ImportJob:
+    """Into 15 files."""
+    return ImportJob(str(source), str(out), unit_bytes=100_000)
+
+
+def export_job(megatron: Path, source: Path, out: Path) -> ExportJob:
+    """Into 14 files."""
+    return ExportJob(str(megatron), str(out), source=str(source), max_shard_bytes=60_000)
 
 
 @contextmanager

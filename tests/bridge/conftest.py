@@ -1,11 +1,18 @@
-"""Small FP8 checkpoints on disk, made once a session; tests copy what they damage."""
+"""A small FP8 checkpoint on disk and what comes of it, made once a session; tests copy what they damage."""
 
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import jaxtyping
 import pytest
 import torch
-from checkpoints import EDGY_CONFIG
+from checkpoints import EDGY_CONFIG, all_tensors
+from faults_runs import Conversion, convert, export_job, import_job, snapshot, warm_server
+from offline_jobs import export, imported_from
+from torch import Tensor
 
 from bridge.synthetic import make_checkpoint
 
@@ -28,3 +35,54 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of `checkpoint` to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def source(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of the checkpoint."""
+    return all_tensors(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def imported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint in bf16. Do not write to it."""
+    return imported_from(checkpoint, tmp_path_factory.mktemp("imported") / "megatron")
+
+
+@pytest.fixture(scope="session")
+def plain(imported: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as bf16 Hugging Face files. Do not write to it."""
+    out = tmp_path_factory.mktemp("plain") / "hf"
+    export(imported, out, quantization="none", source=str(checkpoint))
+    return out
+
+
+@pytest.fixture(scope="session")
+def conversions(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
+    """What `test_faults_*` disturb."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    jobs = {"import": partial(import_job, checkpoint), "export": partial(export_job, folder / "import", checkpoint)}
+    for direction, job in jobs.items():
+        convert(job(folder / direction))
+    return {name: Conversion(job, snapshot(folder / name), folder / name) for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def warm(checkpoint: Path) -> Iterator[None]:
+    """Runs fork from a server, which takes ten seconds to start and is started for each file that asks for it."""
+    with warm_server(checkpoint):
+        yield
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a run writes; it is alone in its folder."""
+    (tmp_path / "outputs").mkdir()
+    return tmp_path / "outputs" / "out"
+
+
+@pytest.fixture(scope="module")
+def types_unchecked() -> Iterator[None]:
+    """Searching layouts is thousands of calls."""
+    with patch.object(jaxtyping.config, "jaxtyping_disable", True):
+        yield
