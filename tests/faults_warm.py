@@ -1,4 +1,4 @@
-"""Imported once, by the server that `faults.forked` starts: everything loaded and compiled, on one thread.
+"""Imported once, by the server of `faults_runs.warm_server`: everything loaded and compiled, on one thread.
 
 A fork inherits no thread but its own, so there may be no other: no OpenMP team, no inductor workers.
 """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fp8_cases import damage, on_each_device, same_bits, sliced, source, weights
 
+from compiled import fp8_inductor
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise
 from reference import fp8 as reference
 from reference.fp8 import FP8
@@ -74,6 +75,17 @@ def test_fresh_scales_of_blocks_of_every_size(dtype, device):
     found_codes, found_scales = quantize_blockwise(weight.to(device), block_size=16)
     assert same_bits(found_scales, scales)
     assert same_bits(found_codes, codes)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_stack_is_encoded_some_rows_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(fp8_inductor, "_ENCODED_AT_ONCE", 7 * 200)
+    weight = weights((3, 40, 200), dtype)
+    codes, scales = reference.quantize_blockwise(weight)
+    out = torch.zeros(3, 40, 256, dtype=torch.uint8).view(FP8)
+    found, _ = quantize_blockwise(weight, scale_inv=scales, out=out[..., :200])
+    assert same_bits(found, codes)
+    assert not out.view(torch.uint8)[..., 200:].any()
 
 
 @on_each_device
