@@ -4,9 +4,9 @@ The index decides which file holds a tensor; file names decide nothing (released
 and 125 of them exist). Opening reads the headers only and refuses a folder that is not whole, so nothing is found out
 half-way through 230 GB.
 
-Bytes come by `pread` into memory the tensor owns, not through safetensors' memory map. Tensors of a map share their
-pages (writing to one changes what the next read returns), a file cut short kills the process with SIGBUS, and every
-page ever read counts as the process's memory.
+Bytes are read (`bridge.live_reads`) into memory of the tensor's or the caller's own, not through safetensors' memory
+map. Tensors of a map share their pages (writing to one changes what the next read returns), a file cut short kills the
+process with SIGBUS, and every page ever read counts as the process's memory.
 """
 
 import json
@@ -243,9 +243,10 @@ class _Shard:
         with self._counting:
             self.bytes_read += sum(span.nbytes for _, span in together)
         if not whole or now != self.version:  # looked at after reading: covers a change during it
-            what = " to ".join(dict.fromkeys((next(iter(reads)), next(reversed(reads)))))
+            first, *others = reads
+            what = f"{first} and {len(others)} more were" if others else f"{first} was"
             raise ValueError(
-                f"{self.path}: changed while {what} was read: (bytes, mtime_ns) {self.version} at opening, "
+                f"{self.path}: changed while {what} read: (bytes, mtime_ns) {self.version} at opening, "
                 f"{now or 'gone'} now; open the checkpoint again once nothing writes to it"
             )
 

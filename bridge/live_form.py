@@ -64,12 +64,14 @@ class Form:
 
     def _quantized(self, group: list[tuple[Source, Tensor]], *, kept: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Matrices of one shape at once, as a stack."""
-        stack = torch.stack([value for _, value in group])
+        # One alone is no stack, so that errors say where in the matrix.
+        stack = torch.stack([value for _, value in group]) if len(group) > 1 else group[0][1]
         block_size = self._target.quantization.block_size
         name = group[0][0].name
         try:
             if kept:
                 scale_inv = self._source_scales([source for source, _ in group]).to(stack.device)
+                scale_inv = scale_inv.view(*stack.shape[:-2], *scale_inv.shape[1:])
                 codes, scale_inv = requantize_blockwise(stack, scale_inv, block_size=block_size, name=name)
             else:
                 codes, scale_inv = fp8.quantize_blockwise(stack, block_size=block_size, name=name)
@@ -78,7 +80,8 @@ class Form:
                 for one in group:
                     self._quantized([one], kept=kept)
             raise
-        return {source.name: pair for (source, _), pair in zip(group, zip(codes, scale_inv, strict=True), strict=True)}
+        pairs = zip(*(x.view(len(group), *x.shape[-2:]) for x in (codes, scale_inv)), strict=True)
+        return {source.name: pair for (source, _), pair in zip(group, pairs, strict=True)}
 
     def _source_scales(self, sources: list[Source]) -> Tensor:
         names = [source.name + SCALE_SUFFIX for source in sources]

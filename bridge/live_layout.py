@@ -68,16 +68,21 @@ def live_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> LiveM
             "megatron-core's process groups are not there: enter bridge.single_process.model_parallel(), or call "
             "megatron.core.parallel_state.initialize_model_parallel() first"
         )
-    chunks = unwrap_model(model if isinstance(model, list) else [model])
-    states = [model_state(chunk) for chunk in chunks]
     with together():
+        chunks = unwrap_model(model if isinstance(model, list) else [model])
+        states = [model_state(chunk) for chunk in chunks]
         facts = _facts(chunks, states)
     everyone = gather(facts)
     with together():
         parallelism = _parallelism(everyone, config)
         registry = MappingRegistry(config, _dialect(everyone), parallelism, distributed.get_rank())
-        dtypes = _dtypes(item for facts in everyone for item in facts.dtypes.items())
-        return LiveModel(registry, registry.bind(states), {TABLE[kind]: dtype for kind, dtype in dtypes.items()})
+        found = (
+            (kind, dtype, f"{TABLE[kind].names[registry.dialect][0]} of rank {rank}")
+            for rank, facts in enumerate(everyone)
+            for kind, dtype in facts.dtypes.items()
+        )
+        dtypes = {TABLE[kind]: dtype for kind, dtype in _dtypes(found).items()}
+        return LiveModel(registry, registry.bind(states), dtypes)
 
 
 def group_sizes(chunks: int) -> dict[str, int]:
@@ -114,7 +119,7 @@ def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
         experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
         vocabulary={sizes["tp"] * len(state[table]) for state in states for table in tables if table in state},
         dialects=tuple(rows),
-        dtypes=_dtypes((TABLE.index(row), dtype) for row, (_, dtype) in zip(of_either, named, strict=True)),
+        dtypes=_dtypes((TABLE.index(row), dtype, name) for row, (name, dtype) in zip(of_either, named, strict=True)),
     )
 
 
@@ -177,11 +182,13 @@ def _dialect(everyone: list[_Facts]) -> Dialect:
     return common[0]
 
 
-def _dtypes(found: Iterable[tuple[int, torch.dtype]]) -> dict[int, torch.dtype]:
-    """By kind: one for all layers, experts and ranks."""
+def _dtypes(found: Iterable[tuple[int, torch.dtype, str]]) -> dict[int, torch.dtype]:
+    """By kind, of (kind, dtype, name): one for all layers, experts and ranks."""
     dtypes: dict[int, torch.dtype] = {}
-    for kind, dtype in found:
+    for kind, dtype, name in found:
         if dtypes.setdefault(kind, dtype) != dtype:
-            (name,) = TABLE[kind].names[Dialect.MEGATRON_TE]
-            raise ValueError(f"{name}: {dtype} on some ranks or layers, {dtypes[kind]} on others")
+            raise ValueError(
+                f"{name}: found {dtype}, expected {dtypes[kind]} as on the others of its kind; build all layers and "
+                "ranks with the same params_dtype"
+            )
     return dtypes

@@ -9,8 +9,8 @@ go and decoded in a launch for each group of alike slices, for Python's time, no
 every call of it waits for the lock that the other threads hold.
 
 A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
-decoded into its place there. Beyond the model a rank needs WINDOW + 2 batches of host memory and two of the device's,
-whatever the model's size.
+decoded into its place there. Beyond the model a rank needs WINDOW + COPYING batches of host memory and COPYING of the
+device's, whatever the model's size.
 
 Scales are checked on the host as they are read. NaN codes become NaN weights, which one look at the finished
 parameters finds: the device is waited for once.
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge import live_reads
 from bridge.agreement import together
 from bridge.hf_files import HFCheckpoint
 from bridge.live_layout import LiveModel
@@ -38,6 +39,7 @@ from reference.fp8 import FP8, check_scale_values
 from reference.sharding import Piece
 
 SLICE_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 8
+COPYING = 3  # batches on their way to the device or being decoded there
 _ALIGNMENT = 256
 
 
@@ -94,7 +96,7 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
             been written to by then.
     """
     with together():
-        batches = _pack(_slices(live, checkpoint), config.block_size)
+        batches = plan_batches(live, checkpoint, config.block_size)
         read = _read_ahead(batches, checkpoint, live.device, config.block_size)
         for batch, buffer in track(read, "load", len(batches)):
             on_device = buffer.to(live.device, non_blocking=True)
@@ -106,8 +108,12 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
 # ------------------------------------------------------------------------------------------------------ what to read
 
 
+def plan_batches(live: LiveModel, checkpoint: HFCheckpoint, block_size: int) -> list[Batch]:
+    """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
+    return _pack(_slices(live, checkpoint), block_size)
+
+
 def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
-    """Everything this rank needs, as it lies in the files; padding rows are filled now."""
     found = []
     for mapping in live.registry:
         parameter, start = mapping.parameter, 0
@@ -192,27 +198,32 @@ def _read_ahead(
         whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
         buffer = whole[: batch.nbytes]
         checkpoint.read_into(_reads(batch, buffer.numpy(), block_size))
-        scales = buffer[batch.scales_at :].view(torch.float32)
-        if scales.numel():
-            least, greatest = scales.aminmax()  # NaN if one is
-            if not 0 < least.item() <= greatest.item() < math.inf:
-                for name in {part.source for group in batch.groups if group.grid for part in group.slices}:
-                    check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
+        if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
+            for name in dict.fromkeys(part.source for group in batch.groups if group.grid for part in group.slices):
+                check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
         return buffer
 
     threads = min(THREADS, os.cpu_count() or 1)
     use_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
     with ThreadPoolExecutor(threads, thread_name_prefix="read", **use_device) as pool:
         ahead = deque(pool.submit(read, batch) for batch in batches[:WINDOW])
+        copying: deque[torch.cuda.Event] = deque()
         try:
             for i, batch in enumerate(batches):
                 buffer = ahead.popleft().result()
                 if i + WINDOW < len(batches):
                     ahead.append(pool.submit(read, batches[i + WINDOW]))
                 yield batch, buffer
+                del buffer
+                if on_gpu:  # else a slow device would have pinned memory grow
+                    copying.append(torch.cuda.Event())
+                    copying[-1].record()
+                    if len(copying) == COPYING:
+                        copying.popleft().synchronize()
         finally:
             for future in ahead:
                 future.cancel()
+            live_reads.release()
 
 
 def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:

@@ -12,14 +12,17 @@ import os
 import platform
 import queue
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
-_RUNS = 1024  # of one call
+_RUNS = 512  # of one call; all queues of a host together may take 65,536, unless fs.aio-max-nr says otherwise
 _FEW = 3  # so many whole runs are as fast one by one
-_CALLS = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}  # Linux's numbers of io_setup, io_submit, io_getevents
+# Linux's numbers of io_setup, io_destroy, io_submit, io_getevents
+_CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
 _REQUEST = np.dtype(
     {
         "names": ["data", "key", "opcode", "priority", "file", "buffer", "nbytes", "offset", "reserved", "flags"],
@@ -50,21 +53,42 @@ def read_spans(file: int, reads: Sequence[Read]) -> bool:
     for _, span in reads:
         if span.run < span.nbytes and span.pitch < _PAGE:
             os.posix_fadvise(file, span.offset, span.nbytes // span.run * span.pitch, os.POSIX_FADV_WILLNEED)
-    queued = _take()
-    if queued is not None:
-        own = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)  # threads that share a descriptor wait for its counter
-        try:
-            if queued.read(own, reads):
-                return True
-        finally:
-            os.close(own)
-            if queued.usable:
-                _idle.put(queued)
-    return all(
+    return _read_queued(file, reads) or all(
         _read(file, memoryview(row), span.offset + i * span.pitch)
         for buffer, span in reads
         for i, row in enumerate(buffer.reshape(-1, span.run))
     )
+
+
+def release() -> None:
+    """Give the idle queues back to the host. The kernel takes 30 ms for each, and nobody waits for it."""
+    threading.Thread(target=_destroy_idle).start()
+
+
+def _destroy_idle() -> None:
+    with suppress(queue.Empty):
+        while True:
+            _idle.get_nowait().destroy()
+
+
+def _read_queued(file: int, reads: Sequence[Read]) -> bool:
+    """False if some run was not read whole, for whatever reason: then it is for `preadv` to say."""
+    queued = _take()
+    if queued is None:
+        return False
+    try:
+        own = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)  # threads that share a descriptor wait for its counter
+    except OSError:
+        _idle.put(queued)
+        return False
+    try:
+        return queued.read(own, reads)
+    finally:
+        os.close(own)
+        if queued.usable:
+            _idle.put(queued)
+        else:  # requests that are under way end first: none may write into the buffers later
+            queued.destroy()
 
 
 def _read(file: int, view: memoryview, offset: int) -> bool:
@@ -81,7 +105,7 @@ class _Queue:
     """One of the kernel's queues of reads (`io_setup`), with room for `_RUNS`; used by one thread at a time."""
 
     def __init__(self) -> None:
-        setup, self._submit, self._collect = _CALLS[platform.machine()]
+        setup, self._destroy, self._submit, self._collect = _CALLS[platform.machine()]
         self._context, self._syscall = ctypes.c_ulong(0), ctypes.CDLL(None, use_errno=True).syscall
         self.usable = self._syscall(setup, ctypes.c_long(_RUNS), ctypes.byref(self._context)) == 0
         self._index = np.arange(_RUNS)
@@ -89,7 +113,7 @@ class _Queue:
         self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(_RUNS, dtype=np.uint64)
 
     def read(self, file: int, reads: Sequence[Read]) -> bool:
-        """False if some run was not read whole, for whatever reason: then it is for `preadv` to say."""
+        """Whether all of it was read."""
         self._requests["file"], filled = file, 0
         for buffer, span in reads:
             first, runs = 0, span.nbytes // span.run
@@ -111,13 +135,17 @@ class _Queue:
         if not count:
             return True
         sent = self._call(self._submit, count, self._pointers.ctypes.data)
-        if sent > 0:  # none may be left in the queue, nor write into the buffer later
+        if sent > 0:
             got = self._call(self._collect, sent, sent, self._events.ctypes.data, None)
             self.usable = got == sent
         else:
             self.usable = False
         events = self._events[:sent]
         return sent == count and self.usable and bool((events["result"] == events["data"]).all())
+
+    def destroy(self) -> None:
+        if self._context:
+            self._call(self._destroy)
 
     def _call(self, number: int, *operands: int | None) -> int:
         return self._syscall(

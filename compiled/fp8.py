@@ -130,6 +130,14 @@ def quantize_blockwise(
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
+def valid_scales(scale_inv: Float32[Tensor, "..."]) -> bool:
+    """Whether all are finite and positive; waits for a GPU."""
+    if not scale_inv.numel():
+        return True
+    least, greatest = scale_inv.aminmax()  # NaN if one is
+    return 0 < least.item() <= greatest.item() < math.inf
+
+
 def _check_matrix(weight: Tensor, name: str) -> None:
     if weight.ndim not in (2, 3):
         raise ValueError(f"{name}: found shape {list(weight.shape)}, expected [rows, cols] or [experts, rows, cols]")
@@ -158,10 +166,8 @@ def _check_scales(weight: Tensor, scale_inv: Tensor, block: int, row_offset: int
 
 
 def _check_scale_values(scale_inv: Tensor, name: str) -> None:
-    if scale_inv.numel():
-        least, greatest = scale_inv.aminmax()  # NaN if one is
-        if not 0 < least.item() <= greatest.item() < math.inf:
-            check_scale_values(scale_inv, name=name)
+    if not valid_scales(scale_inv):
+        check_scale_values(scale_inv, name=name)
 
 
 def _holds_infinite(weight: Tensor) -> bool:

@@ -56,10 +56,10 @@ def launch(
             for codes, scales, one in zip(source, scale_inv, result, strict=True):
                 launch(kernel, codes[None], scales[None], one[None], damaged, block_size, row_offset, col_offset, wide)
             return
-        each, result_at = _ELEMENT[result[0].dtype], (0, *result[0].stride())
-        result = torch.tensor([one.data_ptr() for one in result]).to(source.device, non_blocking=True)
+        each, target_at = _ELEMENT[result[0].dtype], (0, *result[0].stride())
+        target = torch.tensor([one.data_ptr() for one in result]).to(source.device, non_blocking=True)
     else:
-        result_at = result.stride()
+        target, target_at = result, result.stride()
     experts, rows, cols = source.shape
     _, row_blocks, col_blocks = scale_inv.shape
     width = triton.next_power_of_2(block_size)
@@ -67,8 +67,8 @@ def launch(
     kernel(
         (col_blocks, row_blocks * triton.cdiv(block_size, strip), experts),
         (
-            source, scale_inv, result, damaged, rows, cols, row_offset, col_offset,
-            source.stride(), scale_inv.stride(), result_at,
+            source, scale_inv, target, damaged, rows, cols, row_offset, col_offset,
+            source.stride(), scale_inv.stride(), target_at,
         ),
         (_ELEMENT[wide], block_size, strip, width, *([each] if kernel is dequantize else [])),
         warps=warps,

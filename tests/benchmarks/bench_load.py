@@ -22,20 +22,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import distributed
 
-from bridge import MiniMaxM2Bridge
+from bridge import MiniMaxM2Bridge, live_loading
 from bridge.agreement import gather
-from bridge.hf_files import HFCheckpoint
+from bridge.hf_files import HFCheckpoint, TensorInfo
 from bridge.live_exchange import Wanted, rounds
 from bridge.live_layout import LiveModel, live_model
 from bridge.live_plan import Plan
 from bridge.mapping import MappingRegistry
 from bridge.single_process import model_parallel
-from reference.checkpoint import SCALE_SUFFIX
+from reference.checkpoint import SCALE_SUFFIX, expected_tensors
 from reference.config import ModelConfig
 from reference.fp8 import scale_grid
 from reference.names import Dialect
@@ -165,11 +166,15 @@ def verify(bridge: MiniMaxM2Bridge, model: Any) -> int:
 def planning() -> dict[str, float]:
     """Everything that is worked out before the first byte of the whole model moves, for one of 512 ranks."""
     config = ModelConfig.from_hf(TRUE_WIDTH | {"num_hidden_layers": 62})
+    specs = expected_tensors(config).items()
+    files = SimpleNamespace(tensors={name: TensorInfo(spec.dtypes[0], spec.shape, "", 0) for name, spec in specs})
     found = {}
     for etp, ep in ((1, 32), (8, 8)):
         layout = Parallelism(tp=8, pp=8, ep=ep, etp=etp, dp=8, layers_per_stage=spread_layers(62, 8))
         start = time.perf_counter()
-        MappingRegistry(config, Dialect.MEGATRON_TE, layout, 77)
+        registry = MappingRegistry(config, Dialect.MEGATRON_TE, layout, 77)
+        state = {(m.parameter.chunk, m.megatron_param): torch.empty(m.parameter.shape, device="meta") for m in registry}
+        live_loading.plan_batches(LiveModel(registry, state, {}), files, config.block_size)
         own = time.perf_counter()
         plan = Plan(config, layout, Dialect.MEGATRON_TE)
         wanted = [Wanted(source, torch.bfloat16, None) for source in plan.sources]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +104,32 @@ def test_slices_are_the_slices_of_the_whole(tmp_path_factory, dtype: torch.dtype
             assert part.shape == whole.shape
             assert part.is_contiguous()
             assert bytes_of(part) == bytes_of(whole)
+
+
+def test_many_slices_in_one_go(folder: Path):
+    """Of both files, some of one tensor, one of nothing; each into a place of the caller's."""
+    wanted = [
+        ("float32.2d", slice(1, 6), slice(2, 4)),
+        ("bfloat16.1d", slice(3, 9), None),
+        ("float32.2d", None, slice(4, 5)),
+        ("empty", None, None),
+        ("float16.2d", slice(2, 2), None),
+        ("flags", None, None),
+        ("float8_e4m3fn.2d", slice(0, 7), slice(0, 5)),
+    ]
+    with HFCheckpoint(folder) as checkpoint:
+        expected = [bytes_of(checkpoint.read_slice(*one)) for one in wanted]
+        ends = np.cumsum([len(one) for one in expected])
+        before, memory = checkpoint.bytes_read, np.full(ends[-1] + 1, 7, np.uint8)
+        places = [memory[end - len(one) : end] for end, one in zip(ends, expected, strict=True)]
+        checkpoint.read_into((place, *one) for place, one in zip(places, wanted, strict=True))
+        assert memory.tobytes() == b"".join(expected) + b"\x07"
+        assert checkpoint.bytes_read - before == ends[-1]
+        with pytest.raises(ValueError, match="flags: found a buffer of 4 bytes, expected 3"):
+            checkpoint.read_into([(memory[:4], "flags", None, None)])
+        (folder / FIRST).unlink()
+        with pytest.raises(ValueError, match=rf"{FIRST}: changed while float32\.2d and 2 more were read"):
+            checkpoint.read_into((place, *one) for place, one in zip(places, wanted, strict=True))
 
 
 def test_a_read_tensor_owns_its_memory(folder: Path):

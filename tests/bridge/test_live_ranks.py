@@ -112,12 +112,23 @@ def _every_layout(rank: int, folder: str, scratch: str) -> None:
 
 
 def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str, Tensor]) -> None:
+    from bridge import live_loading
     from bridge.live_layout import live_model
 
     before = bridge.checkpoint.bytes_read
     bridge.load_hf_weights(model)
     read = bridge.checkpoint.bytes_read - before
     live = live_model(model, bridge.config)
+    loaded = {key: value.clone() for key, value in live.state.items()}
+    with patch.multiple(live_loading, SLICE_BYTES=5_000, BATCH_BYTES=20_000, WINDOW=2), torch.no_grad():
+        for value in live.state.values():
+            value.fill_(7)
+        batches = live_loading.plan_batches(live, bridge.checkpoint, 128)
+        slices = sum(len(group.slices) for batch in batches for group in batch.groups)
+        assert slices > sum(len(mapping.hf_params) for mapping in live.registry)
+        assert len(batches) > 10
+        bridge.load_hf_weights(model)
+    assert all(torch.equal(value, loaded[key]) for key, value in live.state.items()), "in small pieces"
     found, at = live.parallelism, layout.coordinates(rank)
     assert (found.coordinates(rank), found.stages(bridge.config)) == (at, layout.stages(bridge.config))
     held = parameters(bridge.config, layout, rank, Dialect.MEGATRON_LOCAL)
@@ -269,11 +280,10 @@ def _errors(rank: int, folder: str, scratch: str) -> None:
         with torch.no_grad():
             if rank == 3:
                 model.get_parameter("decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight")[5, 5] = torch.inf
-        expect(
-            r"experts.1.w2.weight: value at \[.*5, \d+\] is inf", lambda: list(bridge.export_hf_weights(model, "fp8"))
-        )
+        infinite = r"experts.1.w2.weight: value at \[5, \d+\] is inf"
+        expect(infinite, lambda: list(bridge.export_hf_weights(model, "fp8")))
         out = Path(scratch, "infinite")
-        expect(r"experts.1.w2.weight: value at \[.*5, \d+\] is inf", lambda: bridge.save_hf_pretrained(model, out))
+        expect(infinite, lambda: bridge.save_hf_pretrained(model, out))
         distributed.barrier()
         assert not [path for path in Path(scratch).iterdir() if "infinite" in path.name]
         full = Path(scratch, "full")
@@ -290,7 +300,18 @@ def _errors(rank: int, folder: str, scratch: str) -> None:
                 file = cut / bridge.checkpoint.tensors[Q].file
                 file.write_bytes(file.read_bytes()[:-5000])
             distributed.barrier()
-            expect(r"changed while .* was read", lambda: other.load_hf_weights(model))
+            expect(r"changed while .* read", lambda: other.load_hf_weights(model))
+        name = "decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"
+        wide = model.get_parameter(name).double() if rank == 2 else model.get_parameter(name)
+        with patch.object(model.get_submodule(name.removesuffix(".weight")), "weight", torch.nn.Parameter(wide)):
+            words = f"{name}: found torch.float64, expected torch.bfloat16 as on the others"
+            expect(words, lambda: bridge.load_hf_weights(model))
+
+        def fails(*args: Any, **options: Any) -> None:
+            raise ValueError("no state here")
+
+        with patch.object(model, "state_dict", fails) if rank == 1 else nullcontext():
+            expect("no state here", lambda: bridge.load_hf_weights(model))
     with _groups(LAYOUTS["pp2"]), MiniMaxM2Bridge.from_hf_pretrained(nan) as bridge:  # only the first stage reads it
         expect(rf"{Q}: float8 code at \[200, 7\] is NaN", bridge.to_megatron_model)
         model = bridge.to_megatron_model(load_weights=False)
