@@ -12,7 +12,7 @@ nearest even. A NaN code becomes some number; each row's greatest code tells of 
 **Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
 2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
 Codes are made as int16 and narrowed by a copy: C++ lets a store of bytes change any other variable, the row of the
-scales too, so a loop that stores bytes is not vectorised (13 ms a matrix of 1536 x 3072 on two cores; so it is 2.5).
+scales too, so a loop that stores bytes is not vectorised (16 ms a matrix of 1536 x 3072 on two cores, this way 4).
 
 **Vectors.** Inductor writes these as scalar loops and the compiler vectorises them. Inductor forbids that to GCC
 (`-fno-tree-loop-vectorize`) where it knows GCC by its name, hence `c++`. Its own vectors are slow here: without AVX-512
