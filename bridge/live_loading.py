@@ -2,11 +2,9 @@
 
     files --threads--> pinned memory --one copy a batch--> device --decode--> rows of the parameter
 
-`reference.sharding` says which rows and columns of which on-disk tensors a parameter is a stack of. They are cut into
-slices of at most `SLICE_BYTES`, sorted as they lie in the files, and packed into batches of `BATCH_BYTES`: the values,
-slices that are alike together, and after them the scales of the blocks that float8 slices touch. A batch is read in one
-go and decoded in a launch for each group of alike slices, for Python's time, not the bytes, is what there is little of:
-every call of it waits for the lock that the other threads hold.
+`bridge.live_batches` plans what is read. A batch is read in one go and decoded in a launch for each group of alike
+slices, for Python's time, not the bytes, is what there is little of: every call of it waits for the lock that the other
+threads hold.
 
 A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
 decoded into its place there. Beyond the model a rank needs WINDOW + COPYING batches of host memory and COPYING of the
@@ -16,12 +14,10 @@ Scales are checked on the host as they are read. NaN codes become NaN weights, w
 parameters finds: the device is waited for once.
 """
 
-import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,61 +26,16 @@ from torch import Tensor
 from bridge import live_reads
 from bridge.agreement import together
 from bridge.hf_files import HFCheckpoint
+from bridge.live_batches import Batch, Group, plan_batches
 from bridge.live_layout import LiveModel
 from bridge.progress import Track, untracked
 from compiled import fp8
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
-from reference.sharding import Piece
 
-SLICE_BYTES, BATCH_BYTES, WINDOW, THREADS = 8 << 20, 32 << 20, 8, 8
+WINDOW, THREADS = 8, 8
 COPYING = 3  # batches on their way to the device or being decoded there
-_ALIGNMENT = 256
-
-
-class Slice(NamedTuple):
-    """`source[rows, cols]` of the checkpoint, and the row of a parameter where it goes."""
-
-    source: str
-    dtype: torch.dtype
-    rows: slice
-    cols: slice | None
-    parameter: Tensor
-    at: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return _lengths(span for span in (self.rows, self.cols) if span is not None)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def blocks(self, block_size: int) -> tuple[slice, ...]:
-        """The blocks that its rows and columns touch: those of its scales, if it is float8."""
-        spans = (self.rows, self.cols) if self.dtype == FP8 else ()
-        return tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in spans)
-
-
-class Group(NamedTuple):
-    """Slices of one shape, dtype and place in their blocks, one after another from byte `start` of their batch.
-
-    Each has scales of the shape `grid` (none: it is not float8), from byte `scales` of the batch's.
-    """
-
-    slices: list[Slice]
-    start: int
-    scales: int
-    grid: tuple[int, ...]
-
-
-class Batch(NamedTuple):
-    """What is read at once: groups' values, and from byte `scales_at` on their scales."""
-
-    groups: list[Group]
-    scales_at: int
-    nbytes: int
 
 
 @torch.no_grad()
@@ -103,85 +54,6 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
             for group in batch.groups:
                 _fill(group, on_device, on_device[batch.scales_at :], config.block_size)
         _check_codes(live, checkpoint)
-
-
-# ------------------------------------------------------------------------------------------------------ what to read
-
-
-def plan_batches(live: LiveModel, checkpoint: HFCheckpoint, block_size: int) -> list[Batch]:
-    """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
-    return _pack(_slices(live, checkpoint), block_size)
-
-
-def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
-    found = []
-    for mapping in live.registry:
-        parameter, start = mapping.parameter, 0
-        value = live.state[parameter.chunk, parameter.name]
-        for piece in parameter.pieces:
-            stop = start + piece.rows[1] - piece.rows[0]
-            if piece.source is None:
-                value[start:stop].zero_()
-            else:
-                found += _split(piece, checkpoint.tensors[piece.source].dtype, value, start)
-            start = stop
-    files = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in checkpoint.tensors.values()))}
-
-    def position(part: Slice) -> tuple[int, int, int]:
-        info = checkpoint.tensors[part.source]
-        return files[info.file], info.offset, part.rows.start
-
-    return sorted(found, key=position)
-
-
-def _split(piece: Piece, dtype: torch.dtype, value: Tensor, at: int) -> Iterator[Slice]:
-    """A piece in runs of rows of at most `SLICE_BYTES`."""
-    assert piece.source is not None
-    (first, last), cols = piece.rows, None if piece.cols is None else slice(*piece.cols)
-    width = 1 if cols is None else cols.stop - cols.start
-    step = max(1, SLICE_BYTES // (width * dtype.itemsize))
-    for start in range(first, last, step):
-        yield Slice(piece.source, dtype, slice(start, min(start + step, last)), cols, value, at + start - first)
-
-
-def _pack(slices: Iterable[Slice], block_size: int) -> list[Batch]:
-    """Slices in batches of at most `BATCH_BYTES` (or of one slice)."""
-    taken: list[list[Slice]] = []
-    end = BATCH_BYTES
-    for part in slices:
-        needed = _aligned(part.nbytes) + _scale_bytes(_lengths(part.blocks(block_size)))
-        if end + needed > BATCH_BYTES:
-            taken.append([])
-            end = 0
-        taken[-1].append(part)
-        end += needed
-    return [_batch(parts, block_size) for parts in taken]
-
-
-def _batch(slices: list[Slice], block_size: int) -> Batch:
-    alike: dict[tuple, list[Slice]] = {}
-    for part in slices:
-        blocks = part.blocks(block_size)
-        offsets = [span.start % block_size for span in (part.rows, part.cols)] if blocks else []
-        alike.setdefault((_lengths(blocks), part.dtype, part.shape, part.parameter.dtype, *offsets), []).append(part)
-    groups, end, scales = [], 0, 0
-    for (grid, *_), parts in alike.items():
-        groups.append(Group(parts, end, scales, grid))
-        end = _aligned(end + len(parts) * parts[0].nbytes)
-        scales += len(parts) * _scale_bytes(grid)
-    return Batch(groups, end, end + scales)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _lengths(spans: Iterable[slice]) -> tuple[int, ...]:
-    return tuple(span.stop - span.start for span in spans)
-
-
-def _scale_bytes(grid: tuple[int, ...]) -> int:
-    return math.prod(grid) * torch.float32.itemsize if grid else 0
 
 
 # ------------------------------------------------------------------------------------------- reading ahead of decoding
@@ -229,7 +101,7 @@ def _read_ahead(
 def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
     """Which bytes of a batch's buffer each slice, and its scales, are read into."""
     for group in batch.groups:
-        nbytes, scales = group.slices[0].nbytes, _scale_bytes(group.grid)
+        nbytes, scales = group.slices[0].nbytes, group.scale_bytes
         at, scales_at = group.start, batch.scales_at + group.scales
         for part in group.slices:
             yield buffer[at : at + nbytes], part.source, part.rows, part.cols
@@ -245,7 +117,7 @@ def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[
 def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None:
     parts, first = group.slices, group.slices[0]
     values = buffer[group.start : group.start + len(parts) * first.nbytes].view(first.dtype).view(-1, *first.shape)
-    scales = scales[group.scales : group.scales + len(parts) * _scale_bytes(group.grid)].view(torch.float32)
+    scales = scales[group.scales : group.scales + len(parts) * group.scale_bytes].view(torch.float32)
     targets = [part.parameter.detach()[part.at : part.at + first.shape[0]] for part in parts]
     if not group.grid:
         for target, value in zip(targets, values, strict=True):

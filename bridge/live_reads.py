@@ -2,7 +2,7 @@
 
 Tensor parallelism cuts w2 and o_proj by columns: 3072 runs of 768 bytes out of each expert's w2 at two ranks. One
 `preadv` a run costs Python 2 microseconds, and each waits for the lock that the other threads and the decoding hold.
-Linux takes a thousand reads, of any sizes, in one call by `io_submit`, at half that time and with the lock released;
+Linux takes hundreds of reads, of any sizes, in one call by `io_submit`, at half that time and with the lock released;
 Python has no wrapper for it, so numpy fills the structs. Reads through the page cache are done when it returns. Where
 the call is not to be had, `preadv` does it.
 """

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from bridge import MiniMaxM2Bridge, live_loading
+from bridge import MiniMaxM2Bridge
 from bridge.agreement import gather
 from bridge.hf_files import HFCheckpoint, TensorInfo
+from bridge.live_batches import plan_batches
 from bridge.live_exchange import Wanted, rounds
 from bridge.live_layout import LiveModel, live_model
 from bridge.live_plan import Plan
@@ -174,7 +175,7 @@ def planning() -> dict[str, float]:
         start = time.perf_counter()
         registry = MappingRegistry(config, Dialect.MEGATRON_TE, layout, 77)
         state = {(m.parameter.chunk, m.megatron_param): torch.empty(m.parameter.shape, device="meta") for m in registry}
-        live_loading.plan_batches(LiveModel(registry, state, {}), files, config.block_size)
+        plan_batches(LiveModel(registry, state, {}), files, config.block_size)
         own = time.perf_counter()
         plan = Plan(config, layout, Dialect.MEGATRON_TE)
         wanted = [Wanted(source, torch.bfloat16, None) for source in plan.sources]

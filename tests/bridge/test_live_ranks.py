@@ -112,7 +112,7 @@ def _every_layout(rank: int, folder: str, scratch: str) -> None:
 
 
 def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str, Tensor]) -> None:
-    from bridge import live_loading
+    from bridge import live_batches, live_loading
     from bridge.live_layout import live_model
 
     before = bridge.checkpoint.bytes_read
@@ -120,10 +120,11 @@ def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str
     read = bridge.checkpoint.bytes_read - before
     live = live_model(model, bridge.config)
     loaded = {key: value.clone() for key, value in live.state.items()}
-    with patch.multiple(live_loading, SLICE_BYTES=5_000, BATCH_BYTES=20_000, WINDOW=2), torch.no_grad():
+    small = patch.multiple(live_batches, SLICE_BYTES=5_000, BATCH_BYTES=20_000)
+    with small, patch.object(live_loading, "WINDOW", 2), torch.no_grad():
         for value in live.state.values():
             value.fill_(7)
-        batches = live_loading.plan_batches(live, bridge.checkpoint, 128)
+        batches = live_batches.plan_batches(live, bridge.checkpoint, 128)
         slices = sum(len(group.slices) for batch in batches for group in batch.groups)
         assert slices > sum(len(mapping.hf_params) for mapping in live.registry)
         assert len(batches) > 10

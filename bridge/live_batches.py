@@ -1,0 +1,146 @@
+"""What a rank reads to load a model: slices of on-disk tensors, in batches that are each read and decoded in one go.
+
+`reference.sharding` says which rows and columns of which on-disk tensors a parameter is a stack of. They are cut into
+slices of at most `SLICE_BYTES`, sorted as they lie in the files, and packed into batches of `BATCH_BYTES`: the values,
+slices that are alike together, and after them the scales of the blocks that float8 slices touch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge.hf_files import HFCheckpoint
+from bridge.live_layout import LiveModel
+from reference.fp8 import FP8
+from reference.sharding import Piece
+
+SLICE_BYTES, BATCH_BYTES = 8 << 20, 32 << 20
+_ALIGNMENT = 256
+
+
+class Slice(NamedTuple):
+    """`source[rows, cols]` of the checkpoint, and the row of a parameter where it goes."""
+
+    source: str
+    dtype: torch.dtype
+    rows: slice
+    cols: slice | None
+    parameter: Tensor
+    at: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _lengths(span for span in (self.rows, self.cols) if span is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self, block_size: int) -> tuple[slice, ...]:
+        """The blocks that its rows and columns touch: those of its scales, if it is float8."""
+        spans = (self.rows, self.cols) if self.dtype == FP8 else ()
+        return tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in spans)
+
+
+class Group(NamedTuple):
+    """Slices of one shape, dtype and place in their blocks, one after another from byte `start` of their batch.
+
+    Each has scales of the shape `grid` (none: it is not float8), from byte `scales` of the batch's.
+    """
+
+    slices: list[Slice]
+    start: int
+    scales: int
+    grid: tuple[int, ...]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of one slice."""
+        return _scale_bytes(self.grid)
+
+
+class Batch(NamedTuple):
+    """What is read at once: groups' values, and from byte `scales_at` on their scales."""
+
+    groups: list[Group]
+    scales_at: int
+    nbytes: int
+
+
+def plan_batches(live: LiveModel, checkpoint: HFCheckpoint, block_size: int) -> list[Batch]:
+    """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
+    return _pack(_slices(live, checkpoint), block_size)
+
+
+def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
+    found = []
+    for mapping in live.registry:
+        parameter, start = mapping.parameter, 0
+        value = live.state[parameter.chunk, parameter.name]
+        for piece in parameter.pieces:
+            stop = start + piece.rows[1] - piece.rows[0]
+            if piece.source is None:
+                value[start:stop].zero_()
+            else:
+                found += _split(piece, checkpoint.tensors[piece.source].dtype, value, start)
+            start = stop
+    files = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in checkpoint.tensors.values()))}
+
+    def position(part: Slice) -> tuple[int, int, int]:
+        info = checkpoint.tensors[part.source]
+        return files[info.file], info.offset, part.rows.start
+
+    return sorted(found, key=position)
+
+
+def _split(piece: Piece, dtype: torch.dtype, value: Tensor, at: int) -> Iterator[Slice]:
+    """A piece in runs of rows of at most `SLICE_BYTES`."""
+    assert piece.source is not None
+    (first, last), cols = piece.rows, None if piece.cols is None else slice(*piece.cols)
+    width = 1 if cols is None else cols.stop - cols.start
+    step = max(1, SLICE_BYTES // (width * dtype.itemsize))
+    for start in range(first, last, step):
+        yield Slice(piece.source, dtype, slice(start, min(start + step, last)), cols, value, at + start - first)
+
+
+def _pack(slices: Iterable[Slice], block_size: int) -> list[Batch]:
+    """Slices in batches of at most `BATCH_BYTES` (or of one slice)."""
+    taken: list[list[Slice]] = []
+    end = BATCH_BYTES
+    for part in slices:
+        needed = _aligned(part.nbytes) + _scale_bytes(_lengths(part.blocks(block_size)))
+        if end + needed > BATCH_BYTES:
+            taken.append([])
+            end = 0
+        taken[-1].append(part)
+        end += needed
+    return [_batch(parts, block_size) for parts in taken]
+
+
+def _batch(slices: list[Slice], block_size: int) -> Batch:
+    alike: dict[tuple, list[Slice]] = {}
+    for part in slices:
+        blocks = part.blocks(block_size)
+        offsets = [span.start % block_size for span in (part.rows, part.cols)] if blocks else []
+        alike.setdefault((_lengths(blocks), part.dtype, part.shape, part.parameter.dtype, *offsets), []).append(part)
+    groups, end, scales = [], 0, 0
+    for (grid, *_), parts in alike.items():
+        groups.append(Group(parts, end, scales, grid))
+        end = _aligned(end + len(parts) * parts[0].nbytes)
+        scales += len(parts) * _scale_bytes(grid)
+    return Batch(groups, end, end + scales)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _lengths(spans: Iterable[slice]) -> tuple[int, ...]:
+    return tuple(span.stop - span.start for span in spans)
+
+
+def _scale_bytes(grid: tuple[int, ...]) -> int:
+    return math.prod(grid) * torch.float32.itemsize if grid else 0
