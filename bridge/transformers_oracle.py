@@ -3,18 +3,26 @@
 `transformers` is not needed to use the bridge; it is in the `test` extra, and the demo uses it when it is installed.
 """
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-NEEDED = ("transformers", "accelerate")
+NEEDED = {"transformers": "5.18", "accelerate": "1"}  # transformers 5.0 to 5.17 rotates every channel
 
 
 def missing_packages() -> list[str]:
-    """What must be installed before `transformers_logits` can be called."""
-    return [name for name in NEEDED if find_spec(name) is None]
+    """What must be installed before `transformers_logits` can be called, or is older than it must be."""
+    return [f"{name} >= {least}" for name, least in NEEDED.items() if not _installed(name, least)]
+
+
+def _installed(name: str, least: str) -> bool:
+    try:
+        return Version(version(name)) >= Version(least)
+    except PackageNotFoundError:
+        return False
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoints import all_tensors, edit_tensors
 from typer.testing import CliRunner
 
 import bridge.roundtrip
+from bridge import transformers_oracle
 from bridge.cli import app
 
 COMMAND = [str(Path(sys.executable).with_name("minimax-m2"))]
@@ -29,6 +31,21 @@ def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     source, exported = all_tensors(tmp_path / "source"), all_tensors(tmp_path / "exported")
     assert source.keys() == exported.keys()
     assert all(torch.equal(source[name].view(torch.uint8), exported[name].view(torch.uint8)) for name in source)
+
+
+def test_packages_that_are_too_old_are_not_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 rotates every channel: its logits would be called wrong, and ours with them."""
+    found = {"transformers": "5.17.3"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(transformers_oracle, "version", version)
+    assert transformers_oracle.missing_packages() == ["transformers >= 5.18", "accelerate >= 1"]
+    found |= {"transformers": "5.18.0", "accelerate": "1.14.0"}
+    assert transformers_oracle.missing_packages() == []
 
 
 @pytest.mark.slow  # `test_live_ranks` has the same proof on ranks that need not import everything first
