@@ -119,7 +119,7 @@ class HFCheckpoint:
         """
         span, shape = self._span(name, rows, cols)
         buffer = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu")
-        self._shards[self.tensors[name].file].read({name: [(buffer.numpy(), span)]})
+        self._shards[self.tensors[name].file].read([(name, (buffer.numpy(), span))])
         return buffer.view(self.tensors[name].dtype).reshape(shape)
 
     def read_into(self, slices: Iterable[tuple[UInt8[np.ndarray, " nbytes"], str, slice | None, slice | None]]) -> None:
@@ -129,12 +129,12 @@ class HFCheckpoint:
 
         Raises: ValueError as `read_slice`, and if a buffer is not of that many bytes.
         """
-        by_file: dict[str, dict[str, list[Read]]] = {}
+        by_file: dict[str, list[tuple[str, Read]]] = {}
         for buffer, name, rows, cols in slices:
             span, _ = self._span(name, rows, cols)
             if buffer.nbytes != span.nbytes:
                 raise ValueError(f"{name}: found a buffer of {buffer.nbytes} bytes, expected {span.nbytes}")
-            by_file.setdefault(self.tensors[name].file, {}).setdefault(name, []).append((buffer, span))
+            by_file.setdefault(self.tensors[name].file, []).append((name, (buffer, span)))
         for file, reads in by_file.items():
             self._shards[file].read(reads)
 
@@ -229,21 +229,21 @@ class _Shard:
 
     def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
         buffer = np.empty(nbytes, np.uint8)
-        self.read({name: [(buffer, Span(offset, nbytes, nbytes, nbytes))]})
+        self.read([(name, (buffer, Span(offset, nbytes, nbytes, nbytes)))])
         return buffer.tobytes()
 
-    def read(self, reads: dict[str, list[Read]]) -> None:
+    def read(self, named: list[tuple[str, Read]]) -> None:
         """Spans of tensors into buffers. Raises: ValueError if the file is not the one that was opened."""
-        together = [read for of_tensor in reads.values() for read in of_tensor]
-        whole = read_spans(self._file.fileno(), together)
+        reads = [read for _, read in named]
+        whole = read_spans(self._file.fileno(), reads)
         try:
             now = _version(os.stat(self.path))
         except FileNotFoundError:
             now = None
         with self._counting:
-            self.bytes_read += sum(span.nbytes for _, span in together)
+            self.bytes_read += sum(span.nbytes for _, span in reads)
         if not whole or now != self.version:  # looked at after reading: covers a change during it
-            first, *others = reads
+            first, *others = dict.fromkeys(name for name, _ in named)
             what = f"{first} and {len(others)} more were" if others else f"{first} was"
             raise ValueError(
                 f"{self.path}: changed while {what} read: (bytes, mtime_ns) {self.version} at opening, "

@@ -22,12 +22,17 @@ _ALIGNMENT = 256
 
 
 class Slice(NamedTuple):
-    """`source[rows, cols]` of the checkpoint, and the row of a parameter where it goes."""
+    """`source[rows, cols]` of the checkpoint, and the row of a parameter where it goes.
+
+    If it is float8: the blocks that its rows and columns touch, and where they start inside the first of these.
+    """
 
     source: str
     dtype: torch.dtype
     rows: slice
     cols: slice | None
+    blocks: tuple[slice, ...]
+    offsets: tuple[int, ...]
     parameter: Tensor
     at: int
 
@@ -39,10 +44,10 @@ class Slice(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, block_size: int) -> tuple[slice, ...]:
-        """The blocks that its rows and columns touch: those of its scales, if it is float8."""
-        spans = (self.rows, self.cols) if self.dtype == FP8 else ()
-        return tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in spans)
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of its scales, () without."""
+        return _lengths(self.blocks)
 
 
 class Group(NamedTuple):
@@ -72,10 +77,10 @@ class Batch(NamedTuple):
 
 def plan_batches(live: LiveModel, checkpoint: HFCheckpoint, block_size: int) -> list[Batch]:
     """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
-    return _pack(_slices(live, checkpoint), block_size)
+    return _pack(_slices(live, checkpoint, block_size))
 
 
-def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
+def _slices(live: LiveModel, checkpoint: HFCheckpoint, block_size: int) -> list[Slice]:
     found = []
     for mapping in live.registry:
         parameter, start = mapping.parameter, 0
@@ -85,7 +90,7 @@ def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
             if piece.source is None:
                 value[start:stop].zero_()
             else:
-                found += _split(piece, checkpoint.tensors[piece.source].dtype, value, start)
+                found += _split(piece, checkpoint.tensors[piece.source].dtype, block_size, value, start)
             start = stop
     files = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in checkpoint.tensors.values()))}
 
@@ -96,36 +101,38 @@ def _slices(live: LiveModel, checkpoint: HFCheckpoint) -> list[Slice]:
     return sorted(found, key=position)
 
 
-def _split(piece: Piece, dtype: torch.dtype, value: Tensor, at: int) -> Iterator[Slice]:
+def _split(piece: Piece, dtype: torch.dtype, block_size: int, value: Tensor, at: int) -> Iterator[Slice]:
     """A piece in runs of rows of at most `SLICE_BYTES`."""
     assert piece.source is not None
     (first, last), cols = piece.rows, None if piece.cols is None else slice(*piece.cols)
     width = 1 if cols is None else cols.stop - cols.start
     step = max(1, SLICE_BYTES // (width * dtype.itemsize))
     for start in range(first, last, step):
-        yield Slice(piece.source, dtype, slice(start, min(start + step, last)), cols, value, at + start - first)
+        rows = slice(start, min(start + step, last))
+        blocked = (rows, cols) if dtype == FP8 else ()
+        blocks = tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in blocked)
+        offsets = tuple(span.start % block_size for span in blocked)
+        yield Slice(piece.source, dtype, rows, cols, blocks, offsets, value, at + start - first)
 
 
-def _pack(slices: Iterable[Slice], block_size: int) -> list[Batch]:
+def _pack(slices: Iterable[Slice]) -> list[Batch]:
     """Slices in batches of at most `BATCH_BYTES` (or of one slice)."""
     taken: list[list[Slice]] = []
     end = BATCH_BYTES
     for part in slices:
-        needed = _aligned(part.nbytes) + _scale_bytes(_lengths(part.blocks(block_size)))
+        needed = _aligned(part.nbytes) + _scale_bytes(part.grid)
         if end + needed > BATCH_BYTES:
             taken.append([])
             end = 0
         taken[-1].append(part)
         end += needed
-    return [_batch(parts, block_size) for parts in taken]
+    return [_batch(parts) for parts in taken]
 
 
-def _batch(slices: list[Slice], block_size: int) -> Batch:
+def _batch(slices: list[Slice]) -> Batch:
     alike: dict[tuple, list[Slice]] = {}
     for part in slices:
-        blocks = part.blocks(block_size)
-        offsets = [span.start % block_size for span in (part.rows, part.cols)] if blocks else []
-        alike.setdefault((_lengths(blocks), part.dtype, part.shape, part.parameter.dtype, *offsets), []).append(part)
+        alike.setdefault((part.grid, part.offsets, part.dtype, part.shape, part.parameter.dtype), []).append(part)
     groups, end, scales = [], 0, 0
     for (grid, *_), parts in alike.items():
         groups.append(Group(parts, end, scales, grid))

@@ -48,7 +48,7 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
     """
     with together():
         batches = plan_batches(live, checkpoint, config.block_size)
-        read = _read_ahead(batches, checkpoint, live.device, config.block_size)
+        read = _read_ahead(batches, checkpoint, live.device)
         for batch, buffer in track(read, "load", len(batches)):
             on_device = buffer.to(live.device, non_blocking=True)
             for group in batch.groups:
@@ -59,9 +59,7 @@ def load_weights(live: LiveModel, checkpoint: HFCheckpoint, config: ModelConfig,
 # ------------------------------------------------------------------------------------------- reading ahead of decoding
 
 
-def _read_ahead(
-    batches: list[Batch], checkpoint: HFCheckpoint, device: torch.device, block_size: int
-) -> Iterator[tuple[Batch, Tensor]]:
+def _read_ahead(batches: list[Batch], checkpoint: HFCheckpoint, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
     # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
     largest = max((batch.nbytes for batch in batches), default=0)
@@ -69,7 +67,7 @@ def _read_ahead(
     def read(batch: Batch) -> Tensor:
         whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
         buffer = whole[: batch.nbytes]
-        checkpoint.read_into(_reads(batch, buffer.numpy(), block_size))
+        checkpoint.read_into(_reads(batch, buffer.numpy()))
         if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
             for name in dict.fromkeys(part.source for group in batch.groups if group.grid for part in group.slices):
                 check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
@@ -98,7 +96,7 @@ def _read_ahead(
             live_reads.release()
 
 
-def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
+def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
     """Which bytes of a batch's buffer each slice, and its scales, are read into."""
     for group in batch.groups:
         nbytes, scales = group.slices[0].nbytes, group.scale_bytes
@@ -107,7 +105,7 @@ def _reads(batch: Batch, buffer: np.ndarray, block_size: int) -> Iterator[tuple[
             yield buffer[at : at + nbytes], part.source, part.rows, part.cols
             at += nbytes
             if group.grid:
-                yield buffer[scales_at : scales_at + scales], part.source + SCALE_SUFFIX, *part.blocks(block_size)
+                yield buffer[scales_at : scales_at + scales], part.source + SCALE_SUFFIX, *part.blocks
                 scales_at += scales
 
 
@@ -123,15 +121,15 @@ def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
         return
-    assert first.cols is not None
+    row_offset, col_offset = first.offsets
     fp8.dequantize_blockwise(
         values,
         scales.view(-1, *group.grid),
         block_size=block_size,
         dtype=targets[0].dtype,
         out=targets,
-        row_offset=first.rows.start % block_size,
-        col_offset=first.cols.start % block_size,
+        row_offset=row_offset,
+        col_offset=col_offset,
         check_values=False,
         name=first.source,
     )

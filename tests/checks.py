@@ -8,10 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 class Errors(NamedTuple):

@@ -6,11 +6,11 @@ The GPU half of each test needs an NVIDIA GPU of compute capability 8.9 and is s
 import numpy as np
 import pytest
 import torch
+from checks import NO_GPU
 from torch import Tensor
 
 from reference.fp8 import FP8, scale_grid
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 

@@ -16,6 +16,7 @@ from faults_flips import flip_and_read
 from faults_runs import (
     DIRECTIONS,
     Conversion,
+    Fault,
     Job,
     after_units,
     call,
@@ -48,6 +49,17 @@ def given(job: Job, folder: Path) -> Job:
     return job._replace(megatron=str(folder))
 
 
+def assert_stops(job: Job, kind: str, *words: str, fault: Fault = dict) -> None:
+    """The run ends with an error that says so, and nothing is in place."""
+    outcome = run(job, fault=fault)
+    assert outcome.exitcode == 0
+    found, message = outcome.error
+    assert found == kind
+    for word in words:
+        assert word in message
+    assert not Path(job.out).exists()
+
+
 # ------------------------------------------------------------------------------------------------- the disk, and rights
 
 
@@ -67,13 +79,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_full(conversions: dict[str, Conversion], small_disk: Path, direction: str):
     job, expected, _ = conversions[direction]
     out = small_disk / "out"
-    outcome = run(job(out))
-    assert outcome.exitcode == 0
-    kind, message = outcome.error
-    assert kind == "OSError"
-    assert "No space left on device" in message
-    assert str(out) in message
-    assert not out.exists()
+    assert_stops(job(out), "OSError", "No space left on device", str(out))
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     again = run(job(out))
     assert again.error is None
@@ -85,13 +91,7 @@ def test_disk_full(conversions: dict[str, Conversion], small_disk: Path, directi
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_file_larger_than_allowed(conversions: dict[str, Conversion], out: Path, direction: str):
     job, expected, _ = conversions[direction]
-    outcome = run(job(out), fault=partial(small_files, 60_000))
-    assert outcome.exitcode == 0
-    kind, message = outcome.error
-    assert kind == "OSError"
-    assert "File too large" in message
-    assert str(out) in message
-    assert not out.exists()
+    assert_stops(job(out), "OSError", "File too large", str(out), fault=partial(small_files, 60_000))
     assert run(job(out)).error is None
     assert snapshot(out) == expected
 
@@ -124,10 +124,7 @@ def test_permission_denied(conversions: dict[str, Conversion], direction: str):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_read_only_disk(conversions: dict[str, Conversion], small_disk: Path, direction: str):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    kind, message = run(conversions[direction].job(small_disk / "out")).error
-    assert kind == "OSError"
-    assert "Read-only file system" in message
-    assert str(small_disk) in message
+    assert_stops(conversions[direction].job(small_disk / "out"), "OSError", "Read-only file system", str(small_disk))
 
 
 # ---------------------------------------------------------------------------------------------------- files that change
@@ -156,12 +153,8 @@ def test_a_source_file_changes_midway(
     copy = Path(shutil.copytree(given_folder(job(out)), tmp_path / "copy"))
     changed = given(job(out), copy)
     victim = max(path for path in copy.rglob("*") if path.suffix in (".safetensors", ".distcp"))
-    outcome = run(changed, fault=partial(after_units, 2, partial(CHANGES[change], victim)))
-    assert outcome.exitcode == 0
-    kind, message = outcome.error
-    assert kind == "ValueError"
-    assert str(victim) in message
-    assert not out.exists()
+    midway = partial(after_units, 2, partial(CHANGES[change], victim))
+    assert_stops(changed, "ValueError", str(victim), fault=midway)
     again = run(changed)
     assert again.error is not None
     assert victim.name in again.error[1]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from checks import NO_GPU
 from torch import Tensor
 
 from bridge import live_host
-
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def rounds(device: str) -> list[list[tuple[str, Tensor]]]:

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from checks import ROOT
-from fp8_cases import NO_GPU, same_bits, source
+from checks import NO_GPU, ROOT
+from fp8_cases import same_bits, source
 
 from compiled.fp8 import dequantize_blockwise
 from reference import fp8 as reference
