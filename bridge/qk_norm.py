@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from compiled.collectives import ranks_of
-from compiled.full_dim_norm import HeadNorm
+from compiled.full_dim_norm import head_norm
 from compiled.norm_plain import Setting
 
 
@@ -39,7 +39,7 @@ class _ReplicatedFullDimNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # replicas=(1,): the sum over them is finalize_model_grads'
-        (y,) = HeadNorm.apply(self.setting, self.ranks, (1,), None, None, self.weight[self.own], x)
+        (y,) = head_norm(self.setting, self.ranks, (1,), None, None, [self.weight[self.own]], [x])
         return y
 
 

@@ -8,7 +8,8 @@ One autograd function has the whole law (`reference.norm`), and one all-reduce e
 (the queries; the keys too). It keeps its inputs for the backward pass, and r: 4 bytes a token and part. With R > 1 each
 replica's dx is its share, and dw travels with C, so that it too is complete when the one all-reduce is.
 
-How the five steps between the collectives are computed: `norm_ops` on CUDA, `norm_plain` elsewhere.
+How the five steps between the collectives are computed: `norm_ops` on CUDA, `norm_plain` elsewhere. Eager calls on CUDA
+go to `norm_host`, which has the same function in C++.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from compiled import norm_ops, norm_plain
+from compiled import norm_host, norm_ops, norm_plain
 from compiled.collectives import GroupGetter, Ranks, ranks_of, sum_over_ranks
 from compiled.norm_plain import Setting
 
@@ -66,6 +67,23 @@ class HeadNorm(torch.autograd.Function):
             coupling, dws = _summed(coupling, dws, ctx.ranks, ctx.replicas)
             dxs = steps.backward_apply(*common, coupling, cos, sin, ctx.setting)
         return None, None, None, None, None, *(dw.to(w.dtype) for dw, w in zip(dws, weights, strict=True)), *dxs
+
+
+def head_norm(
+    setting: Setting,
+    ranks: Ranks,
+    replicas: tuple[int, ...],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weights: list[Tensor],
+    inputs: list[Tensor],
+) -> Sequence[Tensor]:
+    """`HeadNorm`, by the cheapest way to call it: in eager mode on a GPU that is C++."""
+    if not torch.compiler.is_compiling() and _steps(inputs[0]) is norm_ops:
+        call = norm_host.head_norm(setting, ranks, replicas)
+        if call is not None:
+            return call(cos, sin, weights, inputs)
+    return HeadNorm.apply(setting, ranks, replicas, cos, sin, *weights, *inputs)
 
 
 def _steps(x: Tensor) -> ModuleType:
@@ -132,7 +150,7 @@ class FullDimRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         setting = Setting((self.global_dim * self.replicas,), self.eps, x.shape[-1], ())
-        (y,) = HeadNorm.apply(setting, self.ranks, (self.replicas,), None, None, self.weight, x)
+        (y,) = head_norm(setting, self.ranks, (self.replicas,), None, None, [self.weight], [x])
         return y
 
 
@@ -200,4 +218,4 @@ class FullDimQKNorm(nn.Module):
     ) -> tuple[Tensor, ...]:
         setting = Setting(self.terms, self.eps, self.head_dim, split)
         replicas = (1, self.replicas)
-        return HeadNorm.apply(setting, self.ranks, replicas, cos, sin, self.q_weight, self.k_weight, *inputs)
+        return tuple(head_norm(setting, self.ranks, replicas, cos, sin, [self.q_weight, self.k_weight], list(inputs)))

@@ -1,9 +1,17 @@
 """A Triton kernel whose compiled forms are remembered here, which makes a launch cheaper for the processor."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A launch that was made. `compiled` is Triton's; None in its interpreter, which compiles nothing."""
+
+    compiled: Any
+    arguments: tuple[Any, ...]
+    programs: int
 
 
 class Launcher:
@@ -24,7 +32,7 @@ class Launcher:
         *,
         free: tuple[int, ...] = (),
         warps: int = 4,
-    ) -> None:
+    ) -> Launch:
         key = warps, constants, _described(arguments)
         compiled = self.compiled.get(key)
         if compiled is None:
@@ -33,6 +41,7 @@ class Launcher:
                 self.compiled[key] = compiled
         else:
             compiled[grid](*free, *arguments, *constants)
+        return Launch(compiled, (*free, *arguments), grid[0])
 
 
 def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ three tiles, the two halves that turn and the channels that do not, so that a ch
 Forward, one program a token. Backward, a few programs a multiprocessor walk over the tokens, with the weights and their
 gradients in registers and the next tokens' loads in flight; each then writes its part of dw, and a last kernel adds the
 parts. S, C, r, R: `reference.norm`; `terms` is N R, the number of terms in S over all ranks.
+
+Of two passes over the same tokens one goes backwards: it ends, or begins, with what the other left in the cache.
 """
 
 # ruff: noqa: N803, N806  (upper case: compile-time constants)
@@ -98,7 +100,8 @@ def square_sums_kernel(
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, head, channel = tl.program_id(0), tl.arange(0, BLOCK)[:, None], tl.arange(0, REST_BLOCK)[None, :]
+    row = tokens - 1 - tl.program_id(0)
+    head, channel = tl.arange(0, BLOCK)[:, None], tl.arange(0, REST_BLOCK)[None, :]
     source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
     x = _load(source + channel, (head < Q + K) & (channel < DIM), 0.0)
     query, key = _sums(tl.sum(x * x, 1, keep_dims=True), head, Q, K)
@@ -173,7 +176,8 @@ def backward_kernel(
     if 2 * HALF < DIM:
         wr, dwr = _load(weight + rest, norm_rest, 1.0), tl.zeros([BLOCK, REST_BLOCK], tl.float32)
 
-    for row in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
+    for index in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
+        row = tokens - 1 - index if partials is None else index
         source = _heads(inputs, row, batch, head, Q, PER_GROUP, K, DIM)
         grad = _heads(grads, row, batch, head, Q, 1, K, DIM)
         query_r, key_r = tl.load(rstd + row), 0.0

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from compiled.collectives import ranks_of
-from compiled.full_dim_norm import HeadNorm
+from compiled.full_dim_norm import head_norm
 from compiled.norm_plain import Setting
 
 
@@ -28,5 +28,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         setting = Setting((x.shape[-1],), self.eps, x.shape[-1], ())
-        (y,) = HeadNorm.apply(setting, ranks_of(None), (1,), None, None, self.weight, x.unsqueeze(-2))
+        (y,) = head_norm(setting, ranks_of(None), (1,), None, None, [self.weight], [x.unsqueeze(-2)])
         return y.squeeze(-2)

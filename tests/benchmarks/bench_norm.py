@@ -6,9 +6,9 @@
 Byte model: a norm must read x and write y once, and backward read x and dL/dy and write dx; of a fused qkv the same,
 with the value read and written too each way (it is copied), but not read again backward. Weights, sums and tables are
 thousands of times smaller. The floor is these bytes at the bandwidth of a large copy, measured in the same run. Times
-are medians of single runs between CUDA events; in a CUDA graph, of replays of a graph of several runs, divided. The
-backward pass is `torch.autograd.grad`, so that nothing is accumulated. "kept" is the memory that the forward pass
-leaves allocated beyond its inputs and outputs. Peers that are not installed are left out.
+are medians of single runs between CUDA events, in turns; in a CUDA graph, of replays of a graph of several runs,
+divided. The backward pass is `torch.autograd.grad`, so that nothing is accumulated. "kept" is the memory that the
+forward pass leaves allocated beyond its inputs and outputs. Peers that are not installed are left out.
 
 First calls, with what they compile, are timed on one GPU in fresh processes: with empty caches, then with filled ones.
 """
@@ -40,7 +40,7 @@ from record import environment
 
 HIDDEN, HEADS, KV_HEADS, DIM, ROTARY, EPS, DTYPE = 3072, 48, 8, 128, 64, 1e-6, torch.bfloat16
 TOKENS = (4096, 32768)
-GRAPH_RUNS = 10
+GRAPH_RUNS, ROUNDS, ROUND_RUNS = 10, 7, 20
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 OURS, WITHOUT = "FullDimQKNorm", "no norm"  # the other rows are peers
 FIRST_CALLS = "--first-calls"
@@ -112,26 +112,42 @@ def kept_bytes(candidate: Candidate) -> int:
     return torch.cuda.memory_allocated() - before - sum(x.untyped_storage().nbytes() for x in outputs)
 
 
-def measure(candidate: Candidate, tokens: int, bandwidth: float) -> dict:
+def in_turns_us(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Launches included: medians over rounds in which all take turns, for the processor's speed drifts."""
+    rounds = [{name: median_us(run, ROUND_RUNS) for name, run in runs.items()} for _ in range(ROUNDS)]
+    return {name: statistics.median(times[name] for times in rounds) for name in runs}
+
+
+def step_of(candidate: Candidate) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward."""
     grads = [torch.randn_like(x) for x in candidate.call()]
     leaves = (*candidate.inputs, *candidate.parameters)
+    return lambda: torch.autograd.grad(candidate.call(), leaves, grads)
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(candidate.call(), leaves, grads)
 
-    row = {"implementation": candidate.name, "tokens": tokens, "kept_bytes_a_token": kept_bytes(candidate) / tokens}
-    forward_bytes, all_bytes = candidate.forward_bytes, candidate.forward_bytes + candidate.backward_bytes
-    for name, run, count in (("forward", candidate.call, forward_bytes), ("forward+backward", both, all_bytes)):
-        floor = count / bandwidth * 1e6
-        for mode, timer in (("eager", median_us), ("graph", graph_us)):
-            us = timer(run)
-            row[f"{name}, {mode}"] = us and {
-                "us": round(us, 1),
-                "gb_a_second": round(count / us / 1e3),
-                "share_of_copy": round(floor / us, 3),
-                "times_floor": round(us / floor, 2),
-            }
-    return row
+def measure(all_candidates: list[Candidate], tokens: int, bandwidth: float) -> list[dict]:
+    rows = []
+    for candidate in all_candidates:
+        torch.cuda.empty_cache()
+        row = {"implementation": candidate.name, "tokens": tokens, "kept_bytes_a_token": kept_bytes(candidate) / tokens}
+        rows.append(row)
+    kinds = {
+        "forward": {c.name: (c.call, c.forward_bytes) for c in all_candidates},
+        "forward+backward": {c.name: (step_of(c), c.forward_bytes + c.backward_bytes) for c in all_candidates},
+    }
+    for kind, runs in kinds.items():
+        eager = in_turns_us({name: run for name, (run, _) in runs.items()})
+        for row in rows:
+            run, count = runs[row["implementation"]]
+            floor = count / bandwidth * 1e6
+            for mode, us in (("eager", eager[row["implementation"]]), ("graph", graph_us(run))):
+                row[f"{kind}, {mode}"] = us and {
+                    "us": round(us, 1),
+                    "gb_a_second": round(count / us / 1e3),
+                    "share_of_copy": round(floor / us, 3),
+                    "times_floor": round(us / floor, 2),
+                }
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------- candidates
@@ -264,7 +280,8 @@ def first_calls() -> dict[str, float]:
 def first_call_seconds() -> dict[str, dict[str, float]]:
     """In two fresh processes, of which the first fills the caches on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in ("TRITON", "TORCHINDUCTOR")}
+        names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+        caches = {name: f"{folder}/{name}" for name in names}
         command = [sys.executable, __file__, FIRST_CALLS]
         runs = {}
         for state in ("cold", "warm"):
@@ -327,7 +344,7 @@ def main(path: str) -> None:
         **environment(),
         "config": {
             "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "rotary_dim": ROTARY, "dtype": str(DTYPE),
-            "tensor_parallel": WORLD, "graph_runs": GRAPH_RUNS,
+            "tensor_parallel": WORLD, "graph_runs": GRAPH_RUNS, "eager_rounds": ROUNDS,
         },
         "copy_bandwidth_gb_a_second": round(bandwidth / 1e9),
         "rows": [],
@@ -336,11 +353,10 @@ def main(path: str) -> None:
         print(f"{record['hardware']}, TP {WORLD}, copy {record['copy_bandwidth_gb_a_second']} GB/s")
         print(" " * 47, "forward: eager, graph; forward + backward: eager, graph; bytes a token kept")
     for tokens in TOKENS:
-        for candidate in candidates(tokens):
-            torch.cuda.empty_cache()
-            row = measure(candidate, tokens, bandwidth)
-            record["rows"].append(row)
-            if RANK == 0:
+        rows = measure(candidates(tokens), tokens, bandwidth)
+        record["rows"] += rows
+        if RANK == 0:
+            for row in rows:
                 show(row)
         if WORLD > 1:
             record.setdefault("all_reduce", []).append(all_reduce_us(tokens))

@@ -1,5 +1,7 @@
 """A program for `test_norm`: the operators of `norm_ops` in Triton's interpreter against those of `norm_plain`.
 
+And `norm_host` against `HeadNorm`: the same kernels, called from C++ or from Python, give the same bits.
+
 The interpreter must be chosen before Triton is imported, hence a process of its own. bfloat16 is left out, which the
 interpreter rounds toward zero. A rank's sums over ranks are stood in for by twice its own: both sides do the same.
 """
@@ -9,13 +11,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from compiled import norm_ops, norm_plain
+from compiled import full_dim_norm, norm_host, norm_launches, norm_ops, norm_plain
+from compiled.collectives import ranks_of
 from compiled.norm_plain import Setting
 
 # Two programs, so that each walks over several tokens.
-norm_ops._multiprocessors = lambda device: 2
+norm_launches._multiprocessors = lambda device: 2
 for tuning in ("PLAIN", "TURNING"):
-    setattr(norm_ops, tuning, getattr(norm_ops, tuning)._replace(warps_a_multiprocessor=1))
+    setattr(norm_launches, tuning, getattr(norm_launches, tuning)._replace(warps_a_multiprocessor=1))
+full_dim_norm._steps = lambda x: norm_ops  # on the CPU too
 DIM, SEQ, BATCH = 8, 2, 2
 
 
@@ -31,6 +35,25 @@ def steps(module, inputs: list[Tensor], weights: list[Tensor], tables: tuple, se
         dxs = module.backward_apply(*common, 2 * coupling, *tables, setting)
         results += [*ys, rstd, coupling, dw, *dxs, *module.backward(*common, *tables, setting)]
     return results
+
+
+def assert_cpp_equals_python(inputs: list[Tensor], weights: list[Tensor], tables: tuple, setting: Setting) -> None:
+    """Outputs and gradients; twice, so that nothing of the first call is left in the second."""
+    ranks, replicas = ranks_of(None), (1,) * len(weights)
+    cpp = norm_host.head_norm(setting, ranks, replicas)
+    calls = (
+        lambda ws, xs: cpp(*tables, ws, xs),
+        lambda ws, xs: full_dim_norm.HeadNorm.apply(setting, ranks, replicas, *tables, *ws, *xs),
+    )
+    for seed in range(2):
+        results = []
+        for call in calls:
+            generator = torch.Generator().manual_seed(seed)
+            leaves = [x.clone().requires_grad_() for x in (*weights, *inputs)]
+            ys = call(leaves[: len(weights)], leaves[len(weights) :])
+            grads = [torch.randn(y.transpose(0, 1).shape, generator=generator).to(y.dtype).transpose(0, 1) for y in ys]
+            results.append([*ys, *torch.autograd.grad(ys, leaves, grads)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def main() -> None:
@@ -61,6 +84,7 @@ def main() -> None:
             rows = inputs[0].shape[:2] if "odd" in name else inputs[0].shape[:1]
             tables = tuple(normal(*rows, rotary // 2).to(dtype) for _ in range(2)) if rotary else (None, None)
             setting = Setting(tuple(n * dim for n in heads), 1e-6, dim, split)
+            assert_cpp_equals_python(inputs, weights, tables, setting)
             pairs = zip(
                 *(steps(module, inputs, weights, tables, setting) for module in (norm_ops, norm_plain)), strict=True
             )

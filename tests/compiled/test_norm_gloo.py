@@ -4,6 +4,7 @@ Each world is started once and works through all cases. Every rank reports how f
 the unsharded ones, which `reference.norm`, autograd and float64 give; the tests here judge the reports.
 """
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from compiled import full_dim_norm
+from compiled import full_dim_norm, norm_host, norm_plain
 from compiled.full_dim_norm import FullDimQKNorm, FullDimRMSNorm
 from reference.norm import full_dim_rms_norm
 from reference.rope import apply_rotary, rotary_tables
@@ -31,11 +32,12 @@ BOUND = 1e-10
 class Case:
     """A layer's tensors and one rank's part of them. `mixed` is the fused qkv of all groups; a token of it is zero."""
 
-    def __init__(self, kv_heads: int, rank: int, size: int) -> None:
+    def __init__(self, kv_heads: int, rank: int, size: int, dtype: torch.dtype = DTYPE) -> None:
+        self.dtype = dtype
         generator = torch.Generator().manual_seed(kv_heads)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=DTYPE)
+            return torch.randn(shape, generator=generator, dtype=DTYPE).to(dtype)
 
         self.kv_heads, self.per_group, self.replicas = kv_heads, HEADS // kv_heads, max(1, size // kv_heads)
         self.mixed = normal(SEQ, BATCH, kv_heads, (self.per_group + 2) * DIM)
@@ -44,7 +46,7 @@ class Case:
         self.gq = normal(SEQ, BATCH, HEADS, DIM)
         # What reaches the keys and values from each replica's query heads.
         self.gk, self.gv = (normal(self.replicas, SEQ, BATCH, kv_heads, DIM) for _ in range(2))
-        self.tables = rotary_tables(torch.arange(SEQ), ROTARY, 1e4, dtype=DTYPE)
+        self.tables = rotary_tables(torch.arange(SEQ), ROTARY, 1e4, dtype=dtype)
         self.replica = rank % self.replicas
         heads, groups = HEADS // size, kv_heads * self.replicas // size
         self.heads = slice(rank * heads, (rank + 1) * heads)
@@ -72,12 +74,12 @@ class Case:
         wq, wk = channels(self.wq, self.heads), channels(self.wk, self.groups)
         if form == "one part":
             norms = [
-                FullDimRMSNorm(len(w), heads * DIM, world, EPS, DTYPE)
+                FullDimRMSNorm(len(w), heads * DIM, world, EPS, self.dtype)
                 for w, heads in ((wq, HEADS), (wk, self.kv_heads))
             ]
             weights = [norm.weight for norm in norms]
         else:
-            norms = [FullDimQKNorm(HEADS, self.kv_heads, DIM, world, EPS, DTYPE)]
+            norms = [FullDimQKNorm(HEADS, self.kv_heads, DIM, world, EPS, self.dtype)]
             weights = [norms[0].q_weight, norms[0].k_weight]
         with torch.no_grad():
             for weight, value in zip(weights, (wq, wk), strict=True):
@@ -148,12 +150,45 @@ def no_tokens(case: Case) -> list[float]:
     return [*norm.q_weight.grad.tolist(), *norm.k_weight.grad.tolist()]
 
 
+def in_cpp(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `run` gives where `norm_host` has the norms, as on a GPU; its steps are `norm_plain`'s."""
+
+    def fill(targets: list[Tensor], values: list[Tensor]) -> None:
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+
+    def fill_sums(inputs, setting, sums):
+        fill([sums], [norm_plain.square_sums(inputs, setting)])
+
+    def fill_outputs(inputs, weights, sums, cos, sin, setting, ys, rstd):
+        fill([*ys, rstd], norm_plain.forward(inputs, weights, sums, cos, sin, setting))
+
+    def fill_gradients(grads, inputs, weights, rstd, cos, sin, setting, dxs, dw, coupling):
+        common = (grads, inputs, weights, rstd)
+        if coupling is None:
+            fill([*dxs, dw], norm_plain.backward(*common, cos, sin, setting))
+        elif dxs is None:
+            fill([coupling, dw], norm_plain.backward_sums(*common, cos, sin, setting))
+        else:
+            fill(dxs, norm_plain.backward_apply(*common, coupling, cos, sin, setting))
+
+    def head_norm(setting, ranks, replicas, *tensors):
+        norm = norm_host._built().Norm(setting, ranks, list(replicas), fill_sums, fill_outputs, fill_gradients)
+        return norm(*tensors)
+
+    python, full_dim_norm.head_norm = full_dim_norm.head_norm, head_norm
+    try:
+        return run()
+    finally:
+        full_dim_norm.head_norm = python
+
+
 def run_rank(rank: int, size: int, folder: Path) -> None:
     """One rank's work, in its own process; the report goes to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     cases = {kv_heads: Case(kv_heads, rank, size) for kv_heads in KV_HEADS}
-    report = {"errors": {}, "compiled": {}, "dropped": {}, "collectives": {}, "no tokens": []}
+    report = {"errors": {}, "compiled": {}, "dropped": {}, "collectives": {}, "no tokens": [], "C++": {}}
     for (kv_heads, case), form in product(cases.items(), FORMS):
         truth, ours = case.unsharded(form == "fused"), case.sharded(form)
         report["errors"][kv_heads, form] = distances(ours, truth)
@@ -165,6 +200,10 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     for form in FORMS:
         report["collectives"][form] = collectives(form, cases[1])
     report["no tokens"] = no_tokens(cases[1])
+    for kv_heads, form in product(KV_HEADS, FORMS):
+        case = Case(kv_heads, rank, size, torch.float32)
+        python, cpp = case.sharded(form), in_cpp(lambda case=case, form=form: case.sharded(form))
+        report["C++"][kv_heads, form] = [name for name in python if not torch.equal(python[name], cpp[name])]
     torch.save(report, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -182,6 +221,7 @@ COMPILED = {
 def reports(request, tmp_path_factory) -> list[dict]:
     """What every rank of a world found."""
     folder = tmp_path_factory.mktemp(f"gloo{request.param}")
+    assert norm_host._built() is not None  # by this process, for all ranks
     run_ranks(run_rank, (request.param, folder), request.param)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
 
@@ -240,3 +280,9 @@ def test_one_all_reduce_each_way(reports):
 
 def test_no_tokens(reports):
     assert all(report["no tokens"] == [0.0] * len(report["no tokens"]) for report in reports)
+
+
+def test_cpp_equals_python(reports):
+    """Bit for bit, from the same steps: what C++ saves, sends to the other ranks and returns is what Python does."""
+    for report in reports:
+        assert report["C++"] == {case: [] for case in product(KV_HEADS, FORMS)}

@@ -1,0 +1,149 @@
+"""`norm_host.cpp`, which makes the norms' eager calls on a GPU cheap for the processor: its build and its first calls.
+
+It is built when it is first needed, with the C++ compiler that torch finds, into the folder of torch's extensions, once
+for each version of it and of torch. Where that fails there is a warning, and the norms are called from Python.
+"""
+
+import hashlib
+import importlib.util
+import os
+import struct
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled import norm_launches
+from compiled.collectives import Ranks
+from compiled.launch import Launch
+from compiled.norm_plain import Setting
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+@cache
+def head_norm(setting: Setting, ranks: Ranks, replicas: tuple[int, ...]) -> Callable[..., list[Tensor]] | None:
+    """`HeadNorm.apply` with the first three arguments given: takes cos, sin, the weights and the inputs, as lists.
+
+    None: it could not be built.
+    """
+    module = _built()
+    if module is None:
+        return None
+    fill = (norm_launches.fill_sums, norm_launches.fill_outputs, norm_launches.fill_gradients)
+    return module.Norm(setting, ranks, list(replicas), *map(_telling, fill))
+
+
+# ------------------------------------------------------------------------------------------------------------ the build
+
+
+def library() -> Path:
+    """Where it is, once it is built."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    version = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.version}".encode()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root, f"minimax_m2_norm_host_{version}.so")
+
+
+@cache
+def _built() -> ModuleType | None:
+    path = library()
+    try:
+        return _load(path) if path.exists() else _build(path)
+    except (RuntimeError, OSError, ImportError) as error:
+        warnings.warn(
+            f"the norms' C++ host code could not be built or loaded, so Python launches their kernels, which is slower "
+            f"for few tokens and otherwise the same. It takes a C++ compiler, ninja, Python's headers, and a folder "
+            f"{path.parent} that can be written to. {error}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(path: Path) -> ModuleType:
+    """In a folder of its own, for torch's lock on a folder outlives a killed process; then into its place at once."""
+    from torch.utils import cpp_extension
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        module = cpp_extension.load(
+            path.stem, [str(SOURCE)], extra_cflags=["-O2"], build_directory=folder, with_cuda=False
+        )
+        os.replace(module.__file__, path)
+    return module
+
+
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+class Launched(NamedTuple):
+    """What the driver needs to launch a compiled kernel again. Arguments are counted with tuples flattened."""
+
+    function: int
+    warps: int
+    shared: int
+    """Bytes of shared memory."""
+    taken: list[int]
+    """Which arguments the kernel takes: the others were compiled into it."""
+    values: list[int | None]
+    """The arguments, each as the low bits of 64."""
+    programs: int
+
+
+def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Launched] | None]:
+    """`fill`, with what it launched in the driver's terms: None if not all of it can be launched so."""
+
+    @wraps(fill)
+    def told(*args: Any) -> list[Launched] | None:
+        launches = fill(*args)
+        return [_launched(launch) for launch in launches] if all(map(_is_plain, launches)) else None
+
+    return told
+
+
+def _is_plain(launch: Launch) -> bool:
+    """Compiled at all, and wants no scratch memory, clusters or other things of its launch."""
+    if launch.compiled is None:
+        return False
+    metadata = launch.compiled.metadata
+    extras = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+    return metadata.num_ctas == 1 and not any(getattr(metadata, name, 0) for name in extras)
+
+
+def _launched(launch: Launch) -> Launched:
+    compiled, arguments = launch.compiled, list(_flat(launch.arguments))
+    types = list(_flat(compiled.src.signature.values()))[: len(arguments)]
+    taken = [place for place, kind in enumerate(types) if kind != "constexpr"]
+    values = [_bits(x) for x in arguments]
+    return Launched(
+        compiled.function, compiled.metadata.num_warps, compiled.metadata.shared, taken, values, launch.programs
+    )
+
+
+def _flat(nested: Iterable[Any]) -> Iterator[Any]:
+    for x in nested:
+        if isinstance(x, tuple):
+            yield from _flat(x)
+        else:
+            yield x
+
+
+def _bits(x: Any) -> int | None:
+    if isinstance(x, float):
+        return int.from_bytes(struct.pack("<f", x), "little")
+    return x.data_ptr() if isinstance(x, Tensor) else x

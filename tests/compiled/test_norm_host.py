@@ -1,0 +1,170 @@
+"""`norm_host`: what happens where it cannot be built; on a GPU, its launches against those from Python, bit for bit.
+
+What its C++ does between the launches is tested by `test_norm` (Triton's interpreter) and `test_norm_gloo` (ranks).
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from checks import NO_GPU, ROOT
+from torch import Tensor
+
+from compiled import norm_host
+from compiled.full_dim_norm import FullDimQKNorm
+from reference.rope import rotary_tables
+
+
+def in_a_fresh_interpreter(folder: Path) -> str:
+    """What a process says that has no compiler: what it loaded, and warnings."""
+    program = "from compiled import norm_host; print(norm_host._built())"
+    environment = os.environ | {"CXX": "no such compiler", "TORCH_EXTENSIONS_DIR": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout + result.stderr
+
+
+def test_what_is_built_is_loaded_again():
+    built = norm_host._built()
+    library = norm_host.library()
+    assert library.exists()
+    said = in_a_fresh_interpreter(library.parent)
+    assert f"<module '{built.__name__}' from '{library}'>" in said
+    assert "could not be built" not in said
+
+
+def test_no_compiler_is_said_and_leaves_nothing(tmp_path):
+    said = in_a_fresh_interpreter(tmp_path)
+    assert said.startswith("None")
+    assert "could not be built or loaded, so Python launches" in said
+    assert "no such compiler" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+# heads, key heads, head_dim, channels that turn, dtype
+SIZES = [
+    (48, 8, 128, 64, torch.bfloat16), (6, 1, 128, 64, torch.float32),
+    (9, 3, 96, 48, torch.float16), (7, 7, 40, 12, torch.float32), (3, 1, 128, 0, torch.bfloat16),
+]  # fmt: skip
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def qk_norm(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> FullDimQKNorm:
+    norm = FullDimQKNorm(heads, kv_heads, dim, lambda: None, 1e-6, dtype).cuda()
+    with torch.no_grad():
+        for weight in norm.parameters():
+            weight.copy_(1 + 0.3 * normal(len(weight), dtype=dtype))
+    return norm
+
+
+def outcome(norm: FullDimQKNorm, inputs: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients; the outputs' gradients have gaps, as attention may return them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = norm.forward_fused(*leaves, *tables) if len(leaves) == 1 else norm(*leaves)
+    grads = [normal(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype).to(y.device)[..., ::2] for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [*leaves, *norm.parameters()], grads)]
+
+
+@pytest.fixture
+def python(monkeypatch):
+    """Runs a function with the norms called from Python."""
+
+    def run(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(norm_host, "head_norm", lambda *args: None)
+            return function(*args)
+
+    return run
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), f"result {index}: off by {(a - b).abs().max()}"
+
+
+@NO_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_launches_equal_those_from_python(python, size):
+    """First calls and later ones, with fewer tokens than programs and with more; both forms; aligned and not."""
+    heads, kv_heads, dim, rotary, dtype = size
+    norm = qk_norm(heads, kv_heads, dim, dtype)
+    for seed, (tokens, start) in enumerate(product((1, 37, 700, 701, 5000), (0, 3))):
+        memory = normal(2 * tokens * (heads + 2 * kv_heads) * dim + start, dtype=dtype, seed=seed)[start:]
+        tables = [t.cuda() for t in rotary_tables(torch.arange(tokens), rotary, 1e4, dtype=dtype)] if rotary else []
+        mixed = [memory.view(tokens, 2, kv_heads, -1)]
+        assert_same(outcome(norm, mixed, tables), python(outcome, norm, mixed, tables))
+        views = list(memory.view(2, tokens, -1, dim).transpose(0, 1)[:, :, kv_heads:].split([heads, kv_heads], 2))
+        assert_same(outcome(norm, views, []), python(outcome, norm, views, []))
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_streams_and_threads(python):
+    """A launch goes to its caller's current stream; a thread that has not used the GPU before may call."""
+    norm, mixed = qk_norm(48, 8, 128, torch.bfloat16), normal(3000, 1, 8, 8 * 128, dtype=torch.bfloat16)
+    expected, found = python(outcome, norm, [mixed], []), []
+    assert_same(outcome(norm, [mixed], []), expected)
+
+    def call() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # some 30 ms: on another stream, what follows would read what is not there
+            late = torch.empty_like(mixed).copy_(mixed)
+            found.extend(outcome(norm, [late], []))
+        stream.synchronize()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert_same(found, expected)
+    leaf = mixed.detach().requires_grad_()
+
+    def forward_alone() -> None:
+        found[:] = norm.forward_fused(leaf)
+
+    thread = threading.Thread(target=forward_alone)  # its first use of the GPU
+    thread.start()
+    thread.join()
+    assert_same(found, expected[:3])
+
+
+@NO_GPU
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_decide_on_the_device():
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        norm = qk_norm(12, 4, 128, torch.bfloat16).to(device)
+        mixed = normal(600, 1, 4, 5 * 128, dtype=torch.bfloat16).to(device)
+        for _ in range(2):
+            results.append([x.cpu() for x in outcome(norm, [mixed], [])])
+    assert torch.cuda.current_device() == 0
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_errors():
+    norm, mixed = qk_norm(12, 4, 128, torch.float32), normal(5, 1, 4, 5 * 128, dtype=torch.float32).requires_grad_()
+    with pytest.raises(ValueError, match="found a tensor on cpu beside one on cuda:0"):
+        norm.cpu().forward_fused(mixed)
+    query, _, _ = norm.cuda().forward_fused(mixed)
+    (grad,) = torch.autograd.grad(query.square().sum(), mixed, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated: leave out create_graph"):
+        grad.sum().backward()
