@@ -139,10 +139,12 @@ class MiniMaxM2SelfAttention(SelfAttention):
         )
         if self._angles is None:
             return self.qk_norm.forward_fused(mixed_qkv)
-        angles = self._angles[:, 0, 0, : self._angles.shape[-1] // 2]  # [seq, 1, 1, rotary_dim], both halves the same
-        if self._packed is not None:
-            angles = angles[packed_positions(self._packed, len(mixed_qkv), self.pg_collection.cp)]
-        return self.qk_norm.forward_fused(mixed_qkv, angles.cos().to(mixed_qkv.dtype), angles.sin().to(mixed_qkv.dtype))
+        if self._packed is None:
+            tables = kept_tables(self._angles, mixed_qkv.dtype)
+        else:
+            positions = packed_positions(self._packed, len(mixed_qkv), self.pg_collection.cp)
+            tables = _tables(self._angles[positions], mixed_qkv.dtype)
+        return self.qk_norm.forward_fused(mixed_qkv, *tables)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -169,6 +171,30 @@ def mark_sharded(weight: nn.Parameter, *, replica: int) -> None:
     megatron-core counts a parameter that is not marked on tensor-parallel rank 0 only, which holds a first replica.
     """
     set_tensor_model_parallel_attributes(weight, is_parallel=replica == 0, dim=0, stride=1)
+
+
+def kept_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles, kept with them: megatron-core gives all layers, and steps of one length, one tensor.
+
+    Anew where they would not be what is asked for: the angles were changed in place, or the dtype is another. And where
+    what is kept may not be used or made: a CUDA graph reads the angles at each replay, and torch.compile traces the
+    work; autograd does not take what inference mode made.
+    """
+    if torch.compiler.is_compiling() or angles.is_inference() or torch.is_inference_mode_enabled():
+        return _tables(angles, dtype)
+    if angles.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _tables(angles, dtype)
+    made_of = angles._version, dtype
+    kept = getattr(angles, "_minimax_m2_tables", None)
+    if kept is None or kept[0] != made_of:
+        kept = angles._minimax_m2_tables = made_of, _tables(angles, dtype)
+    return kept[1]
+
+
+def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`angles`: `[seq, 1, 1, rotary_dim]`, both halves the same."""
+    angles = angles[:, 0, 0, : angles.shape[-1] // 2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def packed_positions(packed: PackedSeqParams, tokens: int, context: ProcessGroup) -> Tensor:

@@ -1,0 +1,90 @@
+"""The tables of the rotation that are kept with the angles: once for all layers, and never those of other angles."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import NO_GPU
+from torch import Tensor
+
+from bridge import attention
+from bridge.attention import kept_tables
+from bridge.provider import build_gpt_model
+from bridge.single_process import model_parallel
+from reference.config import ModelConfig
+
+CONFIG = ModelConfig(
+    num_hidden_layers=3,
+    hidden_size=64,
+    vocab_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    intermediate_size=32,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+)
+
+
+def angles_of(seed: int) -> Tensor:
+    half = torch.rand(6, 1, 1, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([half, half], -1)
+
+
+def assert_are_of(tables: tuple[Tensor, Tensor], angles: Tensor, dtype: torch.dtype) -> None:
+    half = angles[:, 0, 0, :4]
+    assert torch.equal(tables[0], half.cos().to(dtype))
+    assert torch.equal(tables[1], half.sin().to(dtype))
+
+
+def test_kept_with_the_angles_until_they_change():
+    angles = angles_of(0)
+    first = kept_tables(angles, torch.float32)
+    assert kept_tables(angles, torch.float32)[0] is first[0]
+    assert_are_of(first, angles, torch.float32)
+    assert_are_of(kept_tables(angles, torch.bfloat16), angles, torch.bfloat16)
+    angles.copy_(angles_of(1))
+    assert_are_of(kept_tables(angles, torch.bfloat16), angles, torch.bfloat16)
+    assert_are_of(kept_tables(angles.clone(), torch.bfloat16), angles, torch.bfloat16)
+
+
+def test_nothing_of_inference_mode_is_left_for_training():
+    angles = angles_of(0)
+    with torch.inference_mode():
+        kept_tables(angles, torch.float32)
+        born_there = angles_of(0)
+    assert not kept_tables(angles, torch.float32)[0].is_inference()
+    assert not kept_tables(born_there, torch.float32)[0].is_inference()
+
+
+def test_a_model_makes_them_once_for_all_layers_and_steps(monkeypatch):
+    made = []
+    plain = attention._tables
+    monkeypatch.setattr(attention, "_tables", lambda *args: made.append(args) or plain(*args))
+    with model_parallel():
+        model = build_gpt_model(CONFIG)
+        tokens = torch.randint(0, 32, (2, 7), device=next(model.parameters()).device)
+        positions = torch.arange(7, device=tokens.device).expand(2, -1)
+        model.rotary_pos_emb.forward.cache_clear()
+        losses = [model(tokens, positions, None, labels=tokens).sum().item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert len(made) == 1
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_a_cuda_graph_reads_the_angles_at_each_replay():
+    """Also where the warm-up has kept tables with them."""
+    angles, work = angles_of(0).cuda(), SimpleNamespace(tables=None)
+
+    def run() -> None:
+        work.tables = kept_tables(angles, torch.bfloat16)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    angles.copy_(angles_of(1))
+    graph.replay()
+    assert_are_of(work.tables, angles, torch.bfloat16)
