@@ -86,6 +86,14 @@ def head_norm(
     return HeadNorm.apply(setting, ranks, replicas, cos, sin, *weights, *inputs)
 
 
+def _check(name: str, x: Tensor, *last: int) -> None:
+    if x.dim() != 4 or x.shape[2:] != last:
+        expected = ", ".join(map(str, last))
+        raise ValueError(
+            f"{name} must be [seq, batch, {expected}]: found {tuple(x.shape)}; give this rank's heads, no others"
+        )
+
+
 def _steps(x: Tensor) -> ModuleType:
     """Where the steps between the collectives are computed."""
     return norm_ops if x.is_cuda and x.dtype != torch.float64 else norm_plain
@@ -149,6 +157,11 @@ class FullDimRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(local_dim, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[2] * x.shape[3] != len(self.weight):
+            raise ValueError(
+                f"x must be [seq, batch, heads, head_dim] with the weight's {len(self.weight)} channels: found "
+                f"{tuple(x.shape)}; give this rank's heads, no others"
+            )
         setting = Setting((self.global_dim * self.replicas,), self.eps, x.shape[-1], ())
         (y,) = head_norm(setting, self.ranks, (self.replicas,), None, None, [self.weight], [x])
         return y
@@ -194,7 +207,13 @@ class FullDimQKNorm(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(self.kv_heads * head_dim, dtype=dtype))
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm this rank's query and key heads, `[seq, batch, heads, head_dim]`, which may be views of any strides."""
+        """Norm this rank's query and key heads, `[seq, batch, heads, head_dim]`, which may be views of any strides.
+
+        Raises:
+            ValueError: other shapes.
+        """
+        _check("query", query, self.heads, self.head_dim)
+        _check("key", key, self.kv_heads, self.head_dim)
         return self._apply_norm((), None, None, query, key)
 
     def forward_fused(
@@ -208,10 +227,27 @@ class FullDimQKNorm(nn.Module):
                 in place. Where ranks share a key head, all the group's query heads are there; a rank norms its own.
             cos, sin: `[seq, half]` or `[seq, batch, half]`, as `reference.rope.rotary_tables` makes them: the first 2 x
                 `half` channels of each query and key head turn.
+
+        Raises:
+            ValueError: other shapes.
         """
+        _check("mixed_qkv", mixed_qkv, self.kv_heads, (self.heads_per_group + 2) * self.head_dim)
+        if cos is not None:
+            self._check_tables(mixed_qkv, cos, sin)
         own = self.heads // self.kv_heads
         split = (self.ranks.rank % self.replicas * own, own)
         return self._apply_norm(split, cos, sin, mixed_qkv)
+
+    def _check_tables(self, mixed_qkv: Tensor, cos: Tensor, sin: Tensor | None) -> None:
+        seq, batch, half = *mixed_qkv.shape[:2], cos.shape[-1]
+        expected = (seq, half) if cos.dim() == 2 else (seq, batch, half)
+        if sin is None or cos.shape != expected or sin.shape != expected or 2 * half > self.head_dim:
+            found = [None if table is None else tuple(table.shape) for table in (cos, sin)]
+            raise ValueError(
+                f"cos and sin must both be [seq, half] or [seq, batch, half], with seq {seq}, batch {batch} and 2 half "
+                f"at most head_dim, {self.head_dim}: found {found[0]} and {found[1]}; make them with "
+                f"reference.rope.rotary_tables"
+            )
 
     def _apply_norm(
         self, split: tuple[int, ...], cos: Tensor | None, sin: Tensor | None, *inputs: Tensor

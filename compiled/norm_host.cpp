@@ -1,10 +1,10 @@
 // `HeadNorm` of full_dim_norm.py for eager runs on a GPU: the same steps in the same order, without Python.
 //
-// At a few thousand tokens a launch from Python takes longer than the kernel that it launches. Here a step's first call
-// with arguments of a kind goes to norm_ops.py, which has Triton compile the kernels and launches them; what it launched
-// is kept, and later calls with arguments of that kind launch it through the driver. Of a kind are arguments that differ
-// in addresses that are equally aligned, in values, and in the number of tokens: what norm_ops.py, too, compiles once.
-// Where norm_ops.py names nothing to keep, as in Triton's interpreter, it gets every call.
+// At a few thousand tokens a launch from Python takes longer than the kernel that it launches. Here a step's first
+// call with arguments of a kind goes to norm_launches.py, which has Triton compile the kernels and launches them; what it
+// launched is kept, and later calls with arguments of that kind launch it through the driver. Of one kind are tensors at
+// other addresses that are equally aligned, with other values, or of more or fewer tokens: norm_launches.py, too,
+// compiles once for all these. Where it names nothing to keep, as in Triton's interpreter, it gets every call.
 
 #include <dlfcn.h>
 
@@ -86,7 +86,7 @@ Function symbol(const char* library, const char* name) {
   return reinterpret_cast<Function>(found);
 }
 
-// `launch.Launched`.
+// `norm_host.Relaunch`.
 struct Kernel {
   void* function;
   unsigned warps, shared;
@@ -94,9 +94,11 @@ struct Kernel {
   int64_t programs;
 
   void launch(int64_t programs, Arguments& arguments) const {
-    using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+    using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                           void**);
+    using StreamOf = int (*)(int32_t, void**);
     static const auto launch = symbol<Launch>("libcuda.so.1", "cuLaunchKernel");
-    static const auto stream_of = symbol<int (*)(int32_t, void**)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+    static const auto stream_of = symbol<StreamOf>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
     void* stream = nullptr;
     TORCH_CHECK(stream_of(arguments.device.index(), &stream) == 0, "torch does not tell the current stream");
     std::vector<void*> parameters;
@@ -210,8 +212,8 @@ class Norm {
 
   // Fill `dxs` and `dw`, as far as they are asked for; without `dxs` fill `coupling`, and without `dw` read it.
   void gradients(Step step, Tensors grads, const Tensors& inputs, const Tensors& weights, const Tensor& rstd,
-                 const MaybeTensor& cos, const MaybeTensor& sin, const std::optional<Tensors>& dxs, const MaybeTensor& dw,
-                 const MaybeTensor& coupling) {
+                 const MaybeTensor& cos, const MaybeTensor& sin, const std::optional<Tensors>& dxs,
+                 const MaybeTensor& dw, const MaybeTensor& coupling) {
     if (!rstd.numel()) {
       if (dw) dw->zero_();
       return;
@@ -239,8 +241,8 @@ class Norm {
       keep(arguments, fill_gradients(grads, inputs, weights, rstd, cos, sin, setting, dxs, dw, coupling));
       return;
     }
+    if (!dw) return kernels->front().launch(tokens(rstd), arguments);
     int64_t programs = std::min(tokens(rstd), kernels->front().programs);
-    if (!dw) return kernels->front().launch(programs, arguments);
     Tensor partials = empty({programs, dw->numel()}, rstd, at::kFloat);
     arguments.values[place_of_partials] = reinterpret_cast<uint64_t>(partials.const_data_ptr());
     kernels->front().launch(programs, arguments);
@@ -307,20 +309,20 @@ class Norm {
     return found == kernels.end() ? nullptr : &found->second;
   }
 
-  // `launched`: None or a list of launch.Launched, of which the first had these arguments.
+  // `launched`: None, or a list of norm_host.Relaunch of which the first had these arguments.
   void keep(const Arguments& arguments, const py::object& launched) {
     if (launched.is_none()) return;
     std::vector<Kernel> made;
     for (const py::handle& one : launched) {
-      made.push_back({reinterpret_cast<void*>(one.attr("function").cast<uint64_t>()), one.attr("warps").cast<unsigned>(),
-                      one.attr("shared").cast<unsigned>(), one.attr("taken").cast<Sizes>(),
-                      one.attr("programs").cast<int64_t>()});
+      auto function = reinterpret_cast<void*>(one.attr("function").cast<uint64_t>());
+      made.push_back({function, one.attr("warps").cast<unsigned>(), one.attr("shared").cast<unsigned>(),
+                      one.attr("taken").cast<Sizes>(), one.attr("programs").cast<int64_t>()});
     }
     auto values = launched[py::int_(0)].attr("values").cast<std::vector<std::optional<uint64_t>>>();
     TORCH_INTERNAL_ASSERT(values.size() == arguments.values.size());
     for (int64_t place : made.front().taken) {
-      auto here = arguments.values[place];
-      TORCH_INTERNAL_ASSERT(!here || here == values[place], "argument ", place, " is not what norm_ops.py launches with");
+      auto here = arguments.values[place];  // 0: the partials, which each call allocates
+      TORCH_INTERNAL_ASSERT(!here || here == values[place], "argument ", place, " is another in Python");
     }
     std::lock_guard lock(mutex);
     kernels.emplace(arguments.kind, std::move(made));
@@ -381,9 +383,10 @@ Tensor summed(const Tensor& coupling, Tensors& dws, const Norm& norm) {
 
 class HeadNorm : public torch::autograd::Function<HeadNorm> {
  public:
-  static Tensors forward(torch::autograd::AutogradContext* context, int64_t self, const MaybeTensor& cos,
-                         const MaybeTensor& sin, at::TensorList weights, at::TensorList inputs) {
+  static Tensors forward(torch::autograd::AutogradContext* context, int64_t self, MaybeTensor cos, MaybeTensor sin,
+                         at::TensorList weights, at::TensorList inputs) {
     Norm& norm = *reinterpret_cast<Norm*>(self);
+    if (cos) cos = cos->contiguous(), sin = sin->contiguous();
     Tensors all{cos.value_or(Tensor()), sin.value_or(Tensor())}, xs;
     for (const Tensor& input : inputs) xs.push_back(Norm::dense(input));
     MaybeTensor sums;
@@ -451,6 +454,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                           const Tensors& inputs) {
         py::gil_scoped_release no_python;
         c10::DeviceGuard device(inputs.front().device());
-        return HeadNorm::apply(reinterpret_cast<int64_t>(&self), cos, sin, at::TensorList(weights), at::TensorList(inputs));
+        auto pointer = reinterpret_cast<int64_t>(&self);
+        return HeadNorm::apply(pointer, cos, sin, at::TensorList(weights), at::TensorList(inputs));
       });
 }

@@ -91,7 +91,7 @@ def _build(path: Path) -> ModuleType:
 # -------------------------------------------------------------------------------------------------------- what is kept
 
 
-class Launched(NamedTuple):
+class Relaunch(NamedTuple):
     """What the driver needs to launch a compiled kernel again. Arguments are counted with tuples flattened."""
 
     function: int
@@ -105,13 +105,13 @@ class Launched(NamedTuple):
     programs: int
 
 
-def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Launched] | None]:
+def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Relaunch] | None]:
     """`fill`, with what it launched in the driver's terms: None if not all of it can be launched so."""
 
     @wraps(fill)
-    def told(*args: Any) -> list[Launched] | None:
+    def told(*args: Any) -> list[Relaunch] | None:
         launches = fill(*args)
-        return [_launched(launch) for launch in launches] if all(map(_is_plain, launches)) else None
+        return [_relaunch(launch) for launch in launches] if all(map(_is_plain, launches)) else None
 
     return told
 
@@ -125,14 +125,13 @@ def _is_plain(launch: Launch) -> bool:
     return metadata.num_ctas == 1 and not any(getattr(metadata, name, 0) for name in extras)
 
 
-def _launched(launch: Launch) -> Launched:
+def _relaunch(launch: Launch) -> Relaunch:
     compiled, arguments = launch.compiled, list(_flat(launch.arguments))
     types = list(_flat(compiled.src.signature.values()))[: len(arguments)]
     taken = [place for place, kind in enumerate(types) if kind != "constexpr"]
     values = [_bits(x) for x in arguments]
-    return Launched(
-        compiled.function, compiled.metadata.num_warps, compiled.metadata.shared, taken, values, launch.programs
-    )
+    metadata = compiled.metadata
+    return Relaunch(compiled.function, metadata.num_warps, metadata.shared, taken, values, launch.programs)
 
 
 def _flat(nested: Iterable[Any]) -> Iterator[Any]:

@@ -63,7 +63,7 @@ def test_a_model_makes_them_once_for_all_layers_and_steps(monkeypatch):
     plain = attention._tables
     monkeypatch.setattr(attention, "_tables", lambda *args: made.append(args) or plain(*args))
     with model_parallel():
-        model = build_gpt_model(CONFIG)
+        model = build_gpt_model(CONFIG).eval()
         tokens = torch.randint(0, 32, (2, 7), device=next(model.parameters()).device)
         positions = torch.arange(7, device=tokens.device).expand(2, -1)
         model.rotary_pos_emb.forward.cache_clear()

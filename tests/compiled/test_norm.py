@@ -196,6 +196,24 @@ def test_sizes_that_cannot_be_are_refused():
         FullDimQKNorm(5, 2, 8, alone)
 
 
+def test_shapes_that_do_not_fit_are_refused():
+    """Before a kernel reads what is not there."""
+    norm, x = FullDimQKNorm(6, 2, 8, alone), torch.zeros(3, 1, 2, 5 * 8)
+    query, key = torch.zeros(3, 1, 6, 8), torch.zeros(3, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"query must be \[seq, batch, 6, 8\]: found \(3, 1, 2, 8\)"):
+        norm(key, key)
+    with pytest.raises(ValueError, match=r"key must be \[seq, batch, 2, 8\]: found \(3, 1, 6, 8\)"):
+        norm(query, query)
+    with pytest.raises(ValueError, match=r"mixed_qkv must be \[seq, batch, 2, 40\]: found \(3, 1, 80\)"):
+        norm.forward_fused(x.flatten(2))
+    table = torch.zeros(3, 2)
+    for cos, sin in ((table[:2], table[:2]), (table, table[:, :1]), (table, None), (torch.zeros(3, 5),) * 2):
+        with pytest.raises(ValueError, match="with seq 3, batch 1 and 2 half at most head_dim, 8: found"):
+            norm.forward_fused(x, cos, sin)
+    with pytest.raises(ValueError, match=r"the weight's 48 channels: found \(3, 1, 2, 8\)"):
+        FullDimRMSNorm(48, 48, alone)(key)
+
+
 # ---------------------------------------------------------------------------------------------- memory and compilation
 
 

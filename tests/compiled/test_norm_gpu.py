@@ -170,6 +170,7 @@ def test_shared_key_heads_leave_the_others_gradients_zero():
     outputs = norm._apply_norm((2, 2), None, None, mixed)
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     own = torch.cat([mixed.detach()[..., 2 * 128 : 4 * 128], mixed.detach()[..., 6 * 128 :]], -1).requires_grad_()
+    norm.heads_per_group = 2
     expected = norm.forward_fused(own)
     torch.autograd.backward(expected, [torch.ones_like(y) for y in expected])
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
