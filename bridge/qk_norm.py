@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from compiled.collectives import ranks_of
-from compiled.full_dim_norm import head_norm
+from compiled.full_dim_norm import check_channels, head_norm
 from compiled.norm_plain import Setting
 
 
@@ -38,8 +38,10 @@ class _ReplicatedFullDimNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight[self.own]
+        check_channels(x, weight)
         # replicas=(1,): the sum over them is finalize_model_grads'
-        (y,) = head_norm(self.setting, self.ranks, (1,), None, None, [self.weight[self.own]], [x])
+        (y,) = head_norm(self.setting, self.ranks, (1,), None, None, [weight], [x])
         return y
 
 

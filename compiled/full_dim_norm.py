@@ -86,6 +86,14 @@ def head_norm(
     return HeadNorm.apply(setting, ranks, replicas, cos, sin, *weights, *inputs)
 
 
+def check_channels(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4 or x.shape[2] * x.shape[3] != len(weight):
+        raise ValueError(
+            f"x must be [seq, batch, heads, head_dim] with the weight's {len(weight)} channels: found "
+            f"{tuple(x.shape)}; give this rank's heads, no others"
+        )
+
+
 def _check(name: str, x: Tensor, *last: int) -> None:
     if x.dim() != 4 or x.shape[2:] != last:
         expected = ", ".join(map(str, last))
@@ -157,11 +165,7 @@ class FullDimRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(local_dim, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[2] * x.shape[3] != len(self.weight):
-            raise ValueError(
-                f"x must be [seq, batch, heads, head_dim] with the weight's {len(self.weight)} channels: found "
-                f"{tuple(x.shape)}; give this rank's heads, no others"
-            )
+        check_channels(x, self.weight)
         setting = Setting((self.global_dim * self.replicas,), self.eps, x.shape[-1], ())
         (y,) = head_norm(setting, self.ranks, (self.replicas,), None, None, [self.weight], [x])
         return y
@@ -232,17 +236,17 @@ class FullDimQKNorm(nn.Module):
             ValueError: other shapes.
         """
         _check("mixed_qkv", mixed_qkv, self.kv_heads, (self.heads_per_group + 2) * self.head_dim)
-        if cos is not None:
+        if cos is not None or sin is not None:
             self._check_tables(mixed_qkv, cos, sin)
         own = self.heads // self.kv_heads
         split = (self.ranks.rank % self.replicas * own, own)
         return self._apply_norm(split, cos, sin, mixed_qkv)
 
-    def _check_tables(self, mixed_qkv: Tensor, cos: Tensor, sin: Tensor | None) -> None:
-        seq, batch, half = *mixed_qkv.shape[:2], cos.shape[-1]
-        expected = (seq, half) if cos.dim() == 2 else (seq, batch, half)
-        if sin is None or cos.shape != expected or sin.shape != expected or 2 * half > self.head_dim:
-            found = [None if table is None else tuple(table.shape) for table in (cos, sin)]
+    def _check_tables(self, mixed_qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+        seq, batch = mixed_qkv.shape[:2]
+        found = [None if table is None else tuple(table.shape) for table in (cos, sin)]
+        half = found[0][-1] if found[0] else self.head_dim
+        if found[0] != found[1] or found[0] not in ((seq, half), (seq, batch, half)) or 2 * half > self.head_dim:
             raise ValueError(
                 f"cos and sin must both be [seq, half] or [seq, batch, half], with seq {seq}, batch {batch} and 2 half "
                 f"at most head_dim, {self.head_dim}: found {found[0]} and {found[1]}; make them with "

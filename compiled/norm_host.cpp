@@ -2,9 +2,10 @@
 //
 // At a few thousand tokens a launch from Python takes longer than the kernel that it launches. Here a step's first
 // call with arguments of a kind goes to norm_launches.py, which has Triton compile the kernels and launches them; what it
-// launched is kept, and later calls with arguments of that kind launch it through the driver. Of one kind are tensors at
-// other addresses that are equally aligned, with other values, or of more or fewer tokens: norm_launches.py, too,
-// compiles once for all these. Where it names nothing to keep, as in Triton's interpreter, it gets every call.
+// launched is kept, and later calls with arguments of that kind launch it through the driver. Arguments of a kind have
+// the same dtypes, alignment, strides and sizes; they may differ in values, addresses and the number of tokens. (Where a
+// stride goes with the number of tokens, each number is a kind.) Where norm_launches.py names nothing to keep, as in
+// Triton's interpreter, it gets every call.
 
 #include <dlfcn.h>
 
@@ -88,6 +89,7 @@ Function symbol(const char* library, const char* name) {
 
 // `norm_host.Relaunch`.
 struct Kernel {
+  py::object compiled;  // whose end would be the function's
   void* function;
   unsigned warps, shared;
   Sizes taken;
@@ -315,7 +317,7 @@ class Norm {
     std::vector<Kernel> made;
     for (const py::handle& one : launched) {
       auto function = reinterpret_cast<void*>(one.attr("function").cast<uint64_t>());
-      made.push_back({function, one.attr("warps").cast<unsigned>(), one.attr("shared").cast<unsigned>(),
+      made.push_back({one.attr("compiled"), function, one.attr("warps").cast<unsigned>(), one.attr("shared").cast<unsigned>(),
                       one.attr("taken").cast<Sizes>(), one.attr("programs").cast<int64_t>()});
     }
     auto values = launched[py::int_(0)].attr("values").cast<std::vector<std::optional<uint64_t>>>();
@@ -436,7 +438,8 @@ class HeadNorm : public torch::autograd::Function<HeadNorm> {
   }
 
  private:
-  // As torch.autograd.function.once_differentiable: an error if these are differentiated, instead of no gradient.
+  // An error if these are differentiated, instead of no gradient: also, unlike with once_differentiable, where the graph
+  // would only begin here.
   static Tensors not_differentiable(Tensors grads) {
     auto error = std::make_shared<torch::autograd::DelayedError>(
         "the norm's backward pass cannot be differentiated: leave out create_graph=True", grads.size());

@@ -7,11 +7,15 @@ for each version of it and of torch. Where that fails there is a warning, and th
 import hashlib
 import importlib.util
 import os
+import platform
 import struct
 import sys
+import sysconfig
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +30,16 @@ from compiled.launch import Launch
 from compiled.norm_plain import Setting
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+_ONE_BUILD = threading.Lock()
+
+# What Triton's metadata says of a kernel that wants more than the driver's plain launch.
+EXTRAS = (
+    "global_scratch_size",
+    "profile_scratch_size",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "instrumentation_mode",
+)
 
 
 @cache
@@ -48,16 +62,27 @@ def library() -> Path:
     """Where it is, once it is built."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    version = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.version}".encode()).hexdigest()[:16]
+    made_of = SOURCE.read_bytes() + f"{torch.__version__} {sys.version} {platform.machine()}".encode()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return Path(root, f"minimax_m2_norm_host_{version}.so")
+    return Path(root, f"minimax_m2_norm_host_{hashlib.sha256(made_of).hexdigest()[:16]}.so")
+
+
+def _built() -> ModuleType | None:
+    with _ONE_BUILD:
+        return _load_or_build()
 
 
 @cache
-def _built() -> ModuleType | None:
+def _load_or_build() -> ModuleType | None:
+    if torch.version.hip:
+        return None
     path = library()
     try:
-        return _load(path) if path.exists() else _build(path)
+        try:
+            return _load(path)
+        except ImportError:  # not there, or it does not fit this machine
+            path.unlink(missing_ok=True)
+            return _build(path)
     except (RuntimeError, OSError, ImportError) as error:
         warnings.warn(
             f"the norms' C++ host code could not be built or loaded, so Python launches their kernels, which is slower "
@@ -76,16 +101,31 @@ def _load(path: Path) -> ModuleType:
 
 
 def _build(path: Path) -> ModuleType:
-    """In a folder of its own, for torch's lock on a folder outlives a killed process; then into its place at once."""
+    """In a folder of its own: processes that start together all build, wait for no lock, and see no half a file.
+
+    The first one's stays, and what others have loaded stays where it is until they end.
+    """
     from torch.utils import cpp_extension
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _ninja_on_path():
         module = cpp_extension.load(
             path.stem, [str(SOURCE)], extra_cflags=["-O2"], build_directory=folder, with_cuda=False
         )
-        os.replace(module.__file__, path)
+        with suppress(FileExistsError):
+            os.link(module.__file__, path)
     return module
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """torch looks for ninja there, and not where pip put it, beside a Python whose environment is not activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 # -------------------------------------------------------------------------------------------------------- what is kept
@@ -94,6 +134,8 @@ def _build(path: Path) -> ModuleType:
 class Relaunch(NamedTuple):
     """What the driver needs to launch a compiled kernel again. Arguments are counted with tuples flattened."""
 
+    compiled: Any
+    """Triton's; the function is gone when this is."""
     function: int
     warps: int
     shared: int
@@ -117,12 +159,11 @@ def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Relaunch] 
 
 
 def _is_plain(launch: Launch) -> bool:
-    """Compiled at all, and wants no scratch memory, clusters or other things of its launch."""
+    """Compiled at all, and wants no scratch memory, clusters or instrumentation."""
     if launch.compiled is None:
         return False
     metadata = launch.compiled.metadata
-    extras = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
-    return metadata.num_ctas == 1 and not any(getattr(metadata, name, 0) for name in extras)
+    return metadata.num_ctas == 1 and not any(getattr(metadata, extra, 0) for extra in EXTRAS)
 
 
 def _relaunch(launch: Launch) -> Relaunch:
@@ -131,7 +172,7 @@ def _relaunch(launch: Launch) -> Relaunch:
     taken = [place for place, kind in enumerate(types) if kind != "constexpr"]
     values = [_bits(x) for x in arguments]
     metadata = compiled.metadata
-    return Relaunch(compiled.function, metadata.num_warps, metadata.shared, taken, values, launch.programs)
+    return Relaunch(compiled, compiled.function, metadata.num_warps, metadata.shared, taken, values, launch.programs)
 
 
 def _flat(nested: Iterable[Any]) -> Iterator[Any]:

@@ -27,6 +27,9 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        setting = Setting((x.shape[-1],), self.eps, x.shape[-1], ())
+        hidden = len(self.weight)
+        if x.dim() != 3 or x.shape[-1] != hidden:
+            raise ValueError(f"x must be [seq, batch, {hidden}], as wide as the weight: found {tuple(x.shape)}")
+        setting = Setting((hidden,), self.eps, hidden, ())
         (y,) = head_norm(setting, ranks_of(None), (1,), None, None, [self.weight], [x.unsqueeze(-2)])
         return y.squeeze(-2)

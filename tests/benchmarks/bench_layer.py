@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import environment, median_ms
 
 LAYERS, EXPERTS, SEQ, BATCH = 4, 32, 4096, 4
-WARM_UP, RUNS = 6, 180
+WARM_UP, RUNS = 6, 60
 
 
 def without_norm(spec: ModuleSpec) -> ModuleSpec:

@@ -207,11 +207,19 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"mixed_qkv must be \[seq, batch, 2, 40\]: found \(3, 1, 80\)"):
         norm.forward_fused(x.flatten(2))
     table = torch.zeros(3, 2)
-    for cos, sin in ((table[:2], table[:2]), (table, table[:, :1]), (table, None), (torch.zeros(3, 5),) * 2):
+    for cos, sin in (
+        (table[:2], table[:2]),
+        (table, table[:, :1]),
+        (table, None),
+        (None, table),
+        (torch.zeros(3, 5),) * 2,
+    ):
         with pytest.raises(ValueError, match="with seq 3, batch 1 and 2 half at most head_dim, 8: found"):
             norm.forward_fused(x, cos, sin)
     with pytest.raises(ValueError, match=r"the weight's 48 channels: found \(3, 1, 2, 8\)"):
         FullDimRMSNorm(48, 48, alone)(key)
+    with pytest.raises(ValueError, match=r"x must be \[seq, batch, 16\], as wide as the weight: found \(3, 1, 8\)"):
+        RMSNorm(16)(key[:, :, 0])
 
 
 # ---------------------------------------------------------------------------------------------- memory and compilation

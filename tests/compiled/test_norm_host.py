@@ -4,28 +4,32 @@ What its C++ does between the launches is tested by `test_norm` (Triton's interp
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from checks import NO_GPU, ROOT
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiled import norm_host
 from compiled.full_dim_norm import FullDimQKNorm
+from compiled.launch import Launcher
+from compiled.rms_norm import RMSNorm
 from reference.rope import rotary_tables
 
 
-def in_a_fresh_interpreter(folder: Path) -> str:
-    """What a process says that has no compiler: what it loaded, and warnings."""
+def in_a_fresh_interpreter(folder: Path, **environment: str) -> str:
+    """What a process says of what it loaded or built in a folder, warnings included."""
     program = "from compiled import norm_host; print(norm_host._built())"
-    environment = os.environ | {"CXX": "no such compiler", "TORCH_EXTENSIONS_DIR": str(folder)}
+    variables = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)} | environment
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
     )
     return result.stdout + result.stderr
 
@@ -34,13 +38,28 @@ def test_what_is_built_is_loaded_again():
     built = norm_host._built()
     library = norm_host.library()
     assert library.exists()
-    said = in_a_fresh_interpreter(library.parent)
+    said = in_a_fresh_interpreter(library.parent, CXX="no such compiler")
     assert f"<module '{built.__name__}' from '{library}'>" in said
     assert "could not be built" not in said
 
 
+def test_what_cannot_be_loaded_is_built_anew(tmp_path):
+    """Without ninja on the path: it is found where pip puts it, beside a Python whose environment is not activated."""
+    tools, library = tmp_path / "tools", tmp_path / norm_host.library().name
+    tools.mkdir()
+    for name in ("c++", "g++", "as", "ld", "which", "sh", "uname"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    library.write_bytes(b"from a disk that was full")
+    said = in_a_fresh_interpreter(tmp_path, PATH=str(tools))
+    assert f"<module '{library.stem}'" in said
+    assert library.stat().st_size > 10_000
+    assert sorted(tmp_path.iterdir()) == sorted([tools, library])
+
+
 def test_no_compiler_is_said_and_leaves_nothing(tmp_path):
-    said = in_a_fresh_interpreter(tmp_path)
+    said = in_a_fresh_interpreter(tmp_path, CXX="no such compiler")
     assert said.startswith("None")
     assert "could not be built or loaded, so Python launches" in said
     assert "no such compiler" in said
@@ -69,10 +88,12 @@ def qk_norm(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> FullDimQ
     return norm
 
 
-def outcome(norm: FullDimQKNorm, inputs: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
+def outcome(norm: nn.Module, inputs: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients; the outputs' gradients have gaps, as attention may return them."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    outputs = norm.forward_fused(*leaves, *tables) if len(leaves) == 1 else norm(*leaves)
+    fused = isinstance(norm, FullDimQKNorm) and len(leaves) == 1
+    outputs = norm.forward_fused(*leaves, *tables) if fused else norm(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     grads = [normal(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype).to(y.device)[..., ::2] for y in outputs]
     return [*outputs, *torch.autograd.grad(outputs, [*leaves, *norm.parameters()], grads)]
 
@@ -96,20 +117,53 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.equal(a, b), f"result {index}: off by {(a - b).abs().max()}"
 
 
+def forms(size: tuple, tokens: int, start: int, seed: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """Each form of a norm on new numbers, some elements into their memory; batch comes first there for the views."""
+    heads, kv_heads, dim, rotary, dtype = size
+    norm, hidden_norm = qk_norm(heads, kv_heads, dim, dtype), RMSNorm(heads * dim, 1e-6, dtype).cuda()
+    memory = normal(2 * tokens * (heads + 2 * kv_heads) * dim + start, dtype=dtype, seed=seed)[start:]
+    tables = [t.cuda() for t in rotary_tables(torch.arange(tokens), rotary, 1e4, dtype=dtype)] if rotary else []
+    views = list(memory.view(2, tokens, -1, dim).transpose(0, 1)[:, :, kv_heads:].split([heads, kv_heads], 2))
+    return {
+        "fused": lambda: outcome(norm, [memory.view(tokens, 2, kv_heads, -1)], tables),
+        "two parts": lambda: outcome(norm, views, []),
+        "hidden": lambda: outcome(hidden_norm, [views[0].flatten(2)], []),
+    }
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("launched from Python")
+
+
 @NO_GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_launches_equal_those_from_python(python, size):
-    """First calls and later ones, with fewer tokens than programs and with more; both forms; aligned and not."""
-    heads, kv_heads, dim, rotary, dtype = size
-    norm = qk_norm(heads, kv_heads, dim, dtype)
-    for seed, (tokens, start) in enumerate(product((1, 37, 700, 701, 5000), (0, 3))):
-        memory = normal(2 * tokens * (heads + 2 * kv_heads) * dim + start, dtype=dtype, seed=seed)[start:]
-        tables = [t.cuda() for t in rotary_tables(torch.arange(tokens), rotary, 1e4, dtype=dtype)] if rotary else []
-        mixed = [memory.view(tokens, 2, kv_heads, -1)]
-        assert_same(outcome(norm, mixed, tables), python(outcome, norm, mixed, tables))
-        views = list(memory.view(2, tokens, -1, dim).transpose(0, 1)[:, :, kv_heads:].split([heads, kv_heads], 2))
-        assert_same(outcome(norm, views, []), python(outcome, norm, views, []))
+def test_launches_equal_those_from_python(python, size, monkeypatch):
+    """First calls and later ones, which Python no longer launches; fewer tokens than programs and more; not aligned."""
+    for tokens, start in product((1, 37, 700, 5000), (0, 3)):
+        first, later = (forms(size, tokens, start, seed) for seed in (0, 1))
+        expected = {name: python(run) for name, run in later.items()}
+        for name, run in first.items():
+            assert_same(run(), python(run))
+            with monkeypatch.context() as patch:
+                patch.setattr(Launcher, "__call__", refuse)
+                found = later[name]()
+            assert_same(found, expected[name])
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_one_kind_for_all_lengths(python, monkeypatch):
+    """Of the fused qkv, whose strides do not depend on the length; more tokens than at the first call, and fewer."""
+    size = SIZES[0]
+    forms(size, 700, 0, seed=0)["fused"]()
+    for tokens in (5000, 37):
+        run = forms(size, tokens, 0, seed=tokens)["fused"]
+        expected = python(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(Launcher, "__call__", refuse)
+            found = run()
+        assert_same(found, expected)
 
 
 @NO_GPU
