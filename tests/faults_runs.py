@@ -231,7 +231,7 @@ def _changed(event: str, args: tuple) -> str | None:
 # --------------------------------------------------------------------------------------------------------- what is left
 
 
-def snapshot(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
     """Every file and folder, with the checksum of its bytes."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from checkpoints import EDGY_CONFIG, all_tensors
-from faults_runs import Conversion, convert, export_job, import_job, snapshot, warm_server
+from faults_runs import Conversion, checksums, convert, export_job, import_job, warm_server
 from offline_jobs import export, imported_from
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def conversions(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     jobs = {"import": partial(import_job, checkpoint), "export": partial(export_job, folder / "import", checkpoint)}
     for direction, job in jobs.items():
         convert(job(folder / direction))
-    return {name: Conversion(job, snapshot(folder / name), folder / name) for name, job in jobs.items()}
+    return {name: Conversion(job, checksums(folder / name), folder / name) for name, job in jobs.items()}
 
 
 @pytest.fixture(scope="module")

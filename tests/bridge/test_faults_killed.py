@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from faults_runs import DIRECTIONS, Conversion, die_at, finished_files, flip, run, siblings, snapshot, start
+from faults_runs import DIRECTIONS, Conversion, checksums, die_at, finished_files, flip, run, siblings, start
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -44,7 +44,7 @@ def kill_and_finish(conversion: Conversion, folder: Path, kills: int, seed: str)
                 break
         if out.exists():  # the kill came after the last rename
             early += 1
-            assert snapshot(out) == conversion.expected
+            assert checksums(out) == conversion.expected
             shutil.rmtree(alone)
             continue
         finished = finished_files(out)
@@ -55,7 +55,7 @@ def kill_and_finish(conversion: Conversion, folder: Path, kills: int, seed: str)
         again = run(conversion.job(out))
         assert again.error is None
         assert again.summary.reused == len(finished) - bool(spoil)
-        assert snapshot(out) == conversion.expected
+        assert checksums(out) == conversion.expected
         assert siblings(out) == ["out"]
         reused, damaged = reused + (again.summary.reused > 0), damaged + bool(spoil)
         shutil.rmtree(alone)
@@ -92,13 +92,13 @@ def test_killed_at_each_step_of_replacing_a_checkpoint(
         folder.mkdir()
         out = Path(shutil.copytree(undisturbed, folder / "out"))
         (out / "notes.txt").write_text("of the old one")
-        return out, snapshot(out)
+        return out, checksums(out)
 
     out, _ = old(tmp_path / "log")
     log = tmp_path / "events"
     outcome = run(few, fault=partial(die_at, -1, out.parent, log), overwrite=True)
     assert outcome.error is None
-    new = snapshot(out)
+    new = checksums(out)
     events = log.read_text().splitlines()
     first = next(i for i, line in enumerate(events) if line == f"os.rename\t{out}")
     for step in sorted({*range(first, first + 4), *range(first + 4, len(events), 6), len(events) - 1}):
@@ -108,11 +108,11 @@ def test_killed_at_each_step_of_replacing_a_checkpoint(
         assert killed.exitcode == -signal.SIGKILL
         if step == first + 1:  # between the two renames both are complete, and neither is in place
             assert not out.exists()
-            assert snapshot(out.with_name(".out.old")) == before
-            assert snapshot(out.with_name(".out.partial")) == new
+            assert checksums(out.with_name(".out.old")) == before
+            assert checksums(out.with_name(".out.partial")) == new
         else:
-            assert snapshot(out) == (before if step <= first else new), events[step]
+            assert checksums(out) == (before if step <= first else new), events[step]
         again = run(job, overwrite=True)
         assert again.error is None, events[step]
-        assert snapshot(out) == new
+        assert checksums(out) == new
         assert siblings(out) == ["out"], events[step]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from checkpoints import edit_tensors
-from faults_runs import ENVIRONMENT, TIMEOUT, Conversion, Job, convert, import_job, processes_with, siblings, snapshot
+from faults_runs import ENVIRONMENT, TIMEOUT, Conversion, Job, checksums, convert, import_job, processes_with, siblings
 
 # A script that converts under torchrun, or with two workers, as the command does.
 PROGRAM = """
@@ -119,7 +119,7 @@ def test_killed_with_two_workers(conversions: dict[str, Conversion], tmp_path: P
         assert status == -signal.SIGKILL
     assert not out.exists()
     assert convert(job(out)).reused > 0
-    assert snapshot(out) == expected
+    assert checksums(out) == expected
     assert siblings(out) == ["out"]
 
 
@@ -151,7 +151,7 @@ def test_a_rank_is_killed(conversions: dict[str, Conversion], tmp_path: Path, ou
     assert status
     assert not out.exists()
     assert convert(job(out)).reused > 0
-    assert snapshot(out) == expected
+    assert checksums(out) == expected
     assert siblings(out) == ["out"]
 
 
@@ -172,5 +172,5 @@ def test_torchruns_agent_is_killed(conversions: dict[str, Conversion], tmp_path:
     assert status == -signal.SIGKILL
     assert not out.exists()
     convert(job(out))
-    assert snapshot(out) == expected
+    assert checksums(out) == expected
     assert siblings(out) == ["out"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults_runs import Run, die_at, fork, snapshot, warm_server
+from faults_runs import Run, checksums, die_at, fork, warm_server
 from ranks import SLOW_IMPORTS
 
 SHARD_BYTES, TIMES = 100_000, 30
@@ -42,7 +42,7 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with warm_server(checkpoint, "faults_model"):
         out = tmp_path_factory.mktemp("saved") / "out"
         assert start(out).outcome().exitcode == 0
-        yield snapshot(out)
+        yield checksums(out)
 
 
 def timed(act: Callable[[], bool]) -> float:
@@ -63,9 +63,9 @@ def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None
         running = start(out)
         running.kill_after(moments.uniform(0, seconds))
         killed += running.outcome().exitcode == -signal.SIGKILL
-        assert not out.exists() or snapshot(out) == whole
+        assert not out.exists() or checksums(out) == whole
         seconds = timed(lambda out=out: start(out, overwrite=True).outcome().exitcode == 0)
-        assert snapshot(out) == whole
+        assert checksums(out) == whole
         assert os.listdir(out.parent) == ["out"]
         if killed == TIMES:
             return
@@ -79,18 +79,18 @@ def test_killed_while_it_replaces_a_checkpoint(whole: dict[str, str], tmp_path: 
         out.parent.mkdir()
         assert start(out).outcome().exitcode == 0
         (out / "notes.txt").write_text("of the old one")
-        old = snapshot(out)
+        old = checksums(out)
         outcome = start(out, overwrite=True, fault=partial(die_at, number, out.parent)).outcome()
         if out.exists():
-            assert snapshot(out) in (old, whole)
+            assert checksums(out) in (old, whole)
         else:
-            assert snapshot(out.with_name(".out.old")) == old
-            assert snapshot(out.with_name(".out.partial")) == whole
+            assert checksums(out.with_name(".out.old")) == old
+            assert checksums(out.with_name(".out.partial")) == whole
         if outcome.exitcode == 0:
             assert number > 30, "a save makes more changes than that"
             return
         assert start(out, overwrite=True).outcome().exitcode == 0
-        assert snapshot(out) == whole
+        assert checksums(out) == whole
     pytest.fail("a save makes fewer changes than that")
 
 
@@ -131,7 +131,7 @@ def test_a_rank_is_killed_at_random_moments(checkpoint: Path, tmp_path: Path) ->
     with warm_server(checkpoint, "faults_warm", *SLOW_IMPORTS):
         out, moments, killed = tmp_path / "out", random.Random(0), 0
         running = start_ranks(tmp_path / "undisturbed", checkpoint, out)
-        seconds, whole = timed(lambda: succeed(running)), snapshot(out)
+        seconds, whole = timed(lambda: succeed(running)), checksums(out)
         for number in range(4 * TIMES):
             out, victim = tmp_path / str(number) / "out", number % 2
             running = start_ranks(tmp_path / str(number) / "ranks", checkpoint, out)
@@ -139,10 +139,10 @@ def test_a_rank_is_killed_at_random_moments(checkpoint: Path, tmp_path: Path) ->
             codes = [one.outcome().exitcode for one in running]
             assert None not in codes, "a rank hangs"
             killed += codes[victim] == -signal.SIGKILL
-            assert not out.exists() or snapshot(out) == whole
+            assert not out.exists() or checksums(out) == whole
             again = start_ranks(tmp_path / str(number) / "again", checkpoint, out)
             seconds = timed(lambda again=again: succeed(again))
-            assert snapshot(out) == whole
+            assert checksums(out) == whole
             assert sorted(os.listdir(out.parent)) == ["again", "out", "ranks"]
             if killed == TIMES:
                 return
