@@ -1,11 +1,11 @@
 // `HeadNorm` of full_dim_norm.py for eager runs on a GPU: the same steps in the same order, without Python.
 //
 // At a few thousand tokens a launch from Python takes longer than the kernel that it launches. Here a step's first
-// call with arguments of a kind goes to norm_launches.py, which has Triton compile the kernels and launches them; what it
-// launched is kept, and later calls with arguments of that kind launch it through the driver. Arguments of a kind have
-// the same dtypes, alignment, strides and sizes; they may differ in values, addresses and the number of tokens. (Where a
-// stride goes with the number of tokens, each number is a kind.) Where norm_launches.py names nothing to keep, as in
-// Triton's interpreter, it gets every call.
+// call with arguments of a kind goes to norm_launches.py, which has Triton compile the kernels and launches them; what
+// it launched is kept, and later calls with arguments of that kind launch it through the driver. Arguments of a kind
+// have the same dtypes, alignment, strides and sizes; they may differ in values, addresses and the number of tokens.
+// (Where a stride goes with the number of tokens, each number is a kind.) Where norm_launches.py names nothing to keep,
+// as in Triton's interpreter, it gets every call.
 
 #include <dlfcn.h>
 
@@ -164,12 +164,8 @@ class Norm {
       parts(inputs, terms.size(), arguments);
       arguments.tensor(sums);
       arguments.integer(sums.size(2));
-      if (auto* kernels = known(arguments)) {
-        kernels->front().launch(tokens(sums), arguments);
-      } else {
-        py::gil_scoped_acquire python;
-        keep(arguments, fill_sums(inputs, setting, sums));
-      }
+      auto* kernels = known_or_kept(arguments, [&] { return fill_sums(inputs, setting, sums); });
+      if (kernels) kernels->front().launch(tokens(sums), arguments);
     }
     return sums;
   }
@@ -196,17 +192,11 @@ class Norm {
       for (const Tensor& weight : weights) arguments.tensor(weight);
       arguments.maybe(sums);
       arguments.tensor(rstd);
-      table(cos, sin, arguments);
-      arguments.integer(rstd.size(2));
-      arguments.integer(terms.front());
-      arguments.integer(terms.back());
+      table_and_terms(cos, sin, rstd, arguments);
       arguments.real(eps);
-      if (auto* kernels = known(arguments)) {
-        kernels->front().launch(tokens(rstd), arguments);
-      } else {
-        py::gil_scoped_acquire python;
-        keep(arguments, fill_outputs(inputs, weights, sums, cos, sin, setting, ys, rstd));
-      }
+      auto* kernels = known_or_kept(
+          arguments, [&] { return fill_outputs(inputs, weights, sums, cos, sin, setting, ys, rstd); });
+      if (kernels) kernels->front().launch(tokens(rstd), arguments);
     }
     ys.push_back(rstd);
     return ys;
@@ -232,17 +222,12 @@ class Norm {
     arguments.none();
     arguments.tensor(rstd);
     arguments.maybe(coupling);
-    table(cos, sin, arguments);
-    arguments.integer(rstd.size(2));
-    arguments.integer(terms.front());
-    arguments.integer(terms.back());
+    table_and_terms(cos, sin, rstd, arguments);
     if (dw) arguments.kind.push_back(static_cast<int64_t>(dw->scalar_type()));
-    auto* kernels = known(arguments);
-    if (!kernels) {
-      py::gil_scoped_acquire python;
-      keep(arguments, fill_gradients(grads, inputs, weights, rstd, cos, sin, setting, dxs, dw, coupling));
-      return;
-    }
+    auto* kernels = known_or_kept(arguments, [&] {
+      return fill_gradients(grads, inputs, weights, rstd, cos, sin, setting, dxs, dw, coupling);
+    });
+    if (!kernels) return;
     if (!dw) return kernels->front().launch(tokens(rstd), arguments);
     int64_t programs = std::min(tokens(rstd), kernels->front().programs);
     Tensor partials = empty({programs, dw->numel()}, rstd, at::kFloat);
@@ -296,19 +281,33 @@ class Norm {
     for (const Tensor& input : inputs) arguments.kind.push_back(input.size(2));
   }
 
-  static void table(const MaybeTensor& cos, const MaybeTensor& sin, Arguments& arguments) {
-    if (!cos) return arguments.none();
-    arguments.tensor(*cos);
-    arguments.tensor(*sin);
-    arguments.integer(cos->stride(0));
-    arguments.integer(cos->dim() == 3 ? cos->stride(1) : 0);
-    arguments.kind.push_back(cos->size(-1));
+  // And, between the two, the batch size.
+  void table_and_terms(const MaybeTensor& cos, const MaybeTensor& sin, const Tensor& rstd, Arguments& arguments) const {
+    if (cos) {
+      arguments.tensor(*cos);
+      arguments.tensor(*sin);
+      arguments.integer(cos->stride(0));
+      arguments.integer(cos->dim() == 3 ? cos->stride(1) : 0);
+      arguments.kind.push_back(cos->size(-1));
+    } else {
+      arguments.none();
+    }
+    arguments.integer(rstd.size(2));
+    arguments.integer(terms.front());
+    arguments.integer(terms.back());
   }
 
-  const std::vector<Kernel>* known(const Arguments& arguments) {
-    std::lock_guard lock(mutex);
-    auto found = kernels.find(arguments.kind);
-    return found == kernels.end() ? nullptr : &found->second;
+  // What is to be launched for these arguments; nullptr: it was the first call of their kind, and `fill` launched.
+  template <typename Fill>
+  const std::vector<Kernel>* known_or_kept(const Arguments& arguments, Fill fill) {
+    {
+      std::lock_guard lock(mutex);
+      auto found = kernels.find(arguments.kind);
+      if (found != kernels.end()) return &found->second;
+    }
+    py::gil_scoped_acquire python;
+    keep(arguments, fill());
+    return nullptr;
   }
 
   // `launched`: None, or a list of norm_host.Relaunch of which the first had these arguments.
@@ -317,8 +316,9 @@ class Norm {
     std::vector<Kernel> made;
     for (const py::handle& one : launched) {
       auto function = reinterpret_cast<void*>(one.attr("function").cast<uint64_t>());
-      made.push_back({one.attr("compiled"), function, one.attr("warps").cast<unsigned>(), one.attr("shared").cast<unsigned>(),
-                      one.attr("taken").cast<Sizes>(), one.attr("programs").cast<int64_t>()});
+      made.push_back({one.attr("compiled"), function, one.attr("warps").cast<unsigned>(),
+                      one.attr("shared").cast<unsigned>(), one.attr("taken").cast<Sizes>(),
+                      one.attr("programs").cast<int64_t>()});
     }
     auto values = launched[py::int_(0)].attr("values").cast<std::vector<std::optional<uint64_t>>>();
     TORCH_INTERNAL_ASSERT(values.size() == arguments.values.size());
@@ -438,8 +438,8 @@ class HeadNorm : public torch::autograd::Function<HeadNorm> {
   }
 
  private:
-  // An error if these are differentiated, instead of no gradient: also, unlike with once_differentiable, where the graph
-  // would only begin here.
+  // An error if these are differentiated, instead of no gradient: also, unlike with once_differentiable, where the
+  // graph would only begin here.
   static Tensors not_differentiable(Tensors grads) {
     auto error = std::make_shared<torch::autograd::DelayedError>(
         "the norm's backward pass cannot be differentiated: leave out create_graph=True", grads.size());

@@ -48,11 +48,10 @@ def assert_relative(ours: Tensor, truth: Tensor, bound: float, name: str = "valu
     assert difference <= bound * size, f"{name}: off by {difference}, values up to {size}"
 
 
-def fresh_interpreter(code: str, *, typecheck: bool) -> subprocess.CompletedProcess[str]:
+def fresh_interpreter(code: str, *, typecheck: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new Python, which pytest's --jaxtyping-packages does not reach."""
-    environment = {name: value for name, value in os.environ.items() if name != "MINIMAX_M2_TYPECHECK"}
-    if typecheck:
-        environment["MINIMAX_M2_TYPECHECK"] = "1"
+    inherited = {name: value for name, value in os.environ.items() if name != "MINIMAX_M2_TYPECHECK"}
+    environment = inherited | ({"MINIMAX_M2_TYPECHECK": "1"} if typecheck else {}) | environment
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -5,26 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import NO_GPU
+from oracles import Case
 from torch import Tensor
 
 from bridge import attention
 from bridge.attention import kept_tables
 from bridge.provider import build_gpt_model
 from bridge.single_process import model_parallel
-from reference.config import ModelConfig
 
-CONFIG = ModelConfig(
-    num_hidden_layers=3,
-    hidden_size=64,
-    vocab_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rotary_dim=8,
-    intermediate_size=32,
-    num_local_experts=2,
-    num_experts_per_tok=1,
-)
+CASE = Case(heads=4, groups=2, head_dim=16, rotary=8, hidden=64, width=32, experts=2, top_k=1, layers=3, vocab=32)
 
 
 def angles_of(seed: int) -> Tensor:
@@ -63,7 +52,7 @@ def test_a_model_makes_them_once_for_all_layers_and_steps(monkeypatch):
     plain = attention._tables
     monkeypatch.setattr(attention, "_tables", lambda *args: made.append(args) or plain(*args))
     with model_parallel():
-        model = build_gpt_model(CONFIG).eval()
+        model = build_gpt_model(CASE.model_config()).eval()
         tokens = torch.randint(0, 32, (2, 7), device=next(model.parameters()).device)
         positions = torch.arange(7, device=tokens.device).expand(2, -1)
         model.rotary_pos_emb.forward.cache_clear()

@@ -3,13 +3,9 @@
 Their arithmetic is compared on a GPU, by the tests that run on each device.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from checks import NO_GPU, ROOT
+from checks import NO_GPU, fresh_interpreter
 from fp8_cases import same_bits, source
 
 from compiled.fp8 import dequantize_blockwise
@@ -38,8 +34,7 @@ def test_more_kinds_of_tensors_than_torch_compiles_by_default():
 
 
 def in_a_fresh_interpreter(program: str, **environment: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = fresh_interpreter(program, **environment)
     assert result.returncode == 0, result.stderr
 
 

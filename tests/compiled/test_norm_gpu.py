@@ -3,42 +3,25 @@
 import pytest
 import torch
 from checks import assert_calibrated
+from norm_on_gpu import EPS, FLOAT64, normal, qk_norm, turned
 from torch import Tensor
 
-from compiled.full_dim_norm import FullDimQKNorm, FullDimRMSNorm
+from compiled.full_dim_norm import FullDimRMSNorm
 from compiled.rms_norm import RMSNorm
 from reference.norm import full_dim_rms_norm, rms_norm
-from reference.rope import apply_rotary, rotary_tables
+from reference.rope import apply_rotary
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton kernels need an NVIDIA GPU"),
 ]
 
-EPS, FLOAT64 = 1e-6, torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # heads, key heads, head_dim, channels that turn: the model whole and as its ranks at TP 2, 4 and 8 hold it; odd ones
 SIZES = [
     (48, 8, 128, 64), (24, 4, 128, 64), (12, 2, 128, 64), (6, 1, 128, 64),
     (48, 8, 128, 0), (5, 1, 64, 64), (9, 3, 96, 48), (7, 7, 40, 12), (3, 1, 128, 0),
 ]  # fmt: skip
-
-
-def normal(*shape: int, dtype: torch.dtype = FLOAT64, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=FLOAT64, device="cuda").to(dtype)
-
-
-def qk_norm(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> FullDimQKNorm:
-    norm = FullDimQKNorm(heads, kv_heads, head_dim, lambda: None, EPS, dtype).cuda()
-    with torch.no_grad():
-        norm.q_weight.copy_(1 + 0.3 * normal(heads * head_dim, seed=1))
-        norm.k_weight.copy_(1 + 0.3 * normal(kv_heads * head_dim, seed=2))
-    return norm
-
-
-def turned(seq: int, rotary: int, dtype: torch.dtype) -> list[Tensor]:
-    return [table.cuda() for table in rotary_tables(torch.arange(seq), rotary, 1e4, dtype=dtype)] if rotary else []
 
 
 def split(mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,10 +3,7 @@
 What its C++ does between the launches is tested by `test_norm` (Triton's interpreter) and `test_norm_gloo` (ranks).
 """
 
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from itertools import product
@@ -14,24 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import NO_GPU, ROOT
+from checks import NO_GPU, fresh_interpreter
+from norm_on_gpu import EPS, normal, qk_norm, turned
 from torch import Tensor, nn
 
 from compiled import norm_host
 from compiled.full_dim_norm import FullDimQKNorm
 from compiled.launch import Launcher
 from compiled.rms_norm import RMSNorm
-from reference.rope import rotary_tables
 
 
 def in_a_fresh_interpreter(folder: Path, source: Path = norm_host.SOURCE, **environment: str) -> str:
     """What a process says of what it loaded or built in a folder, warnings included."""
     program = f"from compiled import norm_host; from pathlib import Path; norm_host.SOURCE = Path({str(source)!r}); "
     program += "print(norm_host.library()); print(norm_host._built())"
-    variables = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)} | environment
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
-    )
+    result = fresh_interpreter(program, TORCH_EXTENSIONS_DIR=str(folder), **environment)
+    assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
 
@@ -80,19 +75,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def qk_norm(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> FullDimQKNorm:
-    norm = FullDimQKNorm(heads, kv_heads, dim, lambda: None, 1e-6, dtype).cuda()
-    with torch.no_grad():
-        for weight in norm.parameters():
-            weight.copy_(1 + 0.3 * normal(len(weight), dtype=dtype))
-    return norm
-
-
 def outcome(norm: nn.Module, inputs: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients; the outputs' gradients have gaps, as attention may return them."""
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -125,9 +107,9 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def forms(size: tuple, tokens: int, start: int, seed: int) -> dict[str, Callable[[], list[Tensor]]]:
     """Each form of a norm on new numbers, some elements into their memory; batch comes first there for the views."""
     heads, kv_heads, dim, rotary, dtype = size
-    norm, hidden_norm = qk_norm(heads, kv_heads, dim, dtype), RMSNorm(heads * dim, 1e-6, dtype).cuda()
+    norm, hidden_norm = qk_norm(heads, kv_heads, dim, dtype), RMSNorm(heads * dim, EPS, dtype).cuda()
     memory = normal(2 * tokens * (heads + 2 * kv_heads) * dim + start, dtype=dtype, seed=seed)[start:]
-    tables = [t.cuda() for t in rotary_tables(torch.arange(tokens), rotary, 1e4, dtype=dtype)] if rotary else []
+    tables = turned(tokens, rotary, dtype)
     views = list(memory.view(2, tokens, -1, dim).transpose(0, 1)[:, :, kv_heads:].split([heads, kv_heads], 2))
     return {
         "fused": lambda: outcome(norm, [memory.view(tokens, 2, kv_heads, -1)], tables),
