@@ -9,6 +9,7 @@ rank is loaded with its slices by `reference.sharding`; afterwards its gradients
 The oracle is `MiniMaxM2ForCausalLM`; the truth that both are measured against is the same model in float64.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,29 +107,38 @@ def _rank(rank: int, world: int, folder: str, dtype: torch.dtype, sabotage: bool
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("nccl" if GPUS else "gloo", init_method=store, rank=rank, world_size=world)
     batches = torch.load(Path(folder, "batches.pt"))
+    if sabotage:
+        _leave_out_the_backward_all_reduce(rank, folder)
     for name, layout in LAYOUTS.items():
         if layout.world_size == world:
-            results = _train(rank, layout, dtype, batches, sabotage, drop_in="drop-in" in name)
+            results = _train(rank, layout, dtype, batches, drop_in="drop-in" in name)
             torch.save(results, Path(folder, f"{name}.{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
-def _train(
-    rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, sabotage: bool, drop_in: bool
-) -> dict[str, Any]:
+def _leave_out_the_backward_all_reduce(rank: int, folder: str) -> None:
+    """What the peer's backward does, from Python and in the C++ that eager calls on a GPU go through."""
+    from compiled import full_dim_norm, norm_host
+
+    full_dim_norm._summed = lambda coupling, dws, *_: (coupling, dws)
+    source, line = norm_host.SOURCE.read_text(), "coupling = summed(coupling, dws, norm);"
+    assert source.count(line) == 1
+    norm_host.SOURCE = Path(folder, f"norm_host.{rank}.cpp")
+    norm_host.SOURCE.write_text(source.replace(line, ""))
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+
+
+def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, drop_in: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    import compiled.full_dim_norm
     from bridge.layer_spec import minimax_m2_block_spec
     from bridge.mapping import model_state
     from bridge.provider import gpt_model_arguments, transformer_config
     from bridge.single_process import model_parallel
 
-    if sabotage:  # what the peer's backward does: no sum over ranks
-        compiled.full_dim_norm._summed = lambda coupling, dws, *_: (coupling, dws)
     sizes = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -311,8 +321,9 @@ def excess(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, 
     return ratios
 
 
-# Sums over tokens and heads are made in another order on each shard: errors of the same size, not the same errors.
-ALLOWED = 4.0
+# Sums over tokens and heads are made in another order on each shard: errors of the same size, not the same errors; 1.74
+# at most was found. Bfloat16's are so large that the mistake of the last test is 3.4 times them (float32's: 66,000).
+ALLOWED = 2.5
 
 
 def test_training_equals_transformers(runs: dict[str, Run], oracle: Oracle) -> None:
@@ -340,4 +351,4 @@ def test_without_the_backward_all_reduce_gradients_are_wrong(oracle: Oracle, tmp
     exact = oracle.truth.grads[name]
     relative = ((run.grads[name].double() - exact).norm() / exact.norm()).item()
     print(f"q_proj gradient off by {relative:.1%} of its norm, {grads[name]:.0f} times transformers' own error")
-    assert grads[name] > 2 * ALLOWED
+    assert grads[name] > ALLOWED
