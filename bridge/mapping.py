@@ -161,15 +161,6 @@ def model_rows(names: Sequence[str]) -> dict[Dialect, tuple[Row, ...]]:
     return found
 
 
-def model_dialect(model: nn.Module) -> Dialect:
-    """Which layer spec a model was built from.
-
-    Raises:
-        ValueError: as in `model_rows`.
-    """
-    return next(iter(model_rows(list(model_state(model)))))
-
-
 def _check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 from bridge.attention import packed_positions
-from bridge.mapping import model_dialect, model_state
+from bridge.mapping import model_rows, model_state
 from bridge.provider import build_gpt_model
 from bridge.single_process import model_parallel
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
@@ -173,11 +173,17 @@ class _OneSequenceAtATime(nn.Module):
         return torch.cat([self.core_attention(*sequence, mask, **kwargs) for sequence in sequences])
 
 
+def held_by(model):
+    """What `reference.sharding` says that the model holds, under the names of the layer spec it was built from."""
+    dialect = next(iter(model_rows(list(model_state(model)))))
+    return parameters(CONFIG, Parallelism(), 0, dialect)
+
+
 def load_model(dtype: torch.dtype, **settings):
     model = build_gpt_model(CONFIG, params_dtype=dtype, **settings)
     state, weights = model_state(model), disk_weights(CASE, dtype=dtype)
     with torch.no_grad():
-        for parameter in parameters(CONFIG, Parallelism(), 0, model_dialect(model)):
+        for parameter in held_by(model):
             state[parameter.name].copy_(shard(parameter, weights))
     return model
 
@@ -190,9 +196,9 @@ def attend(model, x: Tensor, grad: Tensor, *, context: int = 1, packed: PackedSe
     model.zero_grad()
     y, _ = layer.self_attention(layer.input_layernorm(x), None, rotary_pos_emb=angles, packed_seq_params=packed)
     y.backward(grad.to(DEVICE))
-    held = parameters(CONFIG, Parallelism(), 0, model_dialect(model))
     grads = {(0, 0, name): p.grad.cpu() for name, p in model_state(model).items() if p.grad is not None}
-    places = {source: found for source, found in placements({0: held}).items() if (0, 0, found[0].name) in grads}
+    held = placements({0: held_by(model)})
+    places = {source: found for source, found in held.items() if (0, 0, found[0].name) in grads}
     on_disk = {source: unshard(found, grads) for source, found in places.items()}
     return {"output": y.detach().cpu(), "input gradient": x.grad.cpu(), **on_disk}
 

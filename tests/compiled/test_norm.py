@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from checks import ROOT, assert_calibrated, assert_relative
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -315,7 +317,9 @@ def test_compiled_equals_eager(dtype):
 
 def test_kernels_interpreted():
     """Every kernel, at one rank and as each of several ranks, agrees with plain torch."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests/compiled/norm_interpreted.py")],
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False,
