@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -25,7 +24,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import deprecate_inference_params, get_pg_rank, get_pg_size
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -49,7 +47,8 @@ class MiniMaxM2SelfAttention(SelfAttention):
 
     Raises:
         ValueError: the config asks for something that would bypass the norm (`fused_single_qkv_rope`,
-            `attention_output_gate`, `qk_l2_norm`), or for another rotation (`rotary_interleaved`, `no_rope_freq`).
+            `attention_output_gate`, `qk_l2_norm`), or for another rotation (`rotary_interleaved`, `no_rope_freq`,
+            YaRN's scaling).
     """
 
     def __init__(
@@ -61,6 +60,11 @@ class MiniMaxM2SelfAttention(SelfAttention):
         none = IdentityOp if config.qk_layernorm else None
         empty = replace(submodules, q_layernorm=none, k_layernorm=none)
         super().__init__(config, empty, layer_number, **kwargs)
+        if self._yarn_concentration_factor != 1:
+            raise ValueError(
+                f"the config's YaRN settings scale cos and sin by {self._yarn_concentration_factor}, which MiniMax-M2 "
+                "does not: set yarn_rotary_scaling_factor=1, or leave the yarn_ settings out"
+            )
         self.q_layernorm = self.k_layernorm = None
         self.qk_norm = FullDimQKNorm(
             config.num_attention_heads,
@@ -149,19 +153,10 @@ class MiniMaxM2SelfAttention(SelfAttention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's; the norms' weights under the keys that its checkpoints use, sharded on axis 0."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        """As megatron-core's; the norms' weights under the keys that its checkpoints use."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        ranks, dp_rank, axis = self.qk_norm.ranks, get_pg_rank(metadata["dp_cp_group"]), len(sharded_offsets)
-        for (name, key), replicas in zip(CHECKPOINT_KEYS.items(), (1, self.qk_norm.replicas), strict=True):
-            sharded[prefix + name] = ShardedTensor.from_rank_offsets(
-                prefix + key,
-                self.get_parameter(name),
-                *sharded_offsets,
-                (axis, ranks.rank // replicas, ranks.size // replicas),
-                replica_id=(0, ranks.rank % replicas, dp_rank),
-                prepend_axis_num=axis,
-            )
+        for name, key in CHECKPOINT_KEYS.items():
+            sharded[prefix + name].key = prefix + key
         return sharded
 
 
@@ -192,8 +187,10 @@ def kept_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`angles`: `[seq, 1, 1, rotary_dim]`, both halves the same."""
-    angles = angles[:, 0, 0, : angles.shape[-1] // 2]
+    """`angles`: `[seq, batch or 1, 1, rotary_dim]`, both halves the same."""
+    angles = angles[:, :, 0, : angles.shape[-1] // 2]
+    if angles.shape[1] == 1:
+        angles = angles[:, 0]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -10,10 +10,13 @@ replica's dx is its share, and dw travels with C, so that it too is complete whe
 
 How the five steps between the collectives are computed: `norm_ops` on CUDA, `norm_plain` elsewhere. Eager calls on CUDA
 go to `norm_host`, which has the same function in C++.
+
+Under `torch.compile`, `fullgraph=True`, all sequence lengths together take at most two compilations.
 """
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 from compiled import norm_host, norm_ops, norm_plain
 from compiled.collectives import GroupGetter, Ranks, ranks_of, sum_over_ranks
 from compiled.norm_plain import Setting
+from compiled.sharded_state import sharded_weights
 
 
 class HeadNorm(torch.autograd.Function):
@@ -170,6 +174,12 @@ class FullDimRMSNorm(nn.Module):
         (y,) = head_norm(setting, self.ranks, (self.replicas,), None, None, [self.weight], [x])
         return y
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: the weight of all heads, of which this rank has a part or a copy of one."""
+        return sharded_weights(self, {"weight": self.replicas}, self.ranks, prefix, sharded_offsets, metadata)
+
 
 class FullDimQKNorm(nn.Module):
     """The query norm and the key norm in one step, and on request the fused qkv's split and RoPE in the same step.
@@ -214,7 +224,7 @@ class FullDimQKNorm(nn.Module):
         """Norm this rank's query and key heads, `[seq, batch, heads, head_dim]`, which may be views of any strides.
 
         Raises:
-            ValueError: other shapes.
+            ValueError: other shapes; two dtypes, of the heads or of the weights.
         """
         _check("query", query, self.heads, self.head_dim)
         _check("key", key, self.kv_heads, self.head_dim)
@@ -242,6 +252,13 @@ class FullDimQKNorm(nn.Module):
         split = (self.ranks.rank % self.replicas * own, own)
         return self._apply_norm(split, cos, sin, mixed_qkv)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: the weights of all heads, of which this rank has parts or copies of them."""
+        held = {"q_weight": 1, "k_weight": self.replicas}
+        return sharded_weights(self, held, self.ranks, prefix, sharded_offsets, metadata)
+
     def _check_tables(self, mixed_qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         seq, batch = mixed_qkv.shape[:2]
         found = [None if table is None else tuple(table.shape) for table in (cos, sin)]
@@ -256,6 +273,11 @@ class FullDimQKNorm(nn.Module):
     def _apply_norm(
         self, split: tuple[int, ...], cos: Tensor | None, sin: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
+        weights = [self.q_weight, self.k_weight]
+        for names, tensors in (("q_weight and k_weight", weights), ("query and key", inputs)):
+            if tensors[0].dtype != tensors[-1].dtype:
+                raise ValueError(
+                    f"{names} must have one dtype: found {tensors[0].dtype} and {tensors[-1].dtype}; convert one"
+                )
         setting = Setting(self.terms, self.eps, self.head_dim, split)
-        replicas = (1, self.replicas)
-        return tuple(head_norm(setting, self.ranks, replicas, cos, sin, [self.q_weight, self.k_weight], list(inputs)))
+        return tuple(head_norm(setting, self.ranks, (1, self.replicas), cos, sin, weights, list(inputs)))

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shutil
 import struct
 import sys
 import sysconfig
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
@@ -108,12 +109,18 @@ def _build(path: Path) -> ModuleType:
     from torch.utils import cpp_extension
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _ninja_on_path():
+    # A file system may not let a library go that is loaded (NFS), or may have no hard links: what was built serves.
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder, _ninja_on_path():
         module = cpp_extension.load(
             path.stem, [str(SOURCE)], extra_cflags=["-O2"], build_directory=folder, with_cuda=False
         )
-        with suppress(FileExistsError):
+        try:
             os.link(module.__file__, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            copy = shutil.copy(module.__file__, Path(folder, "copy"))
+            os.replace(copy, path)
     return module
 
 

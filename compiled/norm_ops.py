@@ -21,9 +21,13 @@ def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callabl
     """
     size = len(Setting._fields)
 
-    def decorate(launch: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        def launch(*args: object) -> object:
+            with torch.cuda.device_of(args[0][0]):  # Triton launches on the current device
+                return function(*args)
+
         operator = custom_op(
-            f"minimax_m2::norm_{launch.__name__}",
+            f"minimax_m2::norm_{function.__name__}",
             lambda *args: launch(*args[:-size], Setting(*args[-size:])),
             mutates_args=(),
             schema=f"({arguments}, int[] terms, float eps, int head_dim, int[] split) -> {returns}",

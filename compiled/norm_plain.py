@@ -64,7 +64,8 @@ def forward(
     outputs = []
     for x, w, r in zip(normed, weights, rstd, strict=True):
         y = w.view(x.shape[2:]) * (_wide(x) * r[..., None, None]).to(x.dtype)
-        y = y.reshape(_by_head(x, setting))
+        # No view: autograd would not let a caller change it in place.
+        y = torch.ops.aten._unsafe_view(y.contiguous(), _by_head(x, setting))
         outputs.append(y if cos is None else _turn(y, cos, sin))
     if passed is not None:
         value = passed.reshape(_by_head(passed, setting))

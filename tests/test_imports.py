@@ -19,6 +19,8 @@ FORBIDDEN_MODULES = {
     "compiled": ("bridge", "tests", "megatron", "transformer_engine", "transformers", "safetensors", "huggingface_hub"),
     "bridge": ("tests",),
 }  # fmt: skip
+# megatron-core asks a module for its `sharded_state_dict`, whose entries are of its own class: one file makes them.
+SPEAKS_MEGATRON = "compiled/sharded_state.py"
 # What a room must not name, however it came by it.
 FORBIDDEN_NAMES = {
     "reference": (
@@ -82,7 +84,10 @@ def test_rooms_import_what_they_may(room):
     assert files, f"no sources in {room}"
     for file in files:
         package = ".".join(file.relative_to(ROOT).parent.parts)
-        assert not violations(file.read_text(), room, package), file
+        found = violations(file.read_text(), room, package)
+        if file == ROOT / SPEAKS_MEGATRON:
+            found = [violation for violation in found if "imports megatron.core." not in violation]
+        assert not found, file
 
 
 @pytest.mark.parametrize(

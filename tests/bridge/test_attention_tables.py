@@ -61,6 +61,21 @@ def test_a_model_makes_them_once_for_all_layers_and_steps(monkeypatch):
     assert len(made) == 1
 
 
+def test_each_sequence_of_a_batch_may_have_angles_of_its_own():
+    """As megatron-core's rotation takes them: `[seq, batch, 1, rotary_dim]`."""
+    with model_parallel():
+        attend = build_gpt_model(CASE.model_config(), params_dtype=torch.float32).decoder.layers[0].self_attention
+        x = torch.randn(6, 2, CASE.hidden, generator=torch.Generator().manual_seed(0)).to(
+            attend.qk_norm.q_weight.device
+        )
+        angles = [angles_of(seed).to(x.device) for seed in (0, 1)]
+        together, _ = attend(x, None, rotary_pos_emb=torch.cat(angles, 1))
+        for one in (0, 1):
+            alone, _ = attend(x[:, one : one + 1], None, rotary_pos_emb=angles[one])
+            torch.testing.assert_close(together[:, one : one + 1], alone)
+        assert (together - attend(x, None, rotary_pos_emb=angles[0])[0]).abs().max() > 1e-3
+
+
 @NO_GPU
 @pytest.mark.gpu
 def test_a_cuda_graph_reads_the_angles_at_each_replay():

@@ -202,6 +202,13 @@ def test_what_would_bypass_the_norm_or_rotate_otherwise_is_refused(field):
         GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
 
 
+def test_yarns_scaling_is_refused():
+    config = _config()
+    config.yarn_rotary_scaling_factor = 4.0
+    with pytest.raises(ValueError, match=r"scale cos and sin by 1\.13.*set yarn_rotary_scaling_factor=1"):
+        GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
+
+
 def test_hybrid_model_equals_gpt_model():
     """`HybridModel` counts attention and experts as a layer each; everything else has the same name."""
     gpt = build_gpt_model(SMALL, params_dtype=torch.float32)

@@ -312,6 +312,38 @@ def test_compiled_equals_eager(dtype):
         assert (eager - compiled).abs().max() == 0 or assert_calibrated(compiled, eager, truth) is None
 
 
+def test_outputs_may_be_changed_in_place():
+    """As any module's: the gradient is that of the change made elsewhere."""
+    norms = FullDimQKNorm(4, 2, 8, lambda: None, EPS), FullDimRMSNorm(32, 32, lambda: None, EPS), RMSNorm(32, EPS)
+    inputs = [normal(3, 2, 4, 8), normal(3, 2, 2, 8)], [normal(3, 2, 4, 8)], [normal(3, 2, 32)]
+    for norm, given in zip(norms, inputs, strict=True):
+        gradients = []
+        for change in (torch.Tensor.mul, torch.Tensor.mul_):
+            x = given[0].float().requires_grad_()
+            outputs = norm(x, *(other.float() for other in given[1:]))
+            y = outputs[0] if isinstance(outputs, tuple) else outputs
+            gradients += torch.autograd.grad(change(y, 2.0).square().sum(), x)
+        assert torch.equal(*gradients)
+
+
+def test_the_backward_pass_cannot_be_differentiated():
+    norm, x = FullDimRMSNorm(32, 32, lambda: None, EPS), normal(3, 2, 4, 8).float().requires_grad_()
+    (grad,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["query and key", "q_weight and k_weight"])
+def test_two_dtypes_are_refused(what):
+    norm, query, key = FullDimQKNorm(4, 2, 8, lambda: None, EPS), normal(3, 2, 4, 8).float(), normal(3, 2, 2, 8).float()
+    if what == "query and key":
+        key = key.bfloat16()
+    else:
+        norm.k_weight.data = norm.k_weight.data.bfloat16()
+    with pytest.raises(ValueError, match=f"{what} must have one dtype: found torch.float32 and torch.bfloat16"):
+        norm(query, key)
+
+
 # -------------------------------------------------------------------------------------------------- the Triton kernels
 
 

@@ -3,6 +3,7 @@
 What its C++ does between the launches is tested by `test_norm` (Triton's interpreter) and `test_norm_gloo` (ranks).
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from compiled import norm_host
 from compiled.full_dim_norm import FullDimQKNorm
 from compiled.launch import Launcher
 from compiled.rms_norm import RMSNorm
+
+QUICK = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}\n"
 
 
 def in_a_fresh_interpreter(folder: Path, source: Path = norm_host.SOURCE, **environment: str) -> str:
@@ -42,7 +45,7 @@ def test_what_is_built_is_loaded_again():
 def test_what_cannot_be_loaded_is_built_anew(tmp_path):
     """Without ninja on the path: it is found where pip puts it, beside a Python whose environment is not activated."""
     source, tools, folder = tmp_path / "quick.cpp", tmp_path / "tools", tmp_path / "built"
-    source.write_text("#include <pybind11/pybind11.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}\n")
+    source.write_text(QUICK)
     tools.mkdir()
     folder.mkdir()
     for name in ("c++", "g++", "as", "ld", "which", "sh", "uname"):
@@ -56,6 +59,21 @@ def test_what_cannot_be_loaded_is_built_anew(tmp_path):
     assert f"<module '{library.stem}'" in said
     assert library.stat().st_size > 10_000
     assert list(folder.iterdir()) == [library]
+
+
+def test_without_hard_links_what_is_built_is_copied(tmp_path, monkeypatch):
+    source = tmp_path / "quick.cpp"
+    source.write_text(QUICK)
+    monkeypatch.setattr(norm_host, "SOURCE", source)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+
+    def no_links(*args, **kwargs):
+        raise PermissionError("hard links are not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert norm_host._build(norm_host.library()).__name__ == norm_host.library().stem
+    assert norm_host._load(norm_host.library()).__name__ == norm_host.library().stem
+    assert list(norm_host.library().parent.iterdir()) == [norm_host.library()]
 
 
 def test_no_compiler_is_said_and_leaves_nothing(tmp_path):
@@ -187,7 +205,10 @@ def test_streams_and_threads(python):
 @NO_GPU
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_decide_on_the_device():
+@pytest.mark.parametrize("launched_from", ["C++", "Python"])
+def test_tensors_decide_on_the_device(launched_from, monkeypatch):
+    if launched_from == "Python":
+        monkeypatch.setattr(norm_host, "head_norm", lambda *args: None)
     results = []
     for device in ("cuda:0", "cuda:1"):
         norm = qk_norm(12, 4, 128, torch.bfloat16).to(device)
