@@ -48,6 +48,10 @@ class Benchmark(StrEnum):
     OFFLINE = "offline"
 
 
+NEED_A_GPU = (Benchmark.NORM, Benchmark.LAYER)
+RUN_BY_RANKS = (Benchmark.NORM, Benchmark.LAYER, Benchmark.LOAD)
+
+
 def demo(
     keep: Annotated[
         Path | None, typer.Option(help="Keep the two checkpoints in this folder (default: a temporary one).")
@@ -119,13 +123,22 @@ def bench(
     out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
     gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm, layer and load.")] = 1,
 ) -> None:
-    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. fp8 and offline run without a GPU."""
+    """Run a benchmark of tests/benchmarks, with its baselines, on this machine. norm and layer need a GPU."""
+    import torch
+
     script = Path(__file__).parents[2] / "tests" / "benchmarks" / f"bench_{what}.py"
     with reporting():
         if launched_by_torchrun():
             raise ValueError("bench starts its own ranks: run it without torchrun, with --gpus")
         if not script.is_file():
             raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
+        if gpus > 1 and what not in RUN_BY_RANKS:
+            raise ValueError(f"--gpus {gpus}: bench {what} runs in one process; leave --gpus out")
+        found, needed = torch.cuda.device_count(), gpus if gpus > 1 else int(what in NEED_A_GPU)
+        if found < needed:
+            raise ValueError(
+                f"bench {what} needs NVIDIA GPUs: {needed}, found {found}; run it on a machine that has them"
+            )
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), str(out)], check=False).returncode)
 

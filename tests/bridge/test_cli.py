@@ -5,12 +5,14 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import all_tensors, edit_tensors
 from typer.testing import CliRunner
 
+import bridge.cli.prove
 import bridge.roundtrip
 from bridge import transformers_oracle
 from bridge.cli import app
@@ -64,6 +66,43 @@ def test_parallel_sizes_need_their_ranks(checkpoint: Path) -> None:
     assert "must be a multiple of 2, and of 4 experts' ranks x 1 for each expert; found 1" in " ".join(
         result.output.split()
     )
+
+
+@pytest.mark.parametrize(("what", "gpus"), [("norm", 1), ("norm", 2), ("load", 1), ("fp8", 1), ("offline", 1)])
+def test_bench_starts_its_script(what: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is there, for as many ranks, and whose failure is the command's."""
+    started = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(bridge.cli.prove.subprocess, "run", run)
+    result = CliRunner().invoke(app, ["bench", what, "out.json", "--gpus", str(gpus)])
+    assert result.exit_code == 3, result.output
+    (command,) = started
+    script = command[-2]
+    assert Path(script).name == f"bench_{what}.py"
+    assert Path(script).is_file()
+    assert command[-1] == "out.json"
+    assert command[1:-2] == (["-m", "torch.distributed.run", "--nproc-per-node", "2"] if gpus == 2 else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["norm"], "bench norm needs NVIDIA GPUs: 1, found 0"),
+        (["load", "--gpus", "2"], "bench load needs NVIDIA GPUs: 2, found 0"),
+        (["fp8", "--gpus", "2"], "--gpus 2: bench fp8 runs in one process"),
+    ],
+)
+def test_bench_says_what_it_lacks(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    what, *options = arguments
+    result = CliRunner().invoke(app, ["bench", what, "out.json", *options])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split())
 
 
 def failing_claims(checkpoint: Path) -> list[str]:
