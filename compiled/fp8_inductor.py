@@ -9,6 +9,9 @@ codes as subnormal float32. The scales bring 2^120 along, which is exact, so the
 would lose the subnormal codes: like float64 they get plain PyTorch.) The product is rounded to bfloat16 by integers, to
 nearest even. A NaN code becomes some number; each row's greatest code tells of one, in the same pass.
 
+Where columns come in pairs, as in every weight here, two codes are read as an int16 and two bfloat16 written as an
+int32: to widen bytes and to narrow results is what costs most otherwise (a kernel of 0.64 ms, this way 0.45).
+
 **Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
 2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
 Codes are made as int16 and narrowed by a copy: C++ lets a store of bytes change any other variable, the row of the
@@ -24,6 +27,7 @@ than contiguous ones, single rows and single columns cost one more each.
 
 import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,7 +39,7 @@ _NAN = 0x7F  # the code, without its sign
 _FP8_MAX_BITS = 0x43E00000  # 448 as float32
 _ENCODED_AT_ONCE = 1 << 21  # elements
 _SCALE_LIMIT = 2.0**8  # times 2^120 it is beyond float32
-_LEAST_NORMAL = torch.tensor(2.0**-126, dtype=torch.float32, device="cpu")
+_LEAST_NORMAL = sys.float_info.min
 _MAX_COMPILATIONS = 64  # of one function; beyond torch's own limit, 8, `fullgraph` is an error
 _OPTIONS = {"cpp.simdlen": 1, "assert_indirect_indexing": False}
 if shutil.which("c++"):
@@ -49,13 +53,18 @@ def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_
     """
     plain = out.dtype == torch.float64 or _flushes_subnormals() or not _all_within(scale_inv, _SCALE_LIMIT)
     scales = scale_inv if plain else scale_inv * 2.0**120
+    pairs = not plain and out.dtype == torch.bfloat16 and _in_pairs(weight, out, block_size, col_offset)
     damaged = False
-    for codes, values, spread, row in _matrices(weight, out, scales, block_size, row_offset, col_offset):
+    for codes, values, spread, row in _matrices(
+        weight, out, scales, block_size, row_offset, col_offset, codes_a_scale=2 if pairs else 1
+    ):
         bits = codes.view(torch.int8)
         if plain:
             wide = torch.promote_types(values.dtype, torch.float32)
             values.copy_(codes.to(wide) * spread[row])
             greatest = _greatest(bits)
+        elif pairs:
+            greatest = _decode_pairs_to_bfloat16(bits, bits.view(torch.int16), spread, row, values.view(torch.int32))
         elif values.dtype == torch.bfloat16:
             greatest = _decode_to_bfloat16(bits, spread, row, values.view(torch.int16))
         else:
@@ -80,9 +89,15 @@ def encode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_
 
 
 def _matrices(
-    source: Tensor, result: Tensor, scale_inv: Tensor, block_size: int, row_offset: int, col_offset: int
+    source: Tensor,
+    result: Tensor,
+    scale_inv: Tensor,
+    block_size: int,
+    row_offset: int,
+    col_offset: int,
+    codes_a_scale: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Source, result, every column's scale for each row of blocks, and the row of blocks of each of the source's rows.
+    """Source, result, every column's scale (or pair's) for each row of blocks, and the row of blocks of each of the source's rows.
 
     A stack is one tall matrix where its strides allow, so that it needs no compilation of its own.
     """
@@ -91,11 +106,13 @@ def _matrices(
         return
     if experts > 1 and not all(x.stride(0) == rows * x.stride(1) for x in (source, result)):
         for one in zip(source.split(1), result.split(1), scale_inv.split(1), strict=True):
-            yield from _matrices(*one, block_size, row_offset, col_offset)
+            yield from _matrices(*one, block_size, row_offset, col_offset, codes_a_scale)
         return
     grid = scale_inv.flatten(0, 1)
-    grid = torch.cat([grid, grid[-1:]])  # two rows at least, and contiguous in the end: one compilation less each
-    spread = grid[..., None].expand(-1, -1, block_size).flatten(1)[:, col_offset : col_offset + cols].contiguous()
+    if len(grid) == 1:
+        grid = grid.expand(2, -1)  # two rows at least, and contiguous in the end: one compilation less each
+    spread = grid[..., None].expand(-1, -1, block_size // codes_a_scale).flatten(1)
+    spread = spread.narrow(1, col_offset // codes_a_scale, cols // codes_a_scale).contiguous()
     row = _row_of_blocks(experts, rows, scale_inv.shape[1], block_size, row_offset)
     yield source.flatten(0, 1), result.flatten(0, 1), spread, row
 
@@ -106,12 +123,26 @@ def _row_of_blocks(experts: int, rows: int, row_blocks: int, block_size: int, ro
     return ((torch.arange(rows, device="cpu") + row_offset) // block_size + first).flatten()
 
 
+def _in_pairs(weight: Tensor, out: Tensor, block_size: int, col_offset: int) -> bool:
+    """Whether two codes beside each other are one int16 in memory, their values one int32, and their scale the same."""
+    bits = block_size | col_offset | weight.shape[2]
+    for x in (weight, out):
+        expert, row, col = x.stride()
+        if col != 1:
+            return False
+        bits |= expert | row | x.storage_offset()
+    return bits % 2 == 0
+
+
 def _all_within(x: Tensor, bound: float) -> bool:
-    return not x.numel() or x.abs().amax().item() < bound
+    if not x.numel():
+        return True
+    least, greatest = x.aminmax()  # NaN if one is
+    return -bound < least.item() and greatest.item() < bound
 
 
 def _flushes_subnormals() -> bool:
-    return (_LEAST_NORMAL * 0.5).item() == 0
+    return _LEAST_NORMAL * 0.5 == 0
 
 
 def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -136,6 +167,12 @@ def _small_value(codes: Tensor) -> Tensor:
     return ((codes.to(torch.int32) << 20) & ~0x78000000).view(torch.float32)
 
 
+def _round_to_bfloat16(values: Tensor) -> Tensor:
+    """In the upper half of an int32, to nearest even."""
+    bits = values.view(torch.int32)
+    return bits + 0x7FFF + ((bits >> 16) & 1)
+
+
 def _greatest(codes: Tensor) -> Tensor:
     """Of each row, without sign."""
     return (codes & 0x7F).amax(1)
@@ -144,8 +181,17 @@ def _greatest(codes: Tensor) -> Tensor:
 @_compiled
 def _decode_to_bfloat16(codes: Tensor, large: Tensor, row: Tensor, out: Tensor) -> Tensor:
     """`large`: the scales * 2^120."""
-    bits = (_small_value(codes) * large[row]).view(torch.int32)
-    out.copy_((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    out.copy_(_round_to_bfloat16(_small_value(codes) * large[row]) >> 16)
+    return _greatest(codes)
+
+
+@_compiled
+def _decode_pairs_to_bfloat16(codes: Tensor, pairs: Tensor, large: Tensor, row: Tensor, out: Tensor) -> Tensor:
+    """`pairs`: the codes as int16; `out`: the values as int32; `large`: the scales * 2^120, one for each pair."""
+    wide, scale = pairs.to(torch.int32), large[row]
+    low = _round_to_bfloat16((((wide << 24) >> 4) & ~0x78000000).view(torch.float32) * scale)
+    high = _round_to_bfloat16(((wide << 12) & ~0x780FFFFF).view(torch.float32) * scale)
+    out.copy_(((low >> 16) & 0xFFFF) | (high & ~0xFFFF))
     return _greatest(codes)
 
 

@@ -16,13 +16,14 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_twenty_shapes_cost_one_compilation():
+def test_twenty_shapes_cost_two_compilations():
+    """One for an even number of columns, which are decoded in pairs, one for an odd number."""
     torch._dynamo.reset()
     before = compilations()
     for n in range(10):
         dequantize_blockwise(*source((30 + 37 * n, 61 * (n % 5 + 2))))
         dequantize_blockwise(*source((2 + n, 40 * n + 30, 384)))
-    assert compilations() - before == 1
+    assert compilations() - before == 2
 
 
 def test_more_kinds_of_tensors_than_torch_compiles_by_default():
