@@ -11,8 +11,9 @@ MiniMax-M2's experts; rows 192 to 384 are a shard of 8, which starts in the midd
 On the GPU "eager" is the median of single calls between CUDA events, with Python and launch, and "graph" one of ten
 runs in a CUDA graph, without them, for what does not wait for the GPU. On the CPU each implementation takes turns with
 the copy and nothing else, and its share is that of this copy: both find the cores awake (one that slept costs a virtual
-machine milliseconds) and in the caches what the other left. "median" and "minimum" are over the rounds. Ours, the copy
-and the compiled formula write to memory that is there; the reference and megatron-bridge have no such argument.
+machine milliseconds) and in the caches what the other left, not what they want, as in a conversion: "turns", the
+median, and "minimum". "looped" is the median of each by itself, over and over, with all of it in the caches. Ours, the
+copy and the compiled formula write to memory that is there; the reference and megatron-bridge have no such argument.
 
 "First call" is the first in a new process, with empty compilation caches (cold) and with those it leaves (warm). Peers
 that are not installed are left out.
@@ -213,14 +214,19 @@ def gpu_times(candidates: list[Candidate]) -> list[Times]:
 def cpu_times(candidates: list[Candidate]) -> list[Times]:
     times = []
     for candidate in candidates:
-        spent: tuple[list[float], list[float]] = ([], [])
-        for _ in range(CPU_ROUNDS + 1):  # the first compiles
-            for one, of_one in zip((candidate, candidates[0]), spent, strict=True):
-                start = time.perf_counter()
-                one.step()
-                of_one.append((time.perf_counter() - start) * 1e3)
-        times.append(Times(*({"median": statistics.median(x[1:]), "minimum": min(x[1:])} for x in spent)))
+        pair = candidate, candidates[0]
+        rounds = [[cpu_ms(one.step) for one in pair] for _ in range(CPU_ROUNDS + 1)][1:]  # the first compiles
+        looped = [[cpu_ms(one.step) for _ in range(CPU_ROUNDS)] for one in pair]
+        median = statistics.median
+        spent = zip(zip(*rounds, strict=True), looped, strict=True)
+        times.append(Times(*({"turns": median(a), "minimum": min(a), "looped": median(b)} for a, b in spent)))
     return times
+
+
+def cpu_ms(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
 
 
 def measure(operation: str, case: Case, make: Callable[[Case], list[Candidate]]) -> list[dict]:
