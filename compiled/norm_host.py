@@ -104,12 +104,13 @@ def _load(path: Path) -> ModuleType:
 def _build(path: Path) -> ModuleType:
     """In a folder of its own: processes that start together all build, wait for no lock, and see no half a file.
 
-    The first one's stays, and what others have loaded stays where it is until they end.
+    The first one's stays, or the last one's where there are no hard links, and what others have loaded serves them
+    until they end.
     """
     from torch.utils import cpp_extension
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file system may not let a library go that is loaded (NFS), or may have no hard links: what was built serves.
+    # Errors of cleaning up: NFS does not let a library go that is loaded.
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder, _ninja_on_path():
         module = cpp_extension.load(
             path.stem, [str(SOURCE)], extra_cflags=["-O2"], build_directory=folder, with_cuda=False

@@ -134,7 +134,7 @@ def bench(
             raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
         if gpus > 1 and what not in RUN_BY_RANKS:
             raise ValueError(f"--gpus {gpus}: bench {what} runs in one process; leave --gpus out")
-        found, needed = torch.cuda.device_count(), gpus if gpus > 1 else int(what in NEED_A_GPU)
+        found, needed = torch.cuda.device_count(), gpus if gpus > 1 or what in NEED_A_GPU else 0
         if found < needed:
             raise ValueError(
                 f"bench {what} needs NVIDIA GPUs: {needed}, found {found}; run it on a machine that has them"

@@ -65,10 +65,9 @@ def test_each_sequence_of_a_batch_may_have_angles_of_its_own():
     """As megatron-core's rotation takes them: `[seq, batch, 1, rotary_dim]`."""
     with model_parallel():
         attend = build_gpt_model(CASE.model_config(), params_dtype=torch.float32).decoder.layers[0].self_attention
-        x = torch.randn(6, 2, CASE.hidden, generator=torch.Generator().manual_seed(0)).to(
-            attend.qk_norm.q_weight.device
-        )
-        angles = [angles_of(seed).to(x.device) for seed in (0, 1)]
+        device = attend.qk_norm.q_weight.device
+        x = torch.randn(6, 2, CASE.hidden, generator=torch.Generator().manual_seed(0)).to(device)
+        angles = [angles_of(seed).to(device) for seed in (0, 1)]
         together, _ = attend(x, None, rotary_pos_emb=torch.cat(angles, 1))
         for one in (0, 1):
             alone, _ = attend(x[:, one : one + 1], None, rotary_pos_emb=angles[one])

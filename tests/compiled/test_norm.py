@@ -314,7 +314,7 @@ def test_compiled_equals_eager(dtype):
 
 def test_outputs_may_be_changed_in_place():
     """As any module's: the gradient is that of the change made elsewhere."""
-    norms = FullDimQKNorm(4, 2, 8, lambda: None, EPS), FullDimRMSNorm(32, 32, lambda: None, EPS), RMSNorm(32, EPS)
+    norms = FullDimQKNorm(4, 2, 8, alone, EPS), FullDimRMSNorm(32, 32, alone, EPS), RMSNorm(32, EPS)
     inputs = [normal(3, 2, 4, 8), normal(3, 2, 2, 8)], [normal(3, 2, 4, 8)], [normal(3, 2, 32)]
     for norm, given in zip(norms, inputs, strict=True):
         gradients = []
@@ -327,7 +327,7 @@ def test_outputs_may_be_changed_in_place():
 
 
 def test_the_backward_pass_cannot_be_differentiated():
-    norm, x = FullDimRMSNorm(32, 32, lambda: None, EPS), normal(3, 2, 4, 8).float().requires_grad_()
+    norm, x = FullDimRMSNorm(32, 32, alone, EPS), normal(3, 2, 4, 8).float().requires_grad_()
     (grad,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -335,7 +335,7 @@ def test_the_backward_pass_cannot_be_differentiated():
 
 @pytest.mark.parametrize("what", ["query and key", "q_weight and k_weight"])
 def test_two_dtypes_are_refused(what):
-    norm, query, key = FullDimQKNorm(4, 2, 8, lambda: None, EPS), normal(3, 2, 4, 8).float(), normal(3, 2, 2, 8).float()
+    norm, query, key = FullDimQKNorm(4, 2, 8, alone, EPS), normal(3, 2, 4, 8).float(), normal(3, 2, 2, 8).float()
     if what == "query and key":
         key = key.bfloat16()
     else:
