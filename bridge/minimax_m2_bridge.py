@@ -1,11 +1,11 @@
 """MiniMax-M2 between Hugging Face checkpoints and megatron-core models.
 
 One bridge stands for one source checkpoint. Weights stream between its files and the ranks that hold the model: each
-rank reads its own slices (`bridge.live_loading`), collects what it is to hand out (`bridge.live_export`) and writes its
-own files (`bridge.live_saving`), so that beyond the model little memory is needed. A model that goes back to FP8 is
-re-encoded on the source's scales wherever a block is untouched (`compiled.requantize`), which makes an untouched weight
-byte-identical; everything that megatron-core has no place for (MTP layers, tokenizer, unknown config keys) is carried
-from the source.
+rank reads its own slices (`bridge.weights.load`), gathers what it is to hand out (`bridge.weights.export`) and writes
+its own files (`bridge.weights.save`), so that little memory is needed beyond the model. A model that goes back to FP8
+is encoded on the source's scales wherever a block is untouched (`compiled.fp8.requantize`), which makes an untouched
+weight byte-identical. Everything that megatron-core has no place for (MTP layers, tokenizer, unknown config keys) is
+carried from the source.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,21 +17,21 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from bridge.agreement import together
-from bridge.hf_files import CONFIG_NAME, HFCheckpoint
-from bridge.hf_folder import SHARD_BYTES
-from bridge.hub import checkpoint_folder
-from bridge.live_export import To, export_weights
-from bridge.live_form import Form
-from bridge.live_layout import live_model
-from bridge.live_loading import load_weights
-from bridge.live_model import build_model
-from bridge.live_saving import save_weights
-from bridge.mapping import MappingRegistry
-from bridge.progress import Track, untracked
-from bridge.provider import gpt_model_arguments, transformer_config
-from bridge.target_config import target_config
-from bridge.weights import HFWeights
+from bridge.huggingface.checkpoint import HFWeights
+from bridge.huggingface.hub import checkpoint_folder
+from bridge.huggingface.quantization import target_config
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.huggingface.writer import SHARD_BYTES
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.model.build import build_model
+from bridge.model.config import gpt_model_arguments, transformer_config
+from bridge.weights.encode import WeightEncoder
+from bridge.weights.export import To, export_weights
+from bridge.weights.load import load_weights
+from bridge.weights.param_mapping import MappingRegistry
+from bridge.weights.save import save_weights
+from bridge.weights.sharded_model import sharded_model
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
 from reference.fp8 import FP8, dequantize_blockwise
@@ -51,7 +51,7 @@ class MiniMaxM2Bridge:
 
     Raises:
         ValueError: the checkpoint is not a whole and consistent MiniMax-M2 (see `reference.config`,
-            `reference.checkpoint`, `bridge.hf_files`); every error names the file, tensor or key.
+            `reference.checkpoint`, `bridge.huggingface.safetensors_folder`); every error names the file, tensor or key.
     """
 
     def __init__(self, checkpoint: HFCheckpoint):
@@ -130,31 +130,31 @@ class MiniMaxM2Bridge:
         *,
         params_dtype: torch.dtype = torch.bfloat16,
         load_weights: bool = True,
-        track: Track = untracked,
+        progress: Progress = no_progress,
         **settings: Any,
     ) -> GPTModel | list[GPTModel]:
         """This rank's part of a `GPTModel` of this checkpoint, with its weights: one chunk, or the list of its chunks.
 
-        Call it inside `bridge.single_process.model_parallel(...)`, or where megatron-core is set up already: the
-        parallel sizes are those of its process groups. `settings` are `bridge.live_model.build_model`'s.
+        Call it inside `bridge.model.process_groups.model_parallel(...)`, or where megatron-core is set up already: the
+        parallel sizes are those of its process groups. `settings` are `bridge.model.build.build_model`'s.
         """
         settings = {"perform_initialization": not load_weights, **settings}
-        with together():
+        with raise_on_all_ranks():
             model = build_model(self.config, params_dtype=params_dtype, **settings)
         if load_weights:
-            self.load_hf_weights(model, track=track)
+            self.load_hf_weights(model, progress=progress)
         return model
 
-    def load_hf_weights(self, model: nn.Module | list[nn.Module], *, track: Track = untracked) -> None:
+    def load_hf_weights(self, model: nn.Module | list[nn.Module], *, progress: Progress = no_progress) -> None:
         """Fill a model with the source's weights, each rounded once to its parameter's dtype; all ranks must call it.
 
-        Each rank reads only the bytes of its own slices from the files (`bridge.live_loading`).
+        Each rank reads only the bytes of its own slices from the files (`bridge.weights.load`).
 
         Raises:
             ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is
                 damaged. All ranks raise the same.
         """
-        load_weights(live_model(model, self.config), self.checkpoint, self.config, track=track)
+        load_weights(sharded_model(model, self.config), self.checkpoint, self.config, progress=progress)
 
     def export_hf_weights(
         self,
@@ -164,7 +164,7 @@ class MiniMaxM2Bridge:
         to: To = "all",
         scales: Literal["source", "fresh"] = "source",
         device: str | torch.device | None = None,
-        track: Track = untracked,
+        progress: Progress = no_progress,
     ) -> Iterator[tuple[str, Tensor]]:
         """Every weight of the model under its on-disk name, in model order and in bounded memory.
 
@@ -178,7 +178,7 @@ class MiniMaxM2Bridge:
                 to one rank, evenly.
             scales: of float8: the "source"'s wherever a block is untouched, or all "fresh".
             device: "cpu" for host memory; None for the parameters' device.
-            track: shows progress.
+            progress: shows progress.
 
         Raises:
             ValueError: an argument is none of these, or the model is not this checkpoint's; later, a weight that is not
@@ -190,8 +190,14 @@ class MiniMaxM2Bridge:
                 raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, found {found!r}")
         quantized = dtype == "fp8" or (dtype == "source" and self.config.quantization is not None)
         target, _ = self._target_config("fp8" if quantized else None)
-        live = live_model(model, self.config)
-        return export_weights(live, Form(self.checkpoint, target, live.dtypes, scales), to, device=device, track=track)
+        sharded = sharded_model(model, self.config)
+        return export_weights(
+            sharded,
+            WeightEncoder(self.checkpoint, target, sharded.dtypes, scales),
+            to,
+            device=device,
+            progress=progress,
+        )
 
     def save_hf_pretrained(
         self,
@@ -201,7 +207,7 @@ class MiniMaxM2Bridge:
         quantization: Literal["fp8"] | None = "fp8",
         overwrite: bool = False,
         max_shard_bytes: int = SHARD_BYTES,
-        track: Track = untracked,
+        progress: Progress = no_progress,
     ) -> None:
         """Write the model as a Hugging Face checkpoint, whole or not at all; all ranks must call it, and all write.
 
@@ -212,7 +218,7 @@ class MiniMaxM2Bridge:
                 fresh ones elsewhere. None stores them as bfloat16. Everything else has the source's dtype.
             overwrite: replace a checkpoint that is in `out`; it stays whole until the new one is.
             max_shard_bytes: size of a file.
-            track: shows progress.
+            progress: shows progress.
 
         Raises:
             ValueError: `out` cannot be used, or the model is not this checkpoint's; nothing is written then. A weight
@@ -224,14 +230,14 @@ class MiniMaxM2Bridge:
             raise ValueError(f"{out}: is the source checkpoint itself, whose scales are still needed; write elsewhere")
         target, config_json = self._target_config(quantization)
         save_weights(
-            live_model(model, self.config),
+            sharded_model(model, self.config),
             self.checkpoint,
             target,
             config_json,
             out,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
-            track=track,
+            progress=progress,
         )
 
     def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:

@@ -1,8 +1,8 @@
-"""Partial rotary position embedding, half-split: the first `rotary_dim` channels of every head turn, the rest pass.
+"""Partial rotary position embedding, half-split: the first `rotary_dim` channels of each head rotate, the rest pass.
 
-Channel i is paired with channel i + rotary_dim/2 (not with its neighbour), and pair i turns by position * inv_freq[i].
-Angles are float32 at least; the cosines and sines are rounded to the activations' dtype before use, as Hugging Face
-does, and the rotation itself is then computed in float32 at least and rounded once.
+Channel i is paired with channel i + rotary_dim/2 (not with its neighbour), and pair i rotates by
+position * inv_freq[i]. Angles are float32 at least; the cosines and sines are rounded to the activations' dtype before
+use, as Hugging Face does, and the rotation itself is then computed in float32 at least and rounded once.
 """
 
 import torch
@@ -43,5 +43,5 @@ def apply_rotary(
     wide = compute_dtype(x.dtype)
     c, s = cos.to(wide)[:, None, None], sin.to(wide)[:, None, None]
     a, b = x[..., :half].to(wide), x[..., half : 2 * half].to(wide)
-    turned = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
-    return torch.cat([turned, x[..., 2 * half :]], -1)
+    rotated = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+    return torch.cat([rotated, x[..., 2 * half :]], -1)

@@ -1,4 +1,4 @@
-"""Imports point one way, bridge -> compiled -> reference, and each room knows only what it may: read from the sources.
+"""Imports point one way, bridge -> compiled -> reference, and each folder knows only those below it: read from sources.
 
 A walk over syntax trees, so that imports inside functions count and nothing is executed.
 """
@@ -20,7 +20,35 @@ FORBIDDEN_MODULES = {
     "bridge": ("tests",),
 }  # fmt: skip
 # megatron-core asks a module for its `sharded_state_dict`, whose entries are of its own class: one file makes them.
-SPEAKS_MEGATRON = "compiled/sharded_state.py"
+SPEAKS_MEGATRON = "compiled/norm/sharded_state.py"
+# Which folders of ours each folder (or file on top) may import; a folder may always import itself.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "compiled.triton_launch": (),
+    "compiled.norm": ("compiled.triton_launch", "reference"),
+    "compiled.fp8": ("compiled.triton_launch", "reference"),
+    "compiled": ("compiled.norm",),
+    "bridge.jobs": (),
+    "bridge.huggingface": ("bridge.jobs", "compiled.fp8", "reference"),
+    "bridge.model": ("bridge.jobs", "compiled", "reference"),
+    "bridge.torch_dist": ("bridge.huggingface", "bridge.jobs", "reference"),
+    "bridge.memory_plan": ("bridge.huggingface", "reference"),
+    "bridge.weights": ("bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference"),
+    "bridge.convert": ("bridge.torch_dist", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference"),
+    "bridge.minimax_m2_bridge": (
+        "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference",
+    ),
+    "bridge.proof": (
+        "bridge.minimax_m2_bridge", "bridge.torch_dist", "bridge.model", "bridge.huggingface", "bridge.jobs",
+        "reference",
+    ),
+    "bridge.cli": (
+        "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",
+        "bridge.jobs",
+    ),
+    # The public names, each from its home, on first use.
+    "bridge": ("bridge.convert", "bridge.minimax_m2_bridge", "bridge.model", "bridge.proof"),
+}  # fmt: skip
 # What a room must not name, however it came by it.
 FORBIDDEN_NAMES = {
     "reference": (
@@ -76,6 +104,90 @@ def violations(source: str, room: str, package: str) -> list[str]:
         if is_call and node.args and isinstance(node.args[0], ast.Constant):
             check_module(str(node.args[0].value), node.lineno)
     return found
+
+
+def folder_of(module: str) -> str:
+    """The key of MAY_IMPORT that a module of ours belongs to, or what is named on top of the three packages."""
+    parts = module.split(".")
+    for size in (2, 1):
+        name = ".".join(parts[:size])
+        if name in MAY_IMPORT:
+            return name
+    return parts[0]
+
+
+def imported_modules(source: str) -> set[str]:
+    """The modules of ours that a source imports, each named in full."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute here"
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if is_module(name) else str(node.module) for name in below}
+    return {name for name in found if name.split(".")[0] in FORBIDDEN_MODULES}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def upward(source: str, folder: str) -> list[str]:
+    """What a source of `folder` imports from folders that it may not know."""
+    return sorted(
+        f"{name} ({folder_of(name)})"
+        for name in imported_modules(source)
+        if folder_of(name) not in (folder, *MAY_IMPORT[folder])
+    )
+
+
+def module_of(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def test_each_folder_imports_only_those_below_it():
+    files = [file for package in FORBIDDEN_MODULES for file in sorted((ROOT / package).rglob("*.py"))]
+    assert {folder_of(module_of(file)) for file in files} == set(MAY_IMPORT)
+    found = {str(file): upward(file.read_text(), folder_of(module_of(file))) for file in files}
+    assert not {file: names for file, names in found.items() if names}
+
+
+def test_no_folder_can_reach_itself():
+    """MAY_IMPORT has no cycle, so that the folders have floors."""
+
+    def below(folder: str, path: tuple[str, ...] = ()) -> None:
+        assert folder not in path, " -> ".join((*path, folder))
+        for other in MAY_IMPORT[folder]:
+            below(other, (*path, folder))
+
+    for folder in MAY_IMPORT:
+        below(folder)
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("bridge.jobs", "from bridge.model.build import build_model"),
+        ("bridge.huggingface", "def f():\n    from bridge.torch_dist import reader"),
+        ("bridge.model", "from bridge.weights.load import load_weights"),
+        ("bridge.weights", "import bridge.minimax_m2_bridge"),
+        ("bridge.convert", "from bridge.model import layer_spec"),
+        ("bridge.memory_plan", "from bridge import MiniMaxM2Bridge"),
+        ("compiled.fp8", "from compiled.norm.function import HeadNorm"),
+        ("reference", "from compiled import FullDimQKNorm"),
+    ],
+)
+def test_an_upward_import_is_found(folder, source):
+    assert upward(source, folder)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN_MODULES)
+def test_each_folder_says_what_it_is(package):
+    for init in sorted((ROOT / package).rglob("__init__.py")):
+        assert ast.get_docstring(ast.parse(init.read_text())), init
 
 
 @pytest.mark.parametrize("room", FORBIDDEN_MODULES)

@@ -11,9 +11,9 @@ from bridge.cli.common import (
     CheckpointPath,
     Workers,
     default_workers,
-    is_speaker,
+    is_rank_zero,
     output,
-    progress,
+    progress_bars,
     reporting,
     say,
     say_json,
@@ -23,9 +23,9 @@ from bridge.cli.common import (
 def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     """Architecture, dtypes, sizes, quantisation, and what is missing, unexpected or wrong. Reads headers only."""
     with reporting():
-        from bridge.hf_files import HFCheckpoint
-        from bridge.hub import checkpoint_folder
-        from bridge.inspection import inspect_checkpoint
+        from bridge.huggingface.hub import checkpoint_folder
+        from bridge.huggingface.safetensors_folder import HFCheckpoint
+        from bridge.proof.inspect_checkpoint import inspect_checkpoint
 
         with HFCheckpoint(checkpoint_folder(str(path))) as checkpoint:
             found = inspect_checkpoint(checkpoint)
@@ -57,12 +57,12 @@ def verify(
 
     Tensors of one dtype are compared byte by byte; float8 against bfloat16 or float32 by value, exactly.
     """
-    with reporting(), progress() as track:
-        from bridge.verify import compare_checkpoints, compare_logits
+    with reporting(), progress_bars() as progress:
+        from bridge.proof.compare import compare_checkpoints, compare_logits
 
         count = default_workers(workers, left, right)
-        found = compare_checkpoints(left, right, workers=count, track=track)
-        error = compare_logits(left, right, tokens, seed=seed, track=track) if logits and is_speaker() else None
+        found = compare_checkpoints(left, right, workers=count, progress=progress)
+        error = compare_logits(left, right, tokens, seed=seed, progress=progress) if logits and is_rank_zero() else None
     if as_json:
         shown = found._replace(differences=found.differences[:worst])._asdict()
         say_json({"differ": len(found.differences), **shown, "logits_error": error})
@@ -113,30 +113,30 @@ def plan(
     Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted.
     """
     with reporting():
-        from bridge import plan_report, planning
-        from bridge.plan_picture import write_picture
+        from bridge.memory_plan import plan, report
+        from bridge.memory_plan.picture import write_picture
 
-        config = planning.read_config(path)
-        layers = None if layers_per_stage is None else planning.parse_layers(layers_per_stage)
+        config = plan.read_config(path)
+        layers = None if layers_per_stage is None else plan.parse_layers(layers_per_stage)
         sizes = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp}
-        found = planning.plan(
+        found = plan.plan(
             config,
-            planning.layout(config, gpus=gpus, layers_per_stage=layers, **sizes),
-            memory=planning.parse_memory(memory),
+            plan.layout(config, gpus=gpus, layers_per_stage=layers, **sizes),
+            memory=plan.parse_memory(memory),
             distributed_optimizer=distributed_optimizer,
         )
-        if picture and is_speaker():
+        if picture and is_rank_zero():
             write_picture(found, picture)
-        advice = planning.advice(found)  # None when it fits
+        advice = plan.advice(found)  # None when it fits
     if as_json:
-        say_json(plan_report.to_json(found))
-    elif is_speaker():
-        headings, rows = plan_report.table(found)
+        say_json(report.to_json(found))
+    elif is_rank_zero():
+        headings, rows = report.table(found)
         say(str(path), rows, columns=tuple(headings))
         if advice and advice.fits:
-            headings, rows = plan_report.advice_rows(advice)
+            headings, rows = report.advice_rows(advice)
             say("", rows, columns=tuple(headings))
-        for line in plan_report.summary(found, advice):
+        for line in report.summary(found, advice):
             output.print(escape(line), soft_wrap=True, highlight=False)
     if advice:
         raise typer.Exit(1)

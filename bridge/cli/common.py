@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from bridge.agreement import gather, is_leader, together
-from bridge.team import Ranks
+from bridge.jobs.ranks import TorchrunRanks, all_gather_objects, is_rank_zero, raise_on_all_ranks
 
 LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
 
@@ -55,17 +54,12 @@ def reporting(*, models: bool = False) -> Iterator[None]:
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with Ranks(models=models):
+        with TorchrunRanks(models=models):
             yield
     except (ValueError, OSError) as error:
-        if is_speaker():
+        if is_rank_zero():
             errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
-
-
-def is_speaker() -> bool:
-    """Whether this is rank 0 or the only process, known without torch."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -75,10 +69,10 @@ def folder(keep: Path | None) -> Iterator[Path]:
         yield keep
         return
     with ExitStack() as stack:
-        with together():
-            make = tempfile.TemporaryDirectory(prefix="minimax-m2-") if is_leader() else nullcontext()
+        with raise_on_all_ranks():
+            make = tempfile.TemporaryDirectory(prefix="minimax-m2-") if is_rank_zero() else nullcontext()
             made = stack.enter_context(make)
-        yield Path(gather(made)[0])
+        yield Path(all_gather_objects(made)[0])
 
 
 class _Rate(ProgressColumn):
@@ -92,20 +86,20 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress() -> Iterator:
-    """A `Track` that draws a bar for each loop on stderr: on a terminal, and on rank 0 only."""
+def progress_bars() -> Iterator:
+    """A `Progress` that draws a bar for each loop on stderr: on a terminal, and on rank 0 only."""
     columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not (errors.is_terminal and is_speaker())) as bars:
+    with Progress(*columns, console=errors, disable=not (errors.is_terminal and is_rank_zero())) as bars:
 
-        def track(iterable: Iterable, what: str, length: int) -> Iterable:
+        def progress(iterable: Iterable, what: str, length: int) -> Iterable:
             return bars.track(iterable, total=length, description=what)
 
-        yield track
+        yield progress
 
 
 def say(title: str, rows: Iterable[tuple[str, ...]], *, columns: tuple[str, ...] = ()) -> None:
     """A table on stdout, on rank 0; without `columns` it has no header."""
-    if not is_speaker():
+    if not is_rank_zero():
         return
     rows = list(rows)
     table = Table(title=escape(title), title_justify="left", show_header=bool(columns))
@@ -118,7 +112,7 @@ def say(title: str, rows: Iterable[tuple[str, ...]], *, columns: tuple[str, ...]
 
 def say_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout, on rank 0; what is not a number there is null."""
-    if is_speaker():
+    if is_rank_zero():
         print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 
 

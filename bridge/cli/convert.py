@@ -13,7 +13,7 @@ from bridge.cli.common import (
     Overwrite,
     Workers,
     default_workers,
-    progress,
+    progress_bars,
     reporting,
     say,
     say_json,
@@ -59,14 +59,14 @@ def import_(
     megatron.core.dist_checkpointing.load(sharded_state_dict, OUT/iter_0000001). Memory: about 1 GB a worker, whatever
     the model's size. The output appears when it is complete; an interrupted run is taken up again by the same command.
     """
-    with reporting(), progress() as track:
-        from bridge.hub import checkpoint_folder
-        from bridge.offline_import import ImportJob, import_checkpoint
+    with reporting(), progress_bars() as progress:
+        from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
+        from bridge.huggingface.hub import checkpoint_folder
 
         folder = checkpoint_folder(str(path))
         job = ImportJob(str(folder), str(out), str(dtype), iteration)
         count = default_workers(workers, folder)
-        summary = import_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, track=track)
+        summary = import_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
     _conclude(f"{path} -> {out}", summary, dry_run=dry_run, as_json=as_json)
 
 
@@ -99,14 +99,14 @@ def export_(
     Memory: about 1 GB a worker. The output appears when it is complete; an interrupted run is taken up again by the
     same command.
     """
-    with reporting(), progress() as track:
-        from bridge.hub import checkpoint_folder
-        from bridge.offline_export import ExportJob, export_checkpoint
+    with reporting(), progress_bars() as progress:
+        from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
+        from bridge.huggingface.hub import checkpoint_folder
 
         folder = source and str(checkpoint_folder(str(source)))
         job = ExportJob(str(megatron), str(out), str(quantization), str(scales), folder)
         count = default_workers(workers, megatron)
-        summary = export_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, track=track)
+        summary = export_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
     _conclude(f"{megatron} -> {out}", summary, dry_run=dry_run, as_json=as_json)
 
 

@@ -10,19 +10,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from bridge.agreement import place, together
 from bridge.cli.common import (
     AsJson,
     CheckpointPath,
     Overwrite,
     folder,
-    is_speaker,
+    is_rank_zero,
     output,
-    progress,
+    progress_bars,
     reporting,
     say_json,
 )
-from bridge.team import launched_by_torchrun
+from bridge.jobs.ranks import launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
 
 
 class ModelDtype(StrEnum):
@@ -62,10 +61,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make a small FP8 checkpoint, take it through a real megatron-core GPTModel and back, and prove it unchanged."""
-    with reporting(models=True), folder(keep) as target, progress() as track:
-        from bridge.demo import demo as run
+    with reporting(models=True), folder(keep) as target, progress_bars() as progress:
+        from bridge.proof.demo import demo as run
 
-        findings = run(target, seed=seed, sizes=_sizes(tp, ep), track=track)
+        findings = run(target, seed=seed, sizes=_sizes(tp, ep), progress=progress)
     _conclude("Hugging Face FP8 -> megatron-core -> Hugging Face FP8", findings, as_json)
 
 
@@ -87,16 +86,16 @@ def roundtrip(
     Under torchrun the model is spread over all ranks; the reference runs on rank 0, layer by layer. Memory: the ranks'
     shares of the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
     """
-    with reporting(models=True), folder(out and out.parent) as parent, progress() as track:
+    with reporting(models=True), folder(out and out.parent) as parent, progress_bars() as progress:
         import torch
 
         from bridge.minimax_m2_bridge import MiniMaxM2Bridge
-        from bridge.reference_logits import random_tokens
-        from bridge.roundtrip import roundtrip as run
+        from bridge.proof.reference_logits import random_tokens
+        from bridge.proof.roundtrip import roundtrip as run
 
         target = out or parent / "exported"
         params_dtype = {ModelDtype.BF16: torch.bfloat16, ModelDtype.FP32: torch.float32}[dtype]
-        with together():
+        with raise_on_all_ranks():
             bridge = MiniMaxM2Bridge.from_hf_pretrained(str(path))
         with bridge:
             sample = random_tokens(bridge.config, length=tokens, seed=seed)
@@ -107,7 +106,7 @@ def roundtrip(
                 params_dtype=params_dtype,
                 sizes=_sizes(tp, ep),
                 overwrite=overwrite,
-                track=track,
+                progress=progress,
             )
     _conclude(f"{path} -> megatron-core -> {target if out else 'Hugging Face'}", findings, as_json)
 
@@ -149,7 +148,7 @@ def _sizes(tp: int | None, ep: int) -> dict[str, int]:
     Raises:
         ValueError: the ranks do not divide by them.
     """
-    _, world = place()
+    _, world = rank_and_world_size()
     tp = tp or world
     expert_tp = max(1, tp // ep)
     if world % tp or world % (ep * expert_tp):
@@ -168,7 +167,7 @@ def _conclude(title: str, findings: list, as_json: bool) -> None:
     """Say what was proven; leave with status 1 if anything does not hold."""
     if as_json:
         say_json({"findings": findings})
-    elif is_speaker():
+    elif is_rank_zero():
         marks = {True: "[green]holds[/green]", False: "[red]FAILS[/red]", None: "[yellow]skipped[/yellow]"}
         table = Table("claim", "found", "", title=escape(title), title_justify="left")
         for finding in findings:

@@ -28,11 +28,11 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from bridge.attention import MiniMaxM2SelfAttention
-from bridge.layer_spec import minimax_m2_layer_spec
-from bridge.provider import gpt_model_arguments, transformer_config
-from bridge.qk_norm import FullDimKNorm, FullDimQNorm
-from bridge.single_process import model_parallel
+from bridge.model.attention import MiniMaxM2SelfAttention
+from bridge.model.config import gpt_model_arguments, transformer_config
+from bridge.model.layer_spec import minimax_m2_layer_spec
+from bridge.model.process_groups import model_parallel
+from bridge.model.qk_norm import FullDimKNorm, FullDimQNorm
 from reference.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

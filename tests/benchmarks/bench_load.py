@@ -29,14 +29,14 @@ import torch
 from torch import distributed
 
 from bridge import MiniMaxM2Bridge
-from bridge.agreement import gather
-from bridge.hf_files import HFCheckpoint, TensorInfo
-from bridge.live_batches import plan_batches
-from bridge.live_exchange import Wanted, rounds
-from bridge.live_layout import LiveModel, live_model
-from bridge.live_plan import Plan
-from bridge.mapping import MappingRegistry
-from bridge.single_process import model_parallel
+from bridge.huggingface.safetensors_folder import HFCheckpoint, TensorInfo
+from bridge.jobs.ranks import all_gather_objects
+from bridge.model.process_groups import model_parallel
+from bridge.weights.gather import Wanted, rounds
+from bridge.weights.param_mapping import MappingRegistry
+from bridge.weights.read_plan import plan_batches
+from bridge.weights.shard_map import Plan
+from bridge.weights.sharded_model import ShardedModel, sharded_model
 from reference.checkpoint import SCALE_SUFFIX, expected_tensors
 from reference.config import ModelConfig
 from reference.fp8 import scale_grid
@@ -120,7 +120,7 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
         row["pinned GiB"] = pinned_gib()
         if torch.cuda.is_available():
             row["load, GPU GiB beyond the parameters"] = (torch.cuda.max_memory_allocated() - own) / 2**30
-        row["share"] = share(live_model(model, bridge.config), bridge.checkpoint)
+        row["share"] = share(sharded_model(model, bridge.config), bridge.checkpoint)
         row["bytes read / share"] = row["bytes read"] / row["share"]
         for dtype in ("bf16", "fp8"):
             for device in ("cpu", None):
@@ -138,7 +138,7 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
     return row
 
 
-def share(live: LiveModel, checkpoint: HFCheckpoint) -> int:
+def share(live: ShardedModel, checkpoint: HFCheckpoint) -> int:
     """Bytes of this rank's slices, with the scales of the blocks that they touch."""
     total = 0
     for mapping in live.registry:
@@ -175,7 +175,7 @@ def planning() -> dict[str, float]:
         start = time.perf_counter()
         registry = MappingRegistry(config, Dialect.MEGATRON_TE, layout, 77)
         state = {(m.parameter.chunk, m.megatron_param): torch.empty(m.parameter.shape, device="meta") for m in registry}
-        plan_batches(LiveModel(registry, state, {}), files, config.block_size)
+        plan_batches(ShardedModel(registry, state, {}), files, config.block_size)
         own = time.perf_counter()
         plan = Plan(config, layout, Dialect.MEGATRON_TE)
         wanted = [Wanted(source, torch.bfloat16, None) for source in plan.sources]
@@ -204,7 +204,7 @@ def main(out: Path, layers: int, folder: Path) -> None:
 
         for layout in layouts:
             parallel_state.destroy_model_parallel()
-            found["rows"] += gather(measure(folder, layout))
+            found["rows"] += all_gather_objects(measure(folder, layout))
             if distributed.get_rank() == 0:
                 print(json.dumps(found["rows"][-world:], indent=1), flush=True)
                 out.write_text(json.dumps({**environment(), **found}, indent=1) + "\n")

@@ -31,8 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from compiled.full_dim_norm import FullDimQKNorm
-from compiled.rms_norm import RMSNorm
+from compiled import FullDimQKNorm, RMSNorm
 from reference.rope import rotary_tables
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.hf_folder import TensorPlan, finish_folder, plan_files, write_file
-from bridge.synthetic import SMALL_CONFIG
+from bridge.huggingface.random_checkpoint import SMALL_CONFIG
+from bridge.huggingface.writer import TensorPlan, finish_folder, plan_files, write_file
 from reference.checkpoint import expected_tensors
 from reference.config import ModelConfig
 from reference.fp8 import FP8

@@ -9,12 +9,12 @@ from unittest.mock import patch
 import jaxtyping
 import pytest
 import torch
-from checkpoints import EDGY_CONFIG, all_tensors
-from faults_runs import Conversion, checksums, convert, export_job, import_job, warm_server
-from offline_jobs import export, imported_from
+from support.checkpoints import EDGY_CONFIG, all_tensors
+from support.faults_runs import Conversion, checksums, convert, export_job, import_job, warm_server
+from support.offline_jobs import export, imported_from
 from torch import Tensor
 
-from bridge.synthetic import make_checkpoint
+from bridge.huggingface.random_checkpoint import make_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import assert_calibrated, assert_relative
-from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, disk_weights, hf_model, remove_float32_casts
+from support.checks import assert_calibrated, assert_relative
+from support.oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, disk_weights, hf_model, remove_float32_casts
 from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 
 from reference.attention import attention_block, causal_attention, linear

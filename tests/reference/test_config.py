@@ -4,8 +4,8 @@ import re
 from dataclasses import fields
 
 import pytest
-from checks import without_type_checks
-from oracles import CASES
+from support.checks import without_type_checks
+from support.oracles import CASES
 from transformers import MiniMaxM2Config
 
 from reference.config import ModelConfig, QuantizationConfig

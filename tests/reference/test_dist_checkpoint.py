@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from checkpoints import EDGY_CONFIG
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from support.checkpoints import EDGY_CONFIG
 
-from bridge.provider import build_gpt_model
-from bridge.single_process import model_parallel
-from bridge.synthetic import SMALL_CONFIG
+from bridge.huggingface.random_checkpoint import SMALL_CONFIG
+from bridge.model.build import build_gpt_model
+from bridge.model.process_groups import model_parallel
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import BFLOAT16, FLOAT32, FLOAT64
+from support.oracles import BFLOAT16, FLOAT32, FLOAT64
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from reference.fp8 import FP8, dequantize_blockwise, quantize_blockwise, requantize_blockwise, scale_grid

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from checks import without_type_checks
 from jaxtyping import TypeCheckError
-from oracles import BFLOAT16, FLOAT32
+from support.checks import without_type_checks
+from support.oracles import BFLOAT16, FLOAT32
 
 from reference import fp8
 from reference.fp8 import FP8, check_scale_grid, dequantize_blockwise, quantize_blockwise

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import jaxtyping
 import pytest
 
+from reference.advice import advise, default_layers, layouts
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
-from reference.layouts import advise, default_layers, layouts
 from reference.memory import Bytes, Holding, holdings, training_bytes
 from reference.names import Dialect
 from reference.parallelism import Parallelism, padded_vocab_size, spread_layers

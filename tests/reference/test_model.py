@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from checks import assert_calibrated, assert_relative
-from oracles import (
+from safetensors.torch import load_file
+from support.checks import assert_calibrated, assert_relative
+from support.oracles import (
     BFLOAT16,
     CASES,
     FLOAT32,
@@ -37,7 +38,6 @@ from oracles import (
     to_disk_names,
     to_memory_names,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 
 import reference.moe

@@ -3,14 +3,23 @@
 import pytest
 import torch
 import torch.distributed as dist
-from checks import assert_calibrated, assert_relative
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     get_updated_expert_bias,
     switch_load_balancing_loss_func,
     topk_routing_with_score_function,
 )
-from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, chosen_experts, disk_weights, hf_model, remove_float32_casts
+from support.checks import assert_calibrated, assert_relative
+from support.oracles import (
+    BFLOAT16,
+    CASES,
+    FLOAT32,
+    FLOAT64,
+    chosen_experts,
+    disk_weights,
+    hf_model,
+    remove_float32_casts,
+)
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 
 from reference.moe import load_balancing_loss, moe_block, route, tokens_per_expert, update_expert_bias

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
-from bridge.provider import build_gpt_model
-from bridge.single_process import model_parallel
+from bridge.model.build import build_gpt_model
+from bridge.model.process_groups import model_parallel
 from reference.config import ModelConfig
-from reference.layout import merge_gate_up, split_gate_up, stack_experts, unstack_experts
+from reference.fusion import merge_gate_up, split_gate_up, stack_experts, unstack_experts
 from reference.names import TABLE, Dialect, all_names, find, parse, remap
 from reference.parallelism import Parallelism
 from reference.sharding import parameters

@@ -5,8 +5,8 @@ from threading import Barrier
 
 import pytest
 import torch
-from checks import assert_calibrated, assert_relative, errors
-from oracles import BFLOAT16, FLOAT32, FLOAT64
+from support.checks import assert_calibrated, assert_relative, errors
+from support.oracles import BFLOAT16, FLOAT32, FLOAT64
 from torch import Tensor
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm
 

@@ -8,9 +8,9 @@ import inspect
 
 import pytest
 import torch
-from checks import assert_relative, fresh_interpreter
 from jaxtyping import TypeCheckError
-from oracles import CASES, FLOAT32, FLOAT64, disk_weights
+from support.checks import assert_relative, fresh_interpreter
+from support.oracles import CASES, FLOAT32, FLOAT64, disk_weights
 
 from reference import attention, fp8, model, moe, norm, rope
 

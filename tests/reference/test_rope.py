@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import assert_calibrated, assert_relative
-from oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, remove_float32_casts
+from support.checks import assert_calibrated, assert_relative
+from support.oracles import BFLOAT16, CASES, FLOAT32, FLOAT64, remove_float32_casts
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RotaryEmbedding, apply_rotary_pos_emb
 
 from reference.rope import apply_rotary, inverse_frequencies, rotary_tables

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer import attention
-from oracles import FLOAT64, Case, disk_weights
+from support.oracles import FLOAT64, Case, disk_weights
 from torch import Tensor, nn
 
 from reference.config import ModelConfig

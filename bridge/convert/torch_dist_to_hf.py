@@ -1,0 +1,269 @@
+"""megatron-core `torch_dist` checkpoint -> Hugging Face, without a model or a GPU: `minimax-m2 export`.
+
+A unit is one safetensors file. Its weights are read one parameter at a time, whatever layout they were saved from,
+split into the on-disk tensors and, for FP8, encoded. With `scales="source"` a weight that equals the source's decoded
+one is written with the source's own bytes; one that differs keeps the source's scale wherever a block is untouched.
+With `scales="fresh"` every block gets a new scale. config.json, tokenizer and MTP layers come from the source; without
+one, config.json and tokenizer are those that `minimax-m2 import` laid beside the checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge.huggingface.checkpoint import HFWeights, same_bits
+from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, HFCheckpoint, read_object
+from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.resumable import Work, run_resumable
+from bridge.torch_dist.checkpoint import TorchDistWeights, beside
+from bridge.torch_dist.reader import TorchDistCheckpoint
+from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
+from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from reference.config import ModelConfig
+from reference.dist_checkpoint import Entry
+from reference.fp8 import FP8
+
+BAND_BYTES = 256 * 2**20  # of a large tensor, in memory at a time
+
+
+class ExportJob(NamedTuple):
+    """What is converted to what: everything that decides the output's bytes, and where it goes."""
+
+    megatron: str
+    out: str
+    quantization: Quantization = "fp8"
+    scales: Literal["source", "fresh"] = "source"
+    source: str | None = None
+    max_shard_bytes: int = SHARD_BYTES
+    versions: tuple[tuple[str, int, int], ...] = ()  # (file, bytes, mtime_ns); export_checkpoint fills it in
+
+
+class ExportSummary(NamedTuple):
+    """What an export reads and writes, and what became of the quantised weights.
+
+    `identical` ones have the source's bytes; `requantised` ones do not, and `worst` is the one whose decoded value
+    differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight.
+    """
+
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    files: int
+    reused: int
+    identical: int
+    requantised: int
+    worst: str
+    worst_error: float
+
+
+class _Plan(NamedTuple):
+    megatron: TorchDistWeights
+    source: HFWeights | None
+    config: ModelConfig  # of what is written
+    config_json: dict[str, Any] | bytes
+    carried: dict[str, Path]
+    entries: dict[str, Entry]  # by the first on-disk tensor
+    files: list[FilePlan]
+
+
+def export_checkpoint(
+    job: ExportJob,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> ExportSummary:
+    """Convert `job.megatron` into `job.out`, whole or not at all; the same call again finishes an interrupted one.
+
+    Under torchrun, in a process group, every rank calls it.
+
+    Raises:
+        ValueError: a checkpoint is not whole or not MiniMax-M2's, `scales="source"` and there is no source, a weight is
+            not finite, a file changed, or `out` is not fit.
+        OSError: the disk is full, or a worker died; what was finished is kept.
+    """
+    if job.scales not in ("source", "fresh"):
+        raise ValueError(f"scales must be 'source' or 'fresh', found {job.scales!r}")
+    job = job._replace(
+        megatron=str(Path(job.megatron).resolve()), source=job.source and str(Path(job.source).resolve())
+    )
+    source = None if job.source is None else HFCheckpoint(job.source)
+    job = job._replace(versions=_versions(TorchDistCheckpoint(job.megatron), source))
+    plan = _plan(job)
+    tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
+    keys = {entry.key for entry in plan.entries.values()}
+    summary = ExportSummary(
+        tensors=len(tensors),
+        bytes_read=sum(plan.megatron.checkpoint.nbytes(key) for key in keys),
+        bytes_written=sum(tensor.nbytes for tensor in tensors),
+        files=len(plan.files),
+        reused=0,
+        identical=0,
+        requantised=0,
+        worst="",
+        worst_error=0.0,
+    )
+    if dry_run:
+        return summary
+    done = run_resumable(
+        Work(_write_unit, job, len(plan.files)),
+        lambda folder, _: finish_folder(folder, plan.files, plan.config_json, carried=plan.carried),
+        marker=CONFIG_NAME,
+        workers=workers,
+        overwrite=overwrite,
+        what="export",
+        progress=progress,
+    )
+    counts = [_Count(*result) for result in done.results]
+    worst = max(counts, key=lambda count: count.worst_error)
+    return summary._replace(
+        reused=done.reused,
+        identical=sum(count.identical for count in counts),
+        requantised=sum(count.requantised for count in counts),
+        worst=worst.worst,
+        worst_error=worst.worst_error,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def _open(job: ExportJob) -> tuple[TorchDistWeights, HFWeights | None]:
+    source = None if job.source is None else HFWeights(job.source)
+    return TorchDistWeights(job.megatron, source and source.config), source
+
+
+def _versions(megatron: TorchDistCheckpoint, source: HFCheckpoint | None) -> tuple[tuple[str, int, int], ...]:
+    if source:
+        return (*megatron.versions, *source.versions)
+    config = (beside(megatron) / CONFIG_NAME).stat()
+    return (*megatron.versions, (CONFIG_NAME, config.st_size, config.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)  # a worker does many units of one job
+def _plan(job: ExportJob) -> _Plan:
+    megatron, source = _open(job)
+    if _versions(megatron.checkpoint, source and source.checkpoint) != job.versions:
+        raise ValueError(f"{job.megatron}: its files, or the source's, changed since the export began; start again")
+    folder = source.checkpoint.folder if source else beside(megatron.checkpoint)
+    raw = read_object(folder / CONFIG_NAME)
+    written = target_config(raw, job.quantization)
+    config = ModelConfig.from_hf(written)
+    if job.quantization == "fp8" and job.scales == "source" and (source is None or source.config.quantization is None):
+        raise ValueError(
+            f"{job.megatron}: scales 'source' needs the FP8 checkpoint that the weights came from; give source, or ask "
+            "for fresh scales"
+        )
+    groups = [_group(entry, megatron, source, config) for entry in megatron.entries]
+    groups += _mtp_groups(source)
+    return _Plan(
+        megatron,
+        source,
+        config,
+        (folder / CONFIG_NAME).read_bytes() if written == raw else written,
+        _carried(folder),
+        {entry.parameter.sources[0]: entry for entry in megatron.entries},
+        plan_files(groups, max_shard_bytes=job.max_shard_bytes),
+    )
+
+
+def _group(
+    entry: Entry, megatron: TorchDistWeights, source: HFWeights | None, config: ModelConfig
+) -> dict[str, TensorPlan]:
+    """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
+    group: dict[str, TensorPlan] = {}
+    for name in entry.parameter.sources:
+        group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
+    return group
+
+
+def _mtp_groups(source: HFWeights | None) -> list[dict[str, TensorPlan]]:
+    if source is None:
+        return []
+    tensors = source.checkpoint.tensors.items()
+    return [{name: TensorPlan(info.dtype, info.shape)} for name, info in tensors if is_mtp(name, source.config)]
+
+
+def _carried(folder: Path) -> dict[str, Path]:
+    """What a checkpoint has besides its weights, config and index; not what lies in hidden folders."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts[:-1]))
+    own = (CONFIG_NAME, INDEX_NAME)
+    return {str(path): folder / path for path in shown if str(path) not in own and path.suffix != SHARD_SUFFIX}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class _Count(NamedTuple):
+    identical: int
+    requantised: int
+    worst: str
+    worst_error: float
+
+
+def _write_unit(job: ExportJob, unit: int, folder: Path) -> tuple[list[str], _Count]:
+    plan = _plan(job)
+    tally = _Tally(job, plan)
+    write_file(folder, plan.files[unit], tally.tensors(plan.files[unit]))
+    return [plan.files[unit].file], tally.count
+
+
+class _Tally:
+    """Makes the tensors of one file, and counts what became of the quantised ones."""
+
+    def __init__(self, job: ExportJob, plan: _Plan):
+        self._job, self._plan = job, plan
+        self.count = _Count(0, 0, "", 0.0)
+
+    def tensors(self, file: FilePlan) -> Iterator[tuple[str, Tensor]]:
+        plan = self._plan
+        for name, wanted in file.tensors.items():
+            if is_mtp(name, plan.config):
+                assert plan.source is not None
+                yield name, plan.source.checkpoint.read(name)
+            elif wanted.dtype == FP8:
+                codes, scale_inv = self._encode(name, plan.megatron.read_weight(name))
+                yield name, codes
+                yield name + SCALE_SUFFIX, scale_inv
+            elif name in plan.entries and len(plan.entries[name].parameter.sources) == 1:
+                yield from self._bands(name, plan.entries[name], wanted)
+            elif not name.endswith(SCALE_SUFFIX):
+                yield name, plan.megatron.read_weight(name).to(wanted.dtype)
+
+    def _bands(self, name: str, entry: Entry, wanted: TensorPlan) -> Iterator[tuple[str, Tensor]]:
+        """A weight in bands of rows: the embedding is larger than the memory this may take."""
+        rows, *cols = entry.parameter.shape
+        band = max(1, BAND_BYTES // (4 * math.prod(cols)))
+        for start in range(0, rows, band):
+            yield name, self._plan.megatron.read_rows(entry, start, min(start + band, rows)).to(wanted.dtype)
+
+    def _encode(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        config, source = self._plan.config, self._plan.source
+        assert config.quantization is not None
+        size = config.quantization.block_size
+        decode = partial(dequantize_blockwise, block_size=size, dtype=weight.dtype, name=name)
+        if source is not None and source.dtype(name) == FP8 and self._job.scales == "source":
+            codes, scale_inv = source.stored(name)
+            if same_bits(decode(codes, scale_inv), weight):
+                self.count = self.count._replace(identical=self.count.identical + 1)
+                return codes, scale_inv
+            codes, scale_inv = requantize_blockwise(weight, scale_inv, block_size=size, name=name)
+        else:
+            codes, scale_inv = quantize_blockwise(weight, block_size=size, name=name)
+        self._count_error(name, decode(codes, scale_inv), weight)
+        return codes, scale_inv
+
+    def _count_error(self, name: str, decoded: Tensor, weight: Tensor) -> None:
+        size, off = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (weight, decoded - weight))
+        error = (off / size).item() if size > 0 else 0.0  # the difference of neighbours is exact
+        worse = {"worst": name, "worst_error": error} if error >= self.count.worst_error else {}
+        self.count = self.count._replace(requantised=self.count.requantised + 1, **worse)

@@ -1,0 +1,319 @@
+"""A Hugging Face checkpoint folder, read lazily: names, dtypes and shapes at once, bytes only when asked for.
+
+The index decides which file holds a tensor; file names decide nothing (released files are called model-000xx-of-00130
+and 125 of them exist). Opening reads the headers only and refuses a folder that is not whole, so nothing is found out
+half-way through 230 GB.
+
+Bytes are read (`bridge.huggingface.strided_reads`) into memory of the tensor's or the caller's own, not through
+safetensors' memory map. Tensors of a map share their pages (writing to one changes what the next read returns), a file
+cut short kills the process with SIGBUS, and every page ever read counts as the process's memory.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Shaped, UInt8
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bridge.huggingface.strided_reads import Read, Span, read_spans
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SHARD_SUFFIX = ".safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What the headers say of one tensor; `offset` is its first byte in `file`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HFCheckpoint:
+    """`tensors[name]` for every name of the index, in its order, each proven to lie whole in the file the index names.
+
+    `config` and `metadata` are the raw objects of config.json and of the index (`total_size` is there as written, and
+    may be wrong; `nbytes` is counted). A folder with one model.safetensors and no index is read as well.
+
+    Raises: ValueError on opening, naming the file or tensor, if config.json, the index or a shard is missing or
+    malformed, or if the index and the shards' headers do not name the same tensors in the same files.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.config = read_object(self.folder / CONFIG_NAME)
+        self._config_version = _version((self.folder / CONFIG_NAME).stat())
+        index_path = self.folder / INDEX_NAME
+        with ExitStack() as stack:
+            if index_path.is_file():
+                index = read_object(index_path)
+                weight_map = _weight_map(index_path, index)
+                files = dict.fromkeys(weight_map.values())
+                self._shards = {file: stack.enter_context(_Shard(self.folder / file, file)) for file in files}
+            elif (self.folder / SINGLE_NAME).is_file():
+                index = {}
+                shard = stack.enter_context(_Shard(self.folder / SINGLE_NAME, SINGLE_NAME))
+                weight_map = dict.fromkeys(shard.tensors, SINGLE_NAME)
+                self._shards = {SINGLE_NAME: shard}
+            else:
+                raise ValueError(f"{self.folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; download it again")
+            if not weight_map:
+                raise ValueError(
+                    f"{self.folder}: no tensor in {', '.join(self._shards) or INDEX_NAME}; download it again"
+                )
+            self.tensors = _assign(weight_map, self._shards)
+            self._open_files = stack.pop_all()
+        self.metadata: dict[str, Any] = index.get("metadata", {})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def num_files(self) -> int:
+        """Number of safetensors files."""
+        return len(self._shards)
+
+    def read(self, name: str) -> Shaped[Tensor, "..."]:
+        """The tensor, bit for bit as on disk, in memory of its own.
+
+        Raises: ValueError if the name is unknown or its file changed since opening.
+        """
+        return self.read_slice(name)
+
+    def read_slice(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Shaped[Tensor, "..."]:
+        """`read(name)[rows, cols]`, contiguous, from the bytes of those rows and columns alone.
+
+        Raises: ValueError as `read`, and if a slice has a step or leaves the tensor.
+        """
+        span, shape = self._span(name, rows, cols)
+        buffer = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu")
+        self._shards[self.tensors[name].file].read([(name, (buffer.numpy(), span))])
+        return buffer.view(self.tensors[name].dtype).reshape(shape)
+
+    def read_into(self, slices: Iterable[tuple[UInt8[np.ndarray, " nbytes"], str, slice | None, slice | None]]) -> None:
+        """The bytes of `read_slice(name, rows, cols)` for each (buffer, name, rows, cols), into memory of the caller's.
+
+        Many at once cost little more than one; threads may read at once.
+
+        Raises: ValueError as `read_slice`, and if a buffer is not of that many bytes.
+        """
+        by_file: dict[str, list[tuple[str, Read]]] = {}
+        for buffer, name, rows, cols in slices:
+            span, _ = self._span(name, rows, cols)
+            if buffer.nbytes != span.nbytes:
+                raise ValueError(f"{name}: found a buffer of {buffer.nbytes} bytes, expected {span.nbytes}")
+            by_file.setdefault(self.tensors[name].file, []).append((name, (buffer, span)))
+        for file, reads in by_file.items():
+            self._shards[file].read(reads)
+
+    @property
+    def versions(self) -> tuple[tuple[str, int, int], ...]:
+        """(file, bytes, mtime_ns) of config.json and each shard at opening."""
+        return ((CONFIG_NAME, *self._config_version), *((file, *shard.version) for file, shard in self._shards.items()))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes asked of the files so far, headers included."""
+        return sum(shard.bytes_read for shard in self._shards.values())
+
+    def _span(self, name: str, rows: slice | None, cols: slice | None) -> tuple[Span, tuple[int, ...]]:
+        """Where the bytes of a slice lie, and its shape."""
+        info = self._info(name)
+        shape = list(info.shape)
+        row = math.prod(shape[1:]) * info.dtype.itemsize
+        offset, pitch = info.offset, row
+        if rows is not None:
+            start, stop = _bounds(name, info.shape, 0, rows)
+            offset += start * row
+            shape[0] = stop - start
+        if cols is not None:
+            start, stop = _bounds(name, info.shape, 1, cols)
+            offset += start * math.prod(shape[2:]) * info.dtype.itemsize
+            shape[1] = stop - start
+        nbytes, run = math.prod(shape) * info.dtype.itemsize, math.prod(shape[1:]) * info.dtype.itemsize
+        return Span(offset, nbytes if run == pitch or not shape else run, pitch, nbytes), tuple(shape)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self.tensors:
+            return self.tensors[name]
+
+        def likeness(other: str) -> int:  # of one typing error; difflib takes 13 s over 96,103 names
+            return _shared_start(name, other) + _shared_start(name[::-1], other[::-1])
+
+        raise ValueError(f"{self.folder}: no tensor {name!r}; did you mean {max(self.tensors, key=likeness)!r}?")
+
+    def carried_files(self) -> list[Path]:
+        """Every other file, relative to the folder and sorted: what a converted checkpoint takes along unchanged.
+
+        Left out: config.json, the index, *.safetensors, and folders whose name starts with a dot.
+        """
+        found = []
+        for root, folders, names in self.folder.walk():
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            found += [(root / name).relative_to(self.folder) for name in names if (root / name).is_file()]
+        own = {Path(CONFIG_NAME), Path(INDEX_NAME)}
+        return sorted(path for path in found if path not in own and path.suffix != SHARD_SUFFIX)
+
+    def close(self) -> None:
+        self._open_files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Shard:
+    """One open safetensors file, its header, and the size and time it had when opened."""
+
+    def __init__(self, path: Path, file: str):
+        if not os.path.isfile(path):  # also False of a name that no file can have
+            raise ValueError(f"{path}: {INDEX_NAME} names this file and it is not there; download it again")
+        self.path = path
+        self.bytes_read, self._counting = 0, threading.Lock()
+        with ExitStack() as stack:
+            self._file = stack.enter_context(path.open("rb", buffering=0))
+            self.version = _version(os.fstat(self._file.fileno()))
+            try:
+                with safe_open(path, "pt"):  # holds the format's law: sizes, no gap, no overlap, nothing beyond the end
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{path}: truncated or not a safetensors file ({error}); download it again") from error
+            self.tensors = self._read_header(file)
+            stack.pop_all()
+
+    def _read_header(self, file: str) -> dict[str, TensorInfo]:
+        length = int.from_bytes(self._bytes("header length", 0, 8), "little")
+        header = json.loads(self._bytes("header", 8, length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        return {
+            name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"]), file, 8 + length + e["data_offsets"][0])
+            for name, e in header.items()
+        }
+
+    def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
+        buffer = np.empty(nbytes, np.uint8)
+        self.read([(name, (buffer, Span(offset, nbytes, nbytes, nbytes)))])
+        return buffer.tobytes()
+
+    def read(self, named: list[tuple[str, Read]]) -> None:
+        """Spans of tensors into buffers. Raises: ValueError if the file is not the one that was opened."""
+        reads = [read for _, read in named]
+        whole = read_spans(self._file.fileno(), reads)
+        try:
+            now = _version(os.stat(self.path))
+        except FileNotFoundError:
+            now = None
+        with self._counting:
+            self.bytes_read += sum(span.nbytes for _, span in reads)
+        if not whole or now != self.version:  # looked at after reading: covers a change during it
+            first, *others = dict.fromkeys(name for name, _ in named)
+            what = f"{first} and {len(others)} more were" if others else f"{first} was"
+            raise ValueError(
+                f"{self.path}: changed while {what} read: (bytes, mtime_ns) {self.version} at opening, "
+                f"{now or 'gone'} now; open the checkpoint again once nothing writes to it"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def stays_inside(relative: str) -> bool:
+    """Whether a relative path names something below the folder it starts from, by its text (hub caches hold links)."""
+    path = PurePosixPath(relative)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; give a folder that holds a Hugging Face checkpoint")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path}: expected a weight_map from tensor names to files, found {weight_map!r}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not stays_inside(file):
+            raise ValueError(
+                f"{path}: weight_map puts {name} in {file!r}, expected a file inside the checkpoint folder"
+            )
+    return weight_map
+
+
+def _assign(weight_map: dict[str, str], shards: dict[str, _Shard]) -> dict[str, TensorInfo]:
+    for name, file in weight_map.items():
+        if name not in shards[file].tensors:
+            raise ValueError(f"{shards[file].path}: {INDEX_NAME} says it holds {name}, its header does not")
+    for file, shard in shards.items():
+        for name in shard.tensors:
+            if weight_map.get(name) != file:
+                owner = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise ValueError(f"{shard.path}: holds {name}, which {INDEX_NAME} puts {owner}; which one is meant?")
+    return {name: shards[file].tensors[name] for name, file in weight_map.items()}
+
+
+def _shared_start(left: str, right: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _bounds(name: str, shape: tuple[int, ...], axis: int, wanted: slice) -> tuple[int, int]:
+    if axis >= len(shape):
+        raise ValueError(f"{name}: shape {shape} has no axis {axis} to take {wanted} of")
+    start = 0 if wanted.start is None else wanted.start
+    stop = shape[axis] if wanted.stop is None else wanted.stop
+    if wanted.step not in (None, 1) or not 0 <= start <= stop <= shape[axis]:
+        raise ValueError(
+            f"{name}: {wanted} on axis {axis} of shape {shape}, expected 0 <= start <= stop <= size, step 1"
+        )
+    return start, stop

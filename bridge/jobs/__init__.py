@@ -1,0 +1,1 @@
+"""Work by many processes that may be killed at any moment."""

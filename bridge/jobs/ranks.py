@@ -1,0 +1,137 @@
+"""The ranks of a torch.distributed run: joining them, and errors that are raised on all of them.
+
+Where there is no process group, there is one rank. torch is imported when it is needed: the command answers `--help`
+without it.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process acts for all: rank 0, or the only one; known without importing torch."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """All ranks of the world leave this block by the same door. There must be no communication inside it.
+
+    Raises:
+        ValueError: one rank failed; every rank raises the first failing rank's message. One rank alone raises its own
+            error.
+    """
+    rank, world = rank_and_world_size()
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        if world == 1:
+            raise
+        failure = error
+    if world > 1 and _any_failed(failure is not None):
+        messages = all_gather_objects(None if failure is None else _message(failure, rank))
+        raise ValueError(next(message for message in messages if message is not None)) from failure
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    from torch import distributed
+
+    world = rank_and_world_size()[1]
+    if world == 1:
+        return [value]
+    found = [None] * world
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def _any_failed(failed: bool) -> bool:
+    import torch
+    from torch import distributed
+
+    on_host = "gloo" in distributed.get_backend_config()
+    flag = torch.tensor([failed], dtype=torch.int32, device="cpu" if on_host else torch.cuda.current_device())
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _message(error: Exception, rank: int) -> str:
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return f"rank {rank}: {type(error).__name__}: {error}"
+
+
+RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
+
+
+LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
+
+
+PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is a rank that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_with(parent: int) -> None:
+    """An orphan would go on writing where the same command, run again, writes."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def join_ranks(*, models: bool) -> None:
+    """Join torchrun's process group, which moves host tensors by gloo and, with `models`, a GPU's by NCCL."""
+    import torch
+    from torch import distributed
+
+    gpus = models and torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = LEADER_TIMEOUT if models else RANK_TIMEOUT
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+
+
+class TorchrunRanks:
+    """`join_ranks` for as long as a `with` block lasts, and no longer than torchrun does; nothing for one process."""
+
+    def __init__(self, *, models: bool = False):
+        self._models = models
+
+    def __enter__(self) -> None:
+        self._mine = launched_by_torchrun() and rank_and_world_size()[1] == 1
+        if self._mine:
+            end_with(os.getppid())
+            join_ranks(models=self._models)
+
+    def __exit__(self, *_: object) -> None:
+        if self._mine:
+            from torch import distributed
+
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()

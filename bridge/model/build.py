@@ -1,0 +1,123 @@
+"""This rank's part of a `GPTModel` in whatever process groups megatron-core has: sizes, stages and padding follow them.
+
+Layers that do not divide over the stages, such as 62 over 4, 8 or 16, are spread as equally as possible, fewer where
+the embedding and the head are (`reference.parallelism.spread_layers`).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from bridge.model.config import gpt_model_arguments, transformer_config
+from bridge.model.layer_spec import Backend, minimax_m2_block_spec
+from bridge.model.process_groups import group_sizes
+from reference.config import ModelConfig
+from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
+from reference.rope import inverse_frequencies
+
+
+def group_parallelism(
+    config: ModelConfig, *, layers_per_stage: tuple[int, ...] | None = None, vocab_divisor: int = 1
+) -> Parallelism:
+    """The layout that megatron-core's process groups give a model; without `layers_per_stage` they are spread.
+
+    Raises:
+        ValueError: the model does not divide by the parallel sizes.
+    """
+    sizes = group_sizes(parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
+    stages = layers_per_stage or spread_layers(config.num_hidden_layers, sizes["pp"] * sizes["vpp"])
+    parallelism = Parallelism(**sizes, layers_per_stage=stages, vocab_divisor=vocab_divisor)
+    parallelism.check(config)
+    return parallelism
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    layers_per_stage: tuple[int, ...] | None = None,
+    vocab_divisor: int = 1,
+    **overrides: Any,
+) -> GPTModel | list[GPTModel]:
+    """This rank's chunk, or the list of its chunks where megatron-core has virtual pipeline stages.
+
+    Args:
+        config: the model.
+        params_dtype: the parameters' dtype.
+        backend: the layer spec's (`bridge.model.layer_spec.default_backend` if None).
+        layers_per_stage: layers of each stage in model order; None spreads them.
+        vocab_divisor: the vocabulary is filled up to a multiple of this times tensor-parallel ranks.
+        overrides: `TransformerConfig` fields.
+
+    Raises:
+        ValueError: the model does not divide by the parallel sizes.
+    """
+    parallelism = group_parallelism(config, layers_per_stage=layers_per_stage, vocab_divisor=vocab_divisor)
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    settings = {
+        "tensor_model_parallel_size": parallelism.tp,
+        "pipeline_model_parallel_size": parallelism.pp,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": parallelism.ep,
+        "expert_tensor_parallel_size": parallelism.etp,
+        "context_parallel_size": parallelism.cp,
+        "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
+        "pipeline_model_parallel_layout": None if len({*parallelism.layers_per_stage}) == 1 else _stages(parallelism),
+    }
+    chunks = [
+        build_gpt_model(
+            config,
+            params_dtype=params_dtype,
+            backend=backend,
+            vocab_size=padded_vocab_size(config, parallelism),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            vp_stage=chunk,
+            **settings | overrides,
+        )
+        for chunk in ([None] if virtual is None else range(virtual))
+    ]
+    return chunks[0] if virtual is None else chunks
+
+
+def _stages(parallelism: Parallelism) -> list[list[str]]:
+    """As megatron-core's `pipeline_model_parallel_layout` wants it."""
+    stages = [["decoder"] * layers for layers in parallelism.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def build_gpt_model(
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    vocab_size: int | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **overrides: Any,
+) -> GPTModel:
+    """This rank's part of the model, on the current CUDA device or else on the CPU.
+
+    Call it inside `bridge.model.process_groups.model_parallel()`, or in a trainer that has set up megatron-core.
+    `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next. `vocab_size` is
+    the padded vocabulary's, where embedding and head are to have more rows than there are tokens.
+    """
+    megatron = transformer_config(config, params_dtype=params_dtype, backend=backend, **overrides)
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        **gpt_model_arguments(config) | ({} if vocab_size is None else {"vocab_size": vocab_size}),
+    )
+    # Made on the CPU, as transformers does: CUDA's power function differs in the last bit.
+    inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta)
+    model.rotary_pos_emb.inv_freq = inv_freq.to(torch.cuda.current_device())
+    return model

@@ -1,0 +1,126 @@
+"""A `ModelConfig` as megatron-core's configuration, and the model built from it.
+
+Every choice is a row of a table: what carries over under another name, what is the same for every MiniMax-M2, what
+follows from the dtype, and what differs between hosts with and without a GPU. Parallelism, recomputation and the like
+are the caller's, as keyword arguments; they win over the tables.
+"""
+
+from math import nextafter
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.model.layer_spec import Backend, default_backend
+from reference.config import ModelConfig
+
+# TransformerConfig field: ModelConfig field
+SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",  # equal to the next, or megatron-core copies the config for every layer
+    "moe_ffn_hidden_size": "intermediate_size",
+    "num_moe_experts": "num_local_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_aux_loss_coeff": "router_aux_loss_coef",
+    "layernorm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+}
+
+# What every MiniMax-M2 has, also where megatron-core's default happens to say the same.
+ARCHITECTURE: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "rotary_interleaved": False,
+    "attention_softmax_in_fp32": True,
+    "apply_query_key_layer_scaling": False,
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_dtype": "fp32",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_shared_expert_intermediate_size": None,
+}
+
+BACKEND_SETTINGS: dict[Backend, dict[str, Any]] = {
+    "transformer_engine": {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
+    "local": {"transformer_impl": "local"},
+}
+
+# megatron-core's softmax goes to float32 only where these flags say that its input is 16 bits wide.
+DTYPE_FLAGS: dict[torch.dtype, dict[str, bool]] = {
+    torch.float32: {},
+    torch.bfloat16: {"bf16": True},
+    torch.float16: {"fp16": True},
+}
+
+GPU_SETTINGS: dict[str, Any] = {
+    "moe_token_dispatcher_type": "alltoall",
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+}
+
+CPU_OVERRIDES: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "moe_token_dispatcher_type": "allgather",  # alltoall waits for CUDA events
+    "bias_activation_fusion": False,  # the fusions compile at their first call
+    "bias_dropout_fusion": False,
+    "gradient_accumulation_fusion": False,  # a CUDA extension
+}
+
+
+def transformer_config(
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
+
+    `backend` is the layer spec's (`bridge.model.layer_spec.default_backend` if None).
+
+    Raises:
+        ValueError: megatron-core has no mixed-precision mode for `params_dtype`.
+    """
+    if params_dtype not in DTYPE_FLAGS:
+        raise ValueError(f"params_dtype must be one of {list(DTYPE_FLAGS)}, found {params_dtype}")
+    fields = {
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        **ARCHITECTURE,
+        **BACKEND_SETTINGS[backend or default_backend()],
+        **DTYPE_FLAGS[params_dtype],
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
+    }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def gpt_model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `GPTModel` that are not in its `TransformerConfig`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "max_sequence_length": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_percent": _rotary_percent(config.rotary_dim, config.head_dim),
+        "rotary_base": config.rope_theta,
+        "share_embeddings_and_output_weights": False,
+    }
+
+
+def _rotary_percent(rotary_dim: int, head_dim: int) -> float:
+    """The share whose product with `head_dim`, rounded down by megatron-core, is `rotary_dim` (98 * (2/98) < 2)."""
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else nextafter(share, 1.0)

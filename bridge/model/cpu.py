@@ -1,0 +1,94 @@
+"""megatron-core on a host without a GPU.
+
+megatron-core asks `torch.cuda` for its device, its streams and its random state even where every tensor is on the CPU.
+Inside `megatron_on_cpu()` these questions have CPU answers: the current device is the CPU, streams and events do
+nothing (CPU work is done when the call returns), and there is one random state, torch's own. Arithmetic is untouched.
+
+The table below is all that is replaced, and only inside the context. With CUDA present the context refuses to start.
+Build the model's config with `bridge.model.config.CPU_OVERRIDES` as well. What stays out of reach: megatron-core's
+optimizer (its gradient clipping wants CUDA tensors; step with a torch optimizer), the `alltoall` dispatcher, and
+Transformer Engine modules.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import unwrap
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core import utils as core_utils
+from megatron.core.optimizer import clip_grads
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import utils
+from megatron.core.transformer.moe.router import TopKRouter
+
+CPU = torch.device("cpu")
+
+
+class _Inert:
+    """A stream or an event whose every method does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _no_operation()
+
+
+class _TorchOnCPU:
+    """`torch` for a module that writes `device="cuda"` out: these factories read it as the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch, name)
+        if name not in ("zeros", "ones", "tensor"):
+            return attribute
+        return lambda *size, device=None, **kwargs: attribute(
+            *size, device=CPU if device == "cuda" else device, **kwargs
+        )
+
+
+def _no_operation() -> Callable[..., None]:
+    """A function that does nothing; another one at each call, because torch.compile tells torch's functions apart."""
+    return lambda *args, **kwargs: None
+
+
+# (owner, attribute, what stands there inside the context)
+_REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
+    (torch.cuda, "current_device", lambda: CPU),
+    (torch.cuda, "Stream", _Inert),
+    (torch.cuda, "Event", _Inert),
+    (torch.cuda, "current_stream", lambda *args: _Inert()),
+    (torch.cuda, "stream", lambda *args: nullcontext()),
+    (torch.cuda, "synchronize", _no_operation()),
+    (torch.Tensor, "record_stream", _no_operation()),
+    (torch.cuda, "manual_seed", _no_operation()),
+    (torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state()),
+    (random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+    (random, "_set_cuda_rng_state", _no_operation()),
+    (random.CudaRNGStatesTracker, "fork", lambda *args: nullcontext()),
+    (TopKRouter, "_apply_expert_bias", unwrap(TopKRouter._apply_expert_bias)),  # one line, compiled for 20 seconds
+    (schedules, "torch", _TorchOnCPU()),  # the token counter
+    (clip_grads, "torch", _TorchOnCPU()),  # the gradient norm
+    (core_utils, "torch", _TorchOnCPU()),  # the same
+    (utils, "torch", _TorchOnCPU()),  # the causal mask
+)
+
+
+@contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Run megatron-core without a GPU: inside, `torch.cuda` answers for the CPU. Contexts may be nested.
+
+    Raises:
+        RuntimeError: CUDA is available.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "megatron_on_cpu() is for hosts without a GPU, but torch.cuda.is_available() is True: run without the "
+            "context, or hide the GPUs with CUDA_VISIBLE_DEVICES='' before Python starts"
+        )
+    with ExitStack() as stack:
+        for owner, attribute, replacement in _REPLACEMENTS:
+            stack.enter_context(patch.object(owner, attribute, replacement))
+        yield

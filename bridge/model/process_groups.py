@@ -1,0 +1,69 @@
+"""torch.distributed and megatron-core's process groups, for as long as a `with` block lasts.
+
+megatron-core modules look up their process groups when they are built, even in a program of one process. A conversion
+or a test enters `model_parallel()`; under torchrun the same line joins the ranks that torchrun started; inside a
+trainer, which has set up everything already, it does nothing. On exit only what was set up here is taken down.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+from bridge.jobs.ranks import join_ranks, launched_by_torchrun
+from bridge.model.cpu import megatron_on_cpu
+
+
+@contextmanager
+def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
+    """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
+
+    Args:
+        seed: for megatron-core's CUDA random states; torch's CPU generator is left alone.
+        sizes: for `megatron.core.parallel_state.initialize_model_parallel`, such as `pipeline_model_parallel_size=2`.
+
+    Raises:
+        ValueError: `sizes` are given, but megatron-core's process groups exist already.
+    """
+    with ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(megatron_on_cpu())
+        if not torch.distributed.is_initialized():
+            _join_processes()
+            stack.callback(torch.distributed.destroy_process_group)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(**sizes)
+            stack.callback(parallel_state.destroy_model_parallel)
+        elif sizes:
+            raise ValueError(
+                f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "
+                "use the groups as they are, or call megatron.core.parallel_state.destroy_model_parallel() first"
+            )
+        if not get_cuda_rng_tracker().is_initialized():
+            model_parallel_cuda_manual_seed(seed)
+            stack.callback(get_cuda_rng_tracker().reset)
+        yield
+
+
+def _join_processes() -> None:
+    """Join torchrun's ranks, or else make a world of one, which needs no network port."""
+    if launched_by_torchrun():
+        join_ranks(models=True)
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def group_sizes(chunks: int) -> dict[str, int]:
+    """The sizes of megatron-core's process groups, as `Parallelism` names them; a rank has so many chunks."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": chunks,
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }

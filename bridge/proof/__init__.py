@@ -1,0 +1,1 @@
+"""Evidence that nothing was lost: bytes compared with bytes, logits with the reference's."""

@@ -1,0 +1,225 @@
+"""Whether two checkpoints hold the same weights, whatever format each of them has: `minimax-m2 verify A B`.
+
+Two tensors of one dtype are compared by their bytes. Where only one side is float8, it is dequantised to the other's
+dtype, and the values are compared, exactly. For weights that differ the report says by how much.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge.huggingface.checkpoint import HFWeights, same_bits
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.workers import run_units
+from bridge.proof.reference_logits import random_tokens, reference_logits
+from bridge.torch_dist.checkpoint import TorchDistWeights
+from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from reference.config import ModelConfig
+from reference.fp8 import FP8
+from reference.names import Dialect, all_names
+
+UNIT = 64  # weights that a worker takes at a time
+
+Weights = HFWeights | TorchDistWeights
+
+
+def open_weights(path: Path | str, config: ModelConfig | None = None) -> Weights:
+    """A Hugging Face checkpoint if a config.json is there, else a distributed one; `config` is for the latter.
+
+    Raises:
+        ValueError: neither, or it is not whole.
+    """
+    return HFWeights(path) if (Path(path) / CONFIG_NAME).is_file() else TorchDistWeights(path, config)
+
+
+def weight_names(weights: Weights) -> list[str]:
+    """The model's weights, in model order."""
+    return all_names(weights.config, Dialect.HF_DISK)
+
+
+class Difference(NamedTuple):
+    """A weight or file that is not the same: the largest difference, and its root mean square over the left side's."""
+
+    name: str
+    what: str
+    largest: float = float("nan")
+    relative: float = float("inf")
+
+
+class Comparison(NamedTuple):
+    """`same_bytes` of the `tensors` are equal byte for byte, `same_values` after dequantising; the rest differ."""
+
+    tensors: int
+    nbytes: int
+    files: int
+    same_bytes: int
+    same_values: int
+    differences: list[Difference]
+
+
+class _Pair(NamedTuple):
+    left: str
+    right: str
+
+
+class _Sides(NamedTuple):
+    left: Weights
+    right: Weights
+    names: list[str]
+
+
+def compare_checkpoints(
+    left: Path | str, right: Path | str, *, workers: int = 1, progress: Progress = no_progress
+) -> Comparison:
+    """Every weight, with its scales; MTP tensors and other files where both sides are Hugging Face's.
+
+    How tensors are spread over files is not part of a checkpoint's content and may differ.
+
+    Raises:
+        ValueError: a checkpoint is not whole, or they are models of different sizes.
+    """
+    pair = _Pair(str(Path(left).resolve()), str(Path(right).resolve()))
+    _sides.cache_clear()  # the folders may hold something else by now
+    sides = _sides(pair)
+    units = range(-(-len(sides.names) // UNIT))
+    verdicts = run_units(_compare_unit, pair, units, workers=workers, what="compare", progress=progress)
+    found = [verdict for unit in verdicts for verdict in unit]
+    differences = [verdict.difference for verdict in found if verdict.difference]
+    files = 0
+    if isinstance(sides.left, HFWeights) and isinstance(sides.right, HFWeights):
+        files, others = _compare_files(sides.left.checkpoint, sides.right.checkpoint)
+        differences += others
+    return Comparison(
+        tensors=sum(verdict.tensors for verdict in found),
+        nbytes=sum(verdict.nbytes for verdict in found),
+        files=files,
+        same_bytes=sum(verdict.same_bytes for verdict in found),
+        same_values=sum(verdict.same_values for verdict in found),
+        differences=sorted(differences, key=lambda one: -one.relative),
+    )
+
+
+class _Verdict(NamedTuple):
+    tensors: int
+    nbytes: int
+    same_bytes: int
+    same_values: int
+    difference: Difference | None
+
+
+@lru_cache(maxsize=1)  # a worker does many units of one pair
+def _sides(pair: _Pair) -> _Sides:
+    known = next((HFWeights(path).config for path in pair if (Path(path) / CONFIG_NAME).is_file()), None)
+    left, right = (open_weights(path, known) for path in pair)
+    names = weight_names(left)
+    if names != weight_names(right):
+        raise ValueError(f"{pair.left} and {pair.right} are models of different sizes: {left.config}, {right.config}")
+    names += [name for name in _mtp(left) if name in _mtp(right)]
+    return _Sides(left, right, names)
+
+
+def _mtp(side: Weights) -> list[str]:
+    if isinstance(side, TorchDistWeights):
+        return []
+    return [name for name in side.checkpoint.tensors if is_mtp(name, side.config)]
+
+
+def _compare_unit(pair: _Pair, unit: int) -> list[_Verdict]:
+    sides = _sides(pair)
+    return [_compare(name, sides.left, sides.right) for name in sides.names[unit * UNIT : (unit + 1) * UNIT]]
+
+
+def _compare(name: str, left: Weights, right: Weights) -> _Verdict:
+    if left.shape(name) != right.shape(name):
+        return _differs(name, f"shape {list(left.shape(name))} against {list(right.shape(name))}")
+    dtypes = left.dtype(name), right.dtype(name)
+    quantized = [dtype == FP8 for dtype in dtypes]
+    if all(quantized):
+        stored = left.stored(name), right.stored(name)
+        nbytes = sum(tensor.nbytes for tensor in stored[0])
+        if all(same_bits(a, b) for a, b in zip(*stored, strict=True)):
+            return _Verdict(2, nbytes, 2, 0, None)
+        values = [side.read_weight(name, dtype=torch.float32) for side in (left, right)]
+        return _measured(name, *values, tensors=2, what="codes or scales differ")
+    if not any(quantized) and dtypes[0] != dtypes[1]:
+        return _differs(name, f"{dtypes[0]} against {dtypes[1]}")
+    dtype = next(dtype for dtype in dtypes if dtype != FP8)
+    values = [side.read_weight(name, dtype=dtype) for side in (left, right)]
+    if same_bits(*values):
+        return _Verdict(1, values[0].nbytes, int(not any(quantized)), int(any(quantized)), None)
+    return _measured(name, *values, tensors=1, what="values differ")
+
+
+def _measured(name: str, a: Tensor, b: Tensor, *, tensors: int, what: str) -> _Verdict:
+    a64, b64 = a.double(), b.double()
+    error = b64 - a64
+    size = a64.square().mean().sqrt().item()
+    largest, rms = error.abs().max().item(), error.square().mean().sqrt().item()
+    share = (a64 != b64).double().mean().item()
+    relative = rms / size if size else float("inf")
+    difference = Difference(name, f"{what} in {share:.2%} of the elements", largest, relative)
+    return _Verdict(tensors, a.nbytes, 0, 0, difference)
+
+
+def _differs(name: str, what: str) -> _Verdict:
+    return _Verdict(1, 0, 0, 0, Difference(name, what))
+
+
+def _compare_files(left: HFCheckpoint, right: HFCheckpoint) -> tuple[int, list[Difference]]:
+    """config.json and what is carried along, by bytes; tensors that one side has alone."""
+    names = [{str(path) for path in side.carried_files()} | {CONFIG_NAME} for side in (left, right)]
+    weights = [{name for name in side.tensors if not name.endswith(SCALE_SUFFIX)} for side in (left, right)]
+    differences = [*_one_sided("file", *names), *_one_sided("tensor", *weights)]
+    shared = sorted(names[0] & names[1])
+    for name in shared:
+        contents = [(side.folder / name).read_bytes() for side in (left, right)]
+        if contents[0] != contents[1] and not (name == CONFIG_NAME and _same_model(left.config, right.config)):
+            differences.append(Difference(name, "the files differ"))
+    return len(shared), differences
+
+
+def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether one side's config is the other's with its quantisation removed."""
+    key = "quantization_config"
+    without = [{name: value for name, value in side.items() if name != key} for side in (left, right)]
+    return (key in left) != (key in right) and without[0] == without[1]
+
+
+@torch.no_grad()
+def compare_logits(
+    left: Path | str, right: Path | str, tokens: str = "", *, seed: int = 0, progress: Progress = no_progress
+) -> float:
+    """The reference model's logits in float32 on both sides' weights: the error's root mean square over the left's.
+
+    `tokens` are ids, separated by blanks or commas; by default two random sequences of 64.
+
+    Raises:
+        ValueError: `tokens` are not ids of the vocabulary.
+    """
+    sides = _sides(_Pair(str(Path(left).resolve()), str(Path(right).resolve())))
+    ids = _tokens(tokens, sides.left.config, seed)
+    a, b = (
+        reference_logits(side, ids, weight_dtype=torch.bfloat16, compute_dtypes=(torch.float32,), progress=progress)[0]
+        for side in (sides.left, sides.right)
+    )
+    return ((b - a).square().mean().sqrt() / a.square().mean().sqrt()).item()
+
+
+def _tokens(text: str, config: ModelConfig, seed: int) -> Tensor:
+    if not text.strip():
+        return random_tokens(config, seed=seed)
+    words = text.replace(",", " ").split()
+    bad = [word for word in words if not word.isdecimal() or int(word) >= config.vocab_size]
+    if bad:
+        raise ValueError(f"tokens: found {bad[0]!r}, expected ids from 0 to {config.vocab_size - 1}, such as '5 17 3'")
+    return torch.tensor([[int(word) for word in words]])
+
+
+def _one_sided(what: str, left: set[str], right: set[str]) -> list[Difference]:
+    alone: list[tuple[str, Sequence[str]]] = [("left", sorted(left - right)), ("right", sorted(right - left))]
+    return [Difference(name, f"{what} only on the {side}") for side, names in alone for name in names]

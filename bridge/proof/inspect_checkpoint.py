@@ -1,0 +1,67 @@
+"""What a checkpoint is, from its config and headers alone: `minimax-m2 inspect`."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from bridge.huggingface.safetensors_folder import HFCheckpoint
+from reference.checkpoint import is_mtp, parameter_count, problems
+from reference.config import ModelConfig
+
+
+class Inspection(NamedTuple):
+    """Facts as (what, value) pairs, and what is missing, unexpected or wrong, a line each."""
+
+    facts: list[tuple[str, str]]
+    problems: list[str]
+
+
+def inspect_checkpoint(checkpoint: HFCheckpoint) -> Inspection:
+    """Architecture, dtypes, sizes, quantisation; and how the tensors differ from what the config asks for.
+
+    Raises:
+        ValueError: config.json is not a MiniMax-M2's.
+    """
+    config = ModelConfig.from_hf(checkpoint.config)
+    mtp = [name for name in checkpoint.tensors if is_mtp(name, config)]
+    found = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    facts = [
+        ("model", f"{checkpoint.config['model_type']}, {parameter_count(config) / 1e9:.4g} B parameters"),
+        ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, vocabulary {config.vocab_size}"),
+        (
+            "attention",
+            f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of "
+            f"{config.head_dim}, rotary on {config.rotary_dim} channels, theta {config.rope_theta:g}",
+        ),
+        (
+            "experts",
+            f"{config.num_local_experts} of width {config.intermediate_size}, top {config.num_experts_per_tok}",
+        ),
+        ("quantisation", _quantisation(config)),
+        ("MTP layers", f"{len(mtp)} tensors, carried unchanged" if mtp else "none in the files"),
+        (
+            "files",
+            f"{checkpoint.num_files} safetensors files, {len(checkpoint.tensors)} tensors, "
+            f"{checkpoint.nbytes:,} bytes; {len(checkpoint.carried_files())} other files",
+        ),
+        *_by_dtype(checkpoint),
+    ]
+    return Inspection(facts, problems(found, config))
+
+
+def _quantisation(config: ModelConfig) -> str:
+    if config.quantization is None:
+        return "none"
+    size = config.quantization.block_size
+    kept = ", ".join(config.quantization.modules_to_not_convert) or "nothing"
+    return f"float8_e4m3fn in blocks of {size}x{size}; not quantised: {kept}"
+
+
+def _by_dtype(checkpoint: HFCheckpoint) -> list[tuple[str, str]]:
+    tensors, nbytes = Counter(), Counter()
+    for info in checkpoint.tensors.values():
+        tensors[info.dtype] += 1
+        nbytes[info.dtype] += info.nbytes
+    return [
+        (str(dtype).removeprefix("torch."), f"{tensors[dtype]} tensors, {nbytes[dtype]:,} bytes")
+        for dtype in sorted(tensors, key=lambda dtype: -nbytes[dtype])
+    ]

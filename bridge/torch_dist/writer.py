@@ -1,0 +1,176 @@
+"""Writing megatron-core's distributed checkpoint (`torch_dist`), one tensor at a time, without a model.
+
+torch.distributed.checkpoint's own writer does the work; the planner here makes each tensor when its turn comes, so that
+memory holds about two. A checkpoint has, besides the tensors of `reference.dist_checkpoint`, what megatron-core expects
+to find: an empty extra state for every module of Transformer Engine that has one (the local spec's are a subset), and
+the common state with the training arguments.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from sys import intern
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from bridge.jobs.durable import write_bytes
+from reference.config import ModelConfig
+
+FORMAT_NAME = "metadata.json"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_STATE = "common_state/shard_0_1"
+
+# Modules with an extra state in megatron-core's Transformer Engine spec (seen, 0.19.2 with Transformer Engine 2.20).
+EXTRA_STATES_OF_A_LAYER = ("self_attention.linear_proj", "self_attention.linear_qkv", "pre_mlp_layernorm")
+EXTRA_STATES_OF_AN_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+EXTRA_STATES_OF_THE_MODEL = ("decoder.final_layernorm",)
+
+
+class Chunk(NamedTuple):
+    """A rectangle of the tensor `key`: where it starts, its shape (as many axes as the tensor), the tensor's own."""
+
+    key: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """Where a chunk (or, without `start`, an object) lies: a span of bytes in a file."""
+
+    key: str
+    start: tuple[int, ...] | None
+    file: str
+    offset: int
+    nbytes: int
+
+
+class _Writer(FileSystemWriter):
+    """Writes one item after the other, and the same bytes on every run: torch's notes a random id and the folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, per_thread_copy_ahead=0)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Makes what is to be written when it is written."""
+
+    def __init__(self, make: dict[MetadataIndex, Callable[[], Tensor | io.BytesIO]]):
+        super().__init__()
+        self._make = make
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        return self._make[write_item.index]()
+
+
+def write_chunks(folder: Path, unit: int, chunks: Iterable[tuple[Chunk, Callable[[], Tensor]]]) -> list[Stored]:
+    """Write one file, `__{unit}_0.distcp`, of chunks whose values are made one at a time."""
+    items, make = [], {}
+    for chunk, value in chunks:
+        index = MetadataIndex(chunk.key, torch.Size(chunk.start))
+        data = TensorWriteData(_region(chunk), _properties(chunk), torch.Size(chunk.whole))
+        items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        make[index] = lambda chunk=chunk, value=value: value().view(chunk.shape)
+    return _write(folder, unit, items, make)
+
+
+def write_states(folder: Path, unit: int, config: ModelConfig, common: dict[str, Any]) -> list[Stored]:
+    """Write the file with the extra states and the common state."""
+    extra, state = _serialized([torch.empty(0, dtype=torch.uint8)]), _serialized([common])
+    make = {MetadataIndex(key): lambda: io.BytesIO(extra) for key in extra_state_keys(config)}
+    make[MetadataIndex(COMMON_STATE)] = lambda: io.BytesIO(state)
+    return _write(folder, unit, [WriteItem(index, WriteItemType.BYTE_IO) for index in make], make)
+
+
+def finish(folder: Path, chunks: Iterable[Chunk], stored: Iterable[Stored]) -> None:
+    """Write `metadata.json` and `.metadata`: from here on the folder is a checkpoint.
+
+    pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
+    worker and by an earlier run give the same bytes.
+    """
+    write_bytes(folder / FORMAT_NAME, json.dumps(FORMAT).encode())
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for chunk in chunks:
+        empty = TensorStorageMetadata(_properties(chunk), torch.Size(chunk.whole), [])
+        entries.setdefault(intern(chunk.key), empty).chunks.append(_region(chunk))
+    results = []
+    for key, start, file, offset, nbytes in stored:
+        key, file = intern(key), intern(file)
+        entries.setdefault(key, BytesStorageMetadata())
+        index = MetadataIndex(key, None if start is None else torch.Size(start))
+        results.append(WriteResult(index, nbytes, _StorageInfo(file, offset, nbytes)))
+    _Writer(folder).finish(Metadata(entries), [results])
+
+
+def extra_state_keys(config: ModelConfig) -> Iterator[str]:
+    """The keys of all extra states: `{module}._extra_state/shard_{index}_{sizes}`."""
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    for layer in range(layers):
+        for module in EXTRA_STATES_OF_A_LAYER:
+            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for module in EXTRA_STATES_OF_AN_EXPERT:
+            for expert in range(experts):
+                yield f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
+    for module in EXTRA_STATES_OF_THE_MODEL:
+        yield f"{module}._extra_state/shard_0_1"
+
+
+def _write(folder: Path, unit: int, items: list[WriteItem], make: dict) -> list[Stored]:
+    plan = SavePlan(items, storage_data=_StoragePrefix(f"__{unit}_"))
+    try:
+        results = _Writer(folder).write_data(plan, _LazyPlanner(make)).value()
+    except RuntimeError as error:  # what torch's archive says of the bytes it could not write
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    stored = []
+    for result in results:
+        start, info = result.index.offset, result.storage_data
+        at = None if start is None else tuple(start)
+        stored.append(Stored(result.index.fqn, at, info.relative_path, info.offset, info.length))
+    return stored
+
+
+def _region(chunk: Chunk) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape))
+
+
+def _properties(chunk: Chunk) -> TensorProperties:
+    return TensorProperties(dtype=chunk.dtype)
+
+
+def _serialized(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

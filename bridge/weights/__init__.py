@@ -1,0 +1,1 @@
+"""Weights into and out of a running model, at any parallel layout."""

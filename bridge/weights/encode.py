@@ -1,0 +1,91 @@
+"""In which form weights leave a live model: the dtype of each, and float8 with its scales where that is asked for."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.weights.shard_map import Source
+from compiled import fp8
+from compiled.fp8 import requantize_blockwise
+from reference.checkpoint import SCALE_SUFFIX, is_quantized
+from reference.config import ModelConfig
+from reference.fp8 import FP8
+from reference.names import Row
+
+
+class WeightEncoder:
+    """Weights as a checkpoint of the config `target` stores them; `dtypes` are those of the model's parameters.
+
+    `scales` are those of float8: "source" keeps the source's wherever a block is untouched, "fresh" keeps none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: HFCheckpoint,
+        target: ModelConfig,
+        dtypes: dict[Row, torch.dtype],
+        scales: Literal["source", "fresh"] = "source",
+    ):
+        self._checkpoint, self._target, self._dtypes, self._scales = checkpoint, target, dtypes, scales
+        self._is_quantized = cache(lambda name: is_quantized(name, target))
+
+    def value_dtype(self, source: Source) -> torch.dtype:
+        """The dtype in which a tensor is collected: the parameter's if it is to be quantised, else its last."""
+        if self._is_quantized(source.name):
+            return self._dtypes[source.row]
+        stored = self._checkpoint.tensors[source.name].dtype
+        return torch.bfloat16 if stored == FP8 else stored
+
+    def stored(self, values: list[tuple[Source, Tensor]]) -> list[tuple[str, Tensor]]:
+        """What is stored of collected tensors: each as it is, or its codes and then its scales.
+
+        Raises:
+            ValueError: a value is not finite, or the source's scales are damaged or changed; names the tensor.
+        """
+        alike: dict[tuple, list[tuple[Source, Tensor]]] = {}
+        for source, value in values:
+            if self._is_quantized(source.name):
+                kept = self._scales == "source" and self._checkpoint.tensors[source.name].dtype == FP8
+                alike.setdefault((kept, source.shape), []).append((source, value))
+        quantized: dict[str, tuple[Tensor, Tensor]] = {}
+        for (kept, _), group in alike.items():
+            quantized |= self._quantized(group, kept=kept)
+        found = []
+        for source, value in values:
+            if source.name not in quantized:
+                found.append((source.name, value))
+            else:
+                codes, scale_inv = quantized[source.name]
+                found += [(source.name, codes), (source.name + SCALE_SUFFIX, scale_inv)]
+        return found
+
+    def _quantized(self, group: list[tuple[Source, Tensor]], *, kept: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Matrices of one shape at once, as a stack."""
+        # One alone is no stack, so that errors say where in the matrix.
+        stack = torch.stack([value for _, value in group]) if len(group) > 1 else group[0][1]
+        block_size = self._target.quantization.block_size
+        name = group[0][0].name
+        try:
+            if kept:
+                scale_inv = self._source_scales([source for source, _ in group]).to(stack.device)
+                scale_inv = scale_inv.view(*stack.shape[:-2], *scale_inv.shape[1:])
+                codes, scale_inv = requantize_blockwise(stack, scale_inv, block_size=block_size, name=name)
+            else:
+                codes, scale_inv = fp8.quantize_blockwise(stack, block_size=block_size, name=name)
+        except ValueError:
+            if len(group) > 1:  # says which one it is
+                for one in group:
+                    self._quantized([one], kept=kept)
+            raise
+        pairs = zip(*(x.view(len(group), *x.shape[-2:]) for x in (codes, scale_inv)), strict=True)
+        return {source.name: pair for (source, _), pair in zip(group, pairs, strict=True)}
+
+    def _source_scales(self, sources: list[Source]) -> Tensor:
+        names = [source.name + SCALE_SUFFIX for source in sources]
+        scale_inv = torch.empty((len(names), *self._checkpoint.tensors[names[0]].shape), dtype=torch.float32)
+        places = scale_inv.flatten(1).view(torch.uint8).numpy()
+        self._checkpoint.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
+        return scale_inv

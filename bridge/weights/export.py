@@ -1,0 +1,81 @@
+"""Weights out of a live model under their on-disk names, a round at a time: for saving, and for weight sync in RL.
+
+Each round gathers a few tensors where they are wanted (`bridge.weights.gather`), encodes them there as they were asked
+for (`bridge.weights.encode`), and hands them out. Before it does, all ranks make sure that none of them has failed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.weights.encode import WeightEncoder
+from bridge.weights.gather import GatherRequest, gather_tensors, rounds
+from bridge.weights.shard_map import ShardMap, Source, spread
+from bridge.weights.sharded_model import ShardedModel
+from bridge.weights.to_host import to_host
+
+To = Literal["all", "spread"] | int | Mapping[str, int]
+
+
+def export_weights(
+    sharded: ShardedModel,
+    encoder: WeightEncoder,
+    to: To = "all",
+    *,
+    device: str | torch.device | None = None,
+    progress: Progress = no_progress,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for each tensor that is wanted here; every rank must go through to the end.
+
+    Args:
+        sharded: the model.
+        encoder: the dtypes of what comes out.
+        to: who gets a tensor: "all" ranks; one rank; "spread": one rank each, as many bytes on all, and as far as can
+            be one that holds it; or a rank for each name. Tensors come in model order.
+        device: "cpu" for results in host memory; None leaves them where the parameters are.
+        progress: shows progress, by rounds.
+
+    Raises:
+        ValueError: `to` names no rank; a value is not finite where float8 is wanted; a source file changed. All ranks
+            raise the same.
+    """
+    shard_map = ShardMap(sharded.registry.config, sharded.parallelism, sharded.registry.dialect)
+    rank_of = _destination(to, shard_map)
+    requests = [GatherRequest(source, encoder.value_dtype(source), rank_of(source)) for source in shard_map.sources]
+    stored = _stream(requests, sharded, shard_map, encoder, progress)
+    on_host = device is not None and torch.device(device).type == "cpu"
+    return to_host(stored) if on_host else chain.from_iterable(stored)
+
+
+def _stream(
+    requests: list[GatherRequest],
+    sharded: ShardedModel,
+    shard_map: ShardMap,
+    encoder: WeightEncoder,
+    progress: Progress,
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """A round at a time."""
+    batches = rounds(requests)
+    for batch in progress(batches, "export", len(batches)):
+        collected = gather_tensors(batch, sharded, shard_map)
+        with raise_on_all_ranks(), torch.no_grad():
+            stored = encoder.stored(collected)
+        yield stored
+
+
+def _destination(to: To, shard_map: ShardMap) -> Callable[[Source], int | None]:
+    world = shard_map.parallelism.world_size
+    if to == "all":
+        return lambda source: None
+    if to == "spread":
+        to = spread(shard_map, shard_map.sources)
+    if isinstance(to, Mapping):
+        return lambda source: to[source.name]
+    if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < world:
+        raise ValueError(f"to must be 'all', 'spread', or a rank from 0 to {world - 1}, found {to!r}")
+    return lambda source: to

@@ -1,0 +1,165 @@
+"""A checkpoint into a live model: each rank reads the bytes of its own slices, and nothing else, from the files.
+
+    files --threads--> pinned memory --one copy a batch--> device --decode--> rows of the parameter
+
+`bridge.weights.read_plan` plans what is read. A batch is read in one go and decoded in a launch for each group of alike
+slices, for Python's time, not the bytes, is what there is little of: every call of it waits for the lock that the other
+threads hold.
+
+A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
+decoded into its place there. Beyond the model a rank needs WINDOW + COPYING batches of host memory and COPYING of the
+device's, whatever the model's size.
+
+Scales are checked on the host as they are read. NaN codes become NaN weights, which one look at the finished
+parameters finds: the device is waited for once.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.huggingface import strided_reads
+from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.weights.read_plan import Batch, Group, plan_batches
+from bridge.weights.sharded_model import ShardedModel
+from compiled import fp8
+from reference.checkpoint import SCALE_SUFFIX
+from reference.config import ModelConfig
+from reference.fp8 import FP8, check_scale_values
+
+WINDOW, THREADS = 8, 8
+COPYING = 3  # batches on their way to the device or being decoded there
+
+
+@torch.no_grad()
+def load_weights(
+    sharded: ShardedModel, checkpoint: HFCheckpoint, config: ModelConfig, *, progress: Progress = no_progress
+) -> None:
+    """Fill this rank's parameters, each value rounded once to its parameter's dtype; padding is zero.
+
+    Raises:
+        ValueError: a scale or a float8 code is damaged, or a file changed; the same on all ranks. The parameters have
+            been written to by then.
+    """
+    with raise_on_all_ranks():
+        batches = plan_batches(sharded, checkpoint, config.block_size)
+        read = _read_ahead(batches, checkpoint, sharded.device)
+        for batch, buffer in progress(read, "load", len(batches)):
+            on_device = buffer.to(sharded.device, non_blocking=True)
+            for group in batch.groups:
+                _fill(group, on_device, on_device[batch.scales_at :], config.block_size)
+        _check_codes(sharded, checkpoint)
+
+
+# ------------------------------------------------------------------------------------------- reading ahead of decoding
+
+
+def _read_ahead(batches: list[Batch], checkpoint: HFCheckpoint, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    on_gpu = device.type == "cuda"
+    # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
+    largest = max((batch.nbytes for batch in batches), default=0)
+
+    def read(batch: Batch) -> Tensor:
+        whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+        buffer = whole[: batch.nbytes]
+        checkpoint.read_into(_reads(batch, buffer.numpy()))
+        if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
+            for name in dict.fromkeys(part.source for group in batch.groups if group.grid for part in group.slices):
+                check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
+        return buffer
+
+    threads = min(THREADS, os.cpu_count() or 1)
+    use_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
+    with ThreadPoolExecutor(threads, thread_name_prefix="read", **use_device) as pool:
+        ahead = deque(pool.submit(read, batch) for batch in batches[:WINDOW])
+        copying: deque[torch.cuda.Event] = deque()
+        try:
+            for i, batch in enumerate(batches):
+                buffer = ahead.popleft().result()
+                if i + WINDOW < len(batches):
+                    ahead.append(pool.submit(read, batches[i + WINDOW]))
+                yield batch, buffer
+                del buffer
+                if on_gpu:  # else a slow device would have pinned memory grow
+                    copying.append(torch.cuda.Event())
+                    copying[-1].record()
+                    if len(copying) == COPYING:
+                        copying.popleft().synchronize()
+        finally:
+            for future in ahead:
+                future.cancel()
+            strided_reads.release()
+
+
+def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
+    """Which bytes of a batch's buffer each slice, and its scales, are read into."""
+    for group in batch.groups:
+        nbytes, scales = group.slices[0].nbytes, group.scale_bytes
+        at, scales_at = group.start, batch.scales_at + group.scales
+        for part in group.slices:
+            yield buffer[at : at + nbytes], part.source, part.rows, part.cols
+            at += nbytes
+            if group.grid:
+                yield buffer[scales_at : scales_at + scales], part.source + SCALE_SUFFIX, *part.blocks
+                scales_at += scales
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None:
+    parts, first = group.slices, group.slices[0]
+    values = buffer[group.start : group.start + len(parts) * first.nbytes].view(first.dtype).view(-1, *first.shape)
+    scales = scales[group.scales : group.scales + len(parts) * group.scale_bytes].view(torch.float32)
+    targets = [part.parameter.detach()[part.at : part.at + first.shape[0]] for part in parts]
+    if not group.grid:
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+        return
+    row_offset, col_offset = first.offsets
+    fp8.dequantize_blockwise(
+        values,
+        scales.view(-1, *group.grid),
+        block_size=block_size,
+        dtype=targets[0].dtype,
+        out=targets,
+        row_offset=row_offset,
+        col_offset=col_offset,
+        check_values=False,
+        name=first.source,
+    )
+
+
+def _check_codes(sharded: ShardedModel, checkpoint: HFCheckpoint) -> None:
+    """No float8 code was NaN: the greatest value of a parameter is NaN if one of them is.
+
+    Raises:
+        ValueError: one was; names the tensor and the position.
+    """
+    quantized = [
+        mapping.parameter
+        for mapping in sharded.registry
+        if any(checkpoint.tensors[source].dtype == FP8 for source in mapping.hf_params)
+    ]
+    if not quantized:
+        return
+    greatest = torch.stack([sharded.state[p.chunk, p.name].amax().float() for p in quantized])
+    for index in greatest.isnan().nonzero().flatten().tolist():
+        parameter, start = quantized[index], 0
+        for piece in parameter.pieces:
+            value = sharded.state[parameter.chunk, parameter.name][start : start + piece.rows[1] - piece.rows[0]]
+            start += len(value)
+            bad = value.isnan()
+            if bad.any():
+                row, col = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{piece.source}: float8 code at {[piece.rows[0] + row, (piece.cols or (0,))[0] + col]} is NaN, "
+                    "expected finite values; the checkpoint is damaged, fetch the file again"
+                )

@@ -1,0 +1,182 @@
+"""Where a live megatron-core model stands: its parallel layout, read from the process groups and from the model itself.
+
+Nothing is asked of the user that the program knows already. The sizes are megatron-core's, the layers of each stage are
+those that the chunks hold, the padded vocabulary is the embedding's. What `reference.sharding` assumes of a layout is
+checked on the way: the order of ranks, layers that follow one another from stage to stage, experts that do from rank to
+rank. Every rank learns what all ranks found, so all come to the same answer or the same error.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor, distributed, nn
+
+from bridge.jobs.ranks import all_gather_objects, raise_on_all_ranks
+from bridge.model.process_groups import group_sizes
+from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
+from reference.config import ModelConfig
+from reference.names import TABLE, Dialect, Row
+from reference.parallelism import Parallelism
+
+
+class ShardedModel(NamedTuple):
+    """A model that ranks share: this rank's tensors by (chunk, name), and where it stands.
+
+    `dtypes` are the parameters' of the whole model, by row of `reference.names.TABLE`.
+    """
+
+    registry: MappingRegistry
+    state: dict[tuple[int, str], Tensor]
+    dtypes: dict[Row, torch.dtype]
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return self.registry.parallelism
+
+    @property
+    def rank(self) -> int:
+        return self.registry.rank
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.state.values())).device if self.state else torch.device(torch.cuda.current_device())
+
+
+class _Facts(NamedTuple):
+    """What one rank knows. Layers and experts are counted over the model, from 0; kinds by their place in `TABLE`."""
+
+    sizes: dict[str, int]
+    at: dict[str, int]
+    layers: list[list[int]]
+    experts: set[tuple[int, ...]]
+    vocabulary: set[int]
+    dialects: tuple[Dialect, ...]
+    dtypes: dict[int, torch.dtype]
+
+
+def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> ShardedModel:
+    """Read the layout of a model; all ranks must call it. `model` is one chunk, or the list of a rank's chunks.
+
+    Raises:
+        ValueError: megatron-core is not set up; the ranks, layers or experts lie in another order than
+            `reference.sharding` has them; or a chunk is not this config's. All ranks raise the same.
+    """
+    if not (distributed.is_initialized() and parallel_state.model_parallel_is_initialized()):
+        raise ValueError(
+            "megatron-core's process groups are not there: enter bridge.model.process_groups.model_parallel(), or call "
+            "megatron.core.parallel_state.initialize_model_parallel() first"
+        )
+    with raise_on_all_ranks():
+        chunks = unwrap_model(model if isinstance(model, list) else [model])
+        states = [model_state(chunk) for chunk in chunks]
+        facts = _facts(chunks, states)
+    everyone = all_gather_objects(facts)
+    with raise_on_all_ranks():
+        parallelism = _parallelism(everyone, config)
+        registry = MappingRegistry(config, _dialect(everyone), parallelism, distributed.get_rank())
+        found = (
+            (kind, dtype, f"{TABLE[kind].names[registry.dialect][0]} of rank {rank}")
+            for rank, facts in enumerate(everyone)
+            for kind, dtype in facts.dtypes.items()
+        )
+        dtypes = {TABLE[kind]: dtype for kind, dtype in _dtypes(found).items()}
+        return ShardedModel(registry, registry.bind(states), dtypes)
+
+
+def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
+    named = [(name, value.dtype) for state in states for name, value in state.items()]
+    rows = model_rows([name for name, _ in named])
+    of_either = next(iter(rows.values()))  # where both dialects have all the names, their rows are the same
+    layers = [list(chunk.decoder.layers) for chunk in chunks]
+    sizes = group_sizes(len(chunks))
+    tables = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return _Facts(
+        sizes=sizes,
+        at={
+            "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "pp": parallel_state.get_pipeline_model_parallel_rank(),
+            "ep": parallel_state.get_expert_model_parallel_rank(),
+            "etp": parallel_state.get_expert_tensor_parallel_rank(),
+            "cp": parallel_state.get_context_parallel_rank(),
+            "dp": parallel_state.get_data_parallel_rank(),
+        },
+        layers=[[layer.layer_number - 1 for layer in of_chunk] for of_chunk in layers],
+        experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
+        vocabulary={sizes["tp"] * len(state[table]) for state in states for table in tables if table in state},
+        dialects=tuple(rows),
+        dtypes=_dtypes((TABLE.index(row), dtype, name) for row, (name, dtype) in zip(of_either, named, strict=True)),
+    )
+
+
+def _parallelism(everyone: list[_Facts], config: ModelConfig) -> Parallelism:
+    sizes = everyone[0].sizes
+    for rank, facts in enumerate(everyone):
+        if facts.sizes != sizes:
+            raise ValueError(f"rank 0 has the parallel sizes {sizes}, rank {rank} has {facts.sizes}")
+    padded = {rows for facts in everyone for rows in facts.vocabulary}
+    if len(padded) != 1 or min(padded) < config.vocab_size:
+        raise ValueError(
+            f"embedding and head have {sorted(padded)} rows over all ranks, expected the same number, at least the "
+            f"vocabulary's {config.vocab_size}"
+        )
+    found = Parallelism(
+        **sizes, layers_per_stage=_layers_per_stage(everyone, config), vocab_divisor=min(padded) // sizes["tp"]
+    )
+    if found.world_size != len(everyone):
+        raise ValueError(
+            f"tp x cp x dp x pp = {found.world_size} ranks, expected the world's {len(everyone)}: megatron-core must "
+            "have been set up over all ranks of torch.distributed, without weight rematerialisation groups"
+        )
+    for rank, facts in enumerate(everyone):
+        expected = found.coordinates(rank)._asdict()
+        for axis, index in facts.at.items():
+            if expected[axis] != index:
+                raise ValueError(
+                    f"rank {rank} is number {index} along {axis}, expected {expected[axis]}: call "
+                    "initialize_model_parallel with its default order, 'tp-cp-ep-dp-pp'"
+                )
+        local = config.num_local_experts // found.ep
+        experts = tuple(range(expected["ep"] * local, (expected["ep"] + 1) * local))
+        if facts.experts - {experts}:
+            raise ValueError(f"rank {rank} holds experts {min(facts.experts - {experts})}, expected {experts}")
+    return found
+
+
+def _layers_per_stage(everyone: list[_Facts], config: ModelConfig) -> tuple[int, ...]:
+    pp, vpp = everyone[0].sizes["pp"], everyone[0].sizes["vpp"]
+    stages: dict[int, list[int]] = {}
+    for rank, facts in enumerate(everyone):
+        for chunk, layers in enumerate(facts.layers):
+            stage = chunk * pp + facts.at["pp"]
+            if stages.setdefault(stage, layers) != layers:
+                raise ValueError(f"pipeline stage {stage}: rank {rank} holds layers {layers}, others {stages[stage]}")
+    order = [layer for stage in range(pp * vpp) for layer in stages.get(stage, [])]
+    if order != list(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"the stages of the model hold layers {order}, expected 0 to {config.num_hidden_layers - 1} in this order; "
+            "model and checkpoint have different depths, or the pipeline layout is not megatron-core's"
+        )
+    return tuple(len(stages[stage]) for stage in range(pp * vpp))
+
+
+def _dialect(everyone: list[_Facts]) -> Dialect:
+    """A stage without layers may have names of either dialect; all together do not."""
+    common = [dialect for dialect in Dialect if all(dialect in facts.dialects for facts in everyone)]
+    if not common:
+        raise ValueError(f"ranks have different layer specs: {sorted({facts.dialects for facts in everyone})}")
+    return common[0]
+
+
+def _dtypes(found: Iterable[tuple[int, torch.dtype, str]]) -> dict[int, torch.dtype]:
+    """By kind, of (kind, dtype, name): one for all layers, experts and ranks."""
+    dtypes: dict[int, torch.dtype] = {}
+    for kind, dtype, name in found:
+        if dtypes.setdefault(kind, dtype) != dtype:
+            raise ValueError(
+                f"{name}: found {dtype}, expected {dtypes[kind]} as on the others of its kind; build all layers and "
+                "ranks with the same params_dtype"
+            )
+    return dtypes

@@ -1,0 +1,253 @@
+"""FP8 blocks, fast: the law and the bits of `reference.fp8`, also on slices that start inside a block.
+
+    value = float8 * scale_inv         formed in float32, rounded once
+
+**Bytes.** A weight of n elements costs n bytes read and n * itemsize written (3 n for bfloat16); the scales are 1/4096
+of that. The speed to reach is a copy that moves as many bytes.
+
+**Slices.** Tensor parallelism cuts weights where it likes: 1536 rows / 8 ranks = 192 rows, so that rank 1 starts 64
+rows into block 1. A slice comes with the scales of exactly the blocks that it touches, and with where it starts inside
+the first of them, `0 <= offset < block_size`. For rows `start:stop` of a weight:
+
+    first, last = start // 128, -(-stop // 128)
+    dequantize_blockwise(weight[start:stop], scale_inv[first:last], row_offset=start % 128)
+
+**Checks.** A scale that is not finite and positive, or a NaN code, raises. NaN codes are found while decoding: no
+second pass, but `out` is written before the error is raised, and on CUDA each call waits for the answer. With
+`check_values=False` no call waits, NaN codes become NaN values, and the caller answers for the scales.
+
+**How.** On the CPU `compiled.fp8.cpu`, the code's bits moved into a float32; on CUDA `compiled.fp8.kernels`, by
+hand in Triton. Both compile at first use, a number of times that does not grow with the number of shapes; each says
+what it specialises on.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float8e4m3fn, Float32
+from torch import Tensor
+
+from compiled.fp8 import cpu
+from reference.config import FP8_BLOCK
+from reference.fp8 import FP8, FP8_MAX, check_codes, check_scale_values, scale_grid
+
+
+def dequantize_blockwise(
+    weight: Float8e4m3fn[Tensor, "*experts rows cols"],
+    scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],
+    *,
+    block_size: int = FP8_BLOCK,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Float[Tensor, "*experts rows cols"] | Sequence[Float[Tensor, "rows cols"]] | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    check_values: bool = True,
+    name: str = "weight",
+) -> Float[Tensor, "*experts rows cols"] | Sequence[Float[Tensor, "rows cols"]]:
+    """value = float8 * scale_inv of its block, formed in float32 (float64 for a float64 result), rounded once.
+
+    `out` may be any view of `dtype`, or for a stack a list with one for each expert; it is then the result.
+    `row_offset` and `col_offset` are where `weight` starts inside the first block of `scale_inv`. `name` is what errors
+    call the tensor.
+
+    Raises:
+        ValueError: the scales do not cover exactly the blocks touched, a dtype, a device or `out` does not fit, a scale
+            is not finite and positive, or a code is NaN.
+    """
+    if weight.dtype != FP8:
+        raise ValueError(f"{name}: found {weight.dtype}, expected {FP8}; pass the codes as they are stored")
+    _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
+    each = isinstance(out, Sequence)
+    out = _results(out, weight, dtype, name) if each else _result(out, weight, dtype, name)
+    if weight.is_cuda:
+        result = [one.detach() for one in out] if each else _stack(out)
+        operands = (_stack(weight), _stack(scale_inv), result, block_size, row_offset, col_offset)
+        if not _launch("dequantize", *operands, dtype=dtype, check=check_values):
+            check_scale_values(scale_inv, name=name)
+            check_codes(weight, name=name)
+        return out
+    if check_values:
+        _check_scale_values(scale_inv, name)
+    for codes, scales, values in zip(weight, scale_inv, out, strict=True) if each else [(weight, scale_inv, out)]:
+        if cpu.decode(_stack(codes), _stack(scales), _stack(values), block_size, row_offset, col_offset):
+            if check_values:
+                check_codes(weight, name=name)
+            values.detach().masked_fill_(codes.isnan(), torch.nan)
+    return out
+
+
+def quantize_blockwise(
+    weight: Float[Tensor, "*experts rows cols"],
+    *,
+    block_size: int = FP8_BLOCK,
+    scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"] | None = None,
+    out: Float8e4m3fn[Tensor, "*experts rows cols"] | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    check_values: bool = True,
+    name: str = "weight",
+) -> tuple[Float8e4m3fn[Tensor, "*experts rows cols"], Float32[Tensor, "*experts row_blocks col_blocks"]]:
+    """float8 = round(weight / scale_inv), with scale_inv = amax(block) / 448 where none is given.
+
+    With `scale_inv`, values beyond +-448 scales saturate. A slice that starts inside a block needs given scales, for it
+    does not hold the block whose amax they are. `out` receives the codes.
+
+    Raises:
+        ValueError: as in `dequantize_blockwise`, or the weight holds a value that is not finite.
+    """
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise ValueError(f"{name}: found {weight.dtype}, expected bfloat16, float16, float32 or float64")
+    if scale_inv is None:
+        if row_offset or col_offset:
+            raise ValueError(
+                f"{name}: starts at row {row_offset}, column {col_offset} of a block, and no scale_inv is given; a "
+                "scale is made from a whole block: give the scales, or quantise before slicing"
+            )
+        _check_matrix(weight, name)
+        kernel, scale_inv = "quantize_afresh", _fresh_scales(weight, block_size)
+    else:
+        kernel = "quantize"
+    _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
+    codes = _result(out, weight, FP8, name)
+    operands = (_stack(weight), _stack(scale_inv), _stack(codes), block_size, row_offset, col_offset)
+    if weight.is_cuda:
+        if not _launch(kernel, *operands, dtype=weight.dtype, check=check_values):
+            _check_finite(weight, name)
+            check_scale_values(scale_inv, name=name)
+        return codes, scale_inv
+    damaged = _holds_infinite(weight)
+    if check_values:
+        if damaged:
+            _check_finite(weight, name)
+        _check_scale_values(scale_inv, name)
+    cpu.encode(*operands)
+    if damaged:
+        codes.detach().view(torch.uint8).masked_fill_(weight.isnan(), 0x7F)
+    return codes, scale_inv
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def valid_scales(scale_inv: Float32[Tensor, "..."]) -> bool:
+    """Whether all are finite and positive; waits for a GPU."""
+    if not scale_inv.numel():
+        return True
+    least, greatest = scale_inv.aminmax()  # NaN if one is
+    return 0 < least.item() <= greatest.item() < math.inf
+
+
+def _check_matrix(weight: Tensor, name: str) -> None:
+    if weight.ndim not in (2, 3):
+        raise ValueError(f"{name}: found shape {list(weight.shape)}, expected [rows, cols] or [experts, rows, cols]")
+
+
+def _check_scales(weight: Tensor, scale_inv: Tensor, block: int, row_offset: int, col_offset: int, name: str) -> None:
+    _check_matrix(weight, name)
+    if not (0 <= row_offset < block and 0 <= col_offset < block):
+        raise ValueError(
+            f"{name}: found row_offset {row_offset} and col_offset {col_offset}, expected 0 <= offset < {block}; give "
+            "the scales of the blocks that the slice touches, and where it starts inside the first of them"
+        )
+    *experts, rows, cols = weight.shape
+    expected = scale_grid((*experts, row_offset + rows, col_offset + cols), block)
+    if tuple(scale_inv.shape) != expected:
+        raise ValueError(
+            f"{name}_scale_inv: found a grid of {list(scale_inv.shape)} scales, expected {list(expected)} for a weight "
+            f"of {list(weight.shape)} that starts at row {row_offset}, column {col_offset} of its first block of "
+            f"{block}x{block}; give the scales of exactly the blocks that the weight touches"
+        )
+    if scale_inv.dtype != torch.float32 or scale_inv.device != weight.device:
+        raise ValueError(
+            f"{name}_scale_inv: found {scale_inv.dtype} on {scale_inv.device}, expected torch.float32 on "
+            f"{weight.device}; scales must not be rounded"
+        )
+
+
+def _check_scale_values(scale_inv: Tensor, name: str) -> None:
+    if not valid_scales(scale_inv):
+        check_scale_values(scale_inv, name=name)
+
+
+def _holds_infinite(weight: Tensor) -> bool:
+    """Infinite or NaN: the extremes of a tensor that holds NaN are NaN."""
+    return weight.numel() > 0 and not all(math.isfinite(extreme.item()) for extreme in weight.detach().aminmax())
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    bad = ~torch.isfinite(weight)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}: value at {where} is {weight[tuple(where)].item()}, expected finite values")
+
+
+def _result(out: Tensor | None, weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if out is None:
+        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if (out.shape, out.dtype, out.device) != (weight.shape, dtype, weight.device):
+        raise ValueError(
+            f"{name}: found out of {list(out.shape)}, {out.dtype} on {out.device}, expected {list(weight.shape)}, "
+            f"{dtype} on {weight.device}"
+        )
+    return out
+
+
+def _results(
+    out: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, name: str
+) -> Sequence[Float[Tensor, "rows cols"]]:
+    if weight.ndim != 3 or len(out) != len(weight):
+        raise ValueError(
+            f"{name}: found {len(out)} tensors as out for a weight of {list(weight.shape)}, expected one for each of "
+            "[experts, rows, cols]"
+        )
+    for codes, one in zip(weight, out, strict=True):
+        _result(one, codes, dtype, name)
+    return out
+
+
+def _stack(x: Tensor) -> Tensor:
+    """[experts, rows, cols], sharing memory and unknown to autograd."""
+    return x.detach() if x.ndim == 3 else x.detach()[None]
+
+
+def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
+    """amax / 448, or on CUDA the place where the kernel puts it."""
+    *experts, rows, cols = weight.shape
+    grid = scale_grid(weight.shape, block_size)
+    if weight.is_cuda:
+        return torch.empty(grid, dtype=torch.float32, device=weight.device)
+    row_blocks, col_blocks = grid[-2:]
+    missing = (0, col_blocks * block_size - cols, 0, row_blocks * block_size - rows)
+    values = weight.detach().abs()
+    if any(missing):
+        values = torch.nn.functional.pad(values, missing)
+    amax = values.view(*experts, row_blocks, block_size, -1).amax(-2)
+    scale = amax.view(*grid, block_size).amax(-1).to(torch.float32) / FP8_MAX
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _launch(
+    kernel: str,
+    source: Tensor,
+    scale_inv: Tensor,
+    result: Tensor | list[Tensor],
+    block_size: int,
+    row_offset: int,
+    col_offset: int,
+    *,
+    dtype: torch.dtype,
+    check: bool,
+) -> bool:
+    """Run a kernel of `compiled.fp8.kernels`; False if it was to check and found damage."""
+    from compiled.fp8 import kernels  # needs Triton, which needs no GPU but is not everywhere
+
+    if not source.numel():
+        return True
+    wide = torch.promote_types(dtype, torch.float32)
+    damaged = torch.zeros(1, dtype=torch.int32, device=source.device) if check else None
+    with torch.cuda.device(source.device):
+        kernels.launch(
+            getattr(kernels, kernel), source, scale_inv, result, damaged, block_size, row_offset, col_offset, wide
+        )
+    return damaged is None or not damaged.item()

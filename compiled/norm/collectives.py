@@ -1,0 +1,40 @@
+"""What the norms need of a process group: its size, this process's place in it, and a sum over its ranks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+GroupGetter = Callable[[], ProcessGroup | None]
+
+
+class ProcessGroupInfo(NamedTuple):
+    """A process group as plain values, which `torch.compile` takes as constants."""
+
+    name: str
+    rank: int
+    size: int
+
+
+def process_group_info(group: ProcessGroup | None) -> ProcessGroupInfo:
+    """None is one process by itself."""
+    if group is None:
+        return ProcessGroupInfo(name="", rank=0, size=1)
+    return ProcessGroupInfo(name=group.group_name, rank=group.rank(), size=group.size())
+
+
+def sum_over_ranks(x: Tensor, ranks: ProcessGroupInfo) -> Tensor:
+    """The sum, which may have taken the place of `x`: the caller gives `x` away.
+
+    A functional collective where it is compiled: an in-place one is wrong when torch 2.11 compiles it. In eager mode an
+    in-place one: a functional one costs the processor some ten times as much.
+    """
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))
+    dist.all_reduce(x, group=_resolve_process_group(ranks.name))
+    return x

@@ -1,0 +1,199 @@
+"""The norms as modules: over all query heads and all key heads of all tensor-parallel ranks, and over the hidden size.
+
+Outputs and every gradient are right at any tensor-parallel size; `compiled.norm.function` has the law.
+
+Under `torch.compile`, `fullgraph=True`, all sequence lengths together take at most two compilations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiled.norm.collectives import GroupGetter, process_group_info
+from compiled.norm.function import check_channels, head_norm
+from compiled.norm.sharded_state import sharded_weights
+from compiled.norm.spec import NormSpec
+
+
+def _check(name: str, x: Tensor, *last: int) -> None:
+    if x.dim() != 4 or x.shape[2:] != last:
+        expected = ", ".join(map(str, last))
+        raise ValueError(
+            f"{name} must be [seq, batch, {expected}]: found {tuple(x.shape)}; give this rank's heads, no others"
+        )
+
+
+class FullDimRMSNorm(nn.Module):
+    """RMSNorm over all heads of all ranks: `x`, `[seq, batch, heads, head_dim]`, has this rank's heads.
+
+    Every gradient is right without help: x's is this replica's share, and weight's is summed over the replicas.
+
+    Args:
+        local_dim: this rank's heads x head_dim, the weight's size.
+        global_dim: N, all heads x head_dim.
+        tp_group_getter: called once, now; a process group, or None for one process.
+
+    Raises:
+        ValueError: the group's ranks do not hold the heads equally often.
+    """
+
+    def __init__(
+        self,
+        local_dim: int,
+        global_dim: int,
+        tp_group_getter: GroupGetter,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = process_group_info(tp_group_getter())
+        self.global_dim, self.eps = global_dim, eps
+        self.replicas, rest = divmod(self.ranks.size * local_dim, global_dim)
+        if rest or not self.replicas or self.ranks.size % self.replicas:
+            raise ValueError(
+                f"every head must be on equally many ranks: {self.ranks.size} ranks of {local_dim} channels do not "
+                f"hold {global_dim} channels a whole number of times: check the sizes and the process group"
+            )
+        self.weight = nn.Parameter(torch.ones(local_dim, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.weight)
+        spec = NormSpec((self.global_dim * self.replicas,), self.eps, x.shape[-1], ())
+        (y,) = head_norm(spec, self.ranks, (self.replicas,), None, None, [self.weight], [x])
+        return y
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: the weight of all heads, of which this rank has a part or a copy of one."""
+        return sharded_weights(self, {"weight": self.replicas}, self.ranks, prefix, sharded_offsets, metadata)
+
+
+class FullDimQKNorm(nn.Module):
+    """The query norm and the key norm in one step, and on request the fused qkv's split and RoPE in the same step.
+
+    This rank has `num_heads / ranks` query heads. It has `num_kv_heads / ranks` key heads, or one where there are more
+    ranks than key heads; then R neighbouring ranks share one, and each queries it with its part of the group's heads.
+
+    Args:
+        num_heads: query heads of all ranks.
+        num_kv_heads: key heads of all ranks.
+        tp_group_getter: called once, now; a process group, or None for one process.
+
+    Raises:
+        ValueError: the heads cannot be spread evenly over the ranks.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        tp_group_getter: GroupGetter,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = process_group_info(tp_group_getter())
+        size = self.ranks.size
+        self.replicas = max(1, size // num_kv_heads)
+        if num_heads % size or num_heads % num_kv_heads or (num_kv_heads * self.replicas) % size:
+            raise ValueError(
+                f"each rank must get whole query heads, and whole key heads or one that equally many ranks share: "
+                f"found {num_heads} query heads and {num_kv_heads} key heads on {size} ranks"
+            )
+        self.heads, self.kv_heads = num_heads // size, num_kv_heads * self.replicas // size
+        self.heads_per_group, self.head_dim, self.eps = num_heads // num_kv_heads, head_dim, eps
+        self.terms = (num_heads * head_dim, num_kv_heads * head_dim * self.replicas)
+        self.q_weight = nn.Parameter(torch.ones(self.heads * head_dim, dtype=dtype))
+        self.k_weight = nn.Parameter(torch.ones(self.kv_heads * head_dim, dtype=dtype))
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm this rank's query and key heads, `[seq, batch, heads, head_dim]`, which may be views of any strides.
+
+        Raises:
+            ValueError: other shapes; two dtypes, of the heads or of the weights.
+        """
+        _check("query", query, self.heads, self.head_dim)
+        _check("key", key, self.kv_heads, self.head_dim)
+        return self._apply_norm((), None, None, query, key)
+
+    def forward_fused(
+        self, mixed_qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each dense, from the fused qkv; normed, then rotated if `cos` and `sin` are given.
+
+        Args:
+            mixed_qkv: `[seq, batch, groups, (heads_per_group + 2) * head_dim]`: of each of this rank's key heads, the
+                query heads that use it, then the key, then the value. It is read in place, and its gradient is written
+                in place. Where ranks share a key head, all the group's query heads are there; a rank norms its own.
+            cos, sin: `[seq, half]` or `[seq, batch, half]`, as `reference.rope.rotary_tables` makes them: the first 2 x
+                `half` channels of each query and key head rotate.
+
+        Raises:
+            ValueError: other shapes.
+        """
+        _check("mixed_qkv", mixed_qkv, self.kv_heads, (self.heads_per_group + 2) * self.head_dim)
+        if cos is not None or sin is not None:
+            self._check_tables(mixed_qkv, cos, sin)
+        own = self.heads // self.kv_heads
+        split = (self.ranks.rank % self.replicas * own, own)
+        return self._apply_norm(split, cos, sin, mixed_qkv)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: the weights of all heads, of which this rank has parts or copies of them."""
+        held = {"q_weight": 1, "k_weight": self.replicas}
+        return sharded_weights(self, held, self.ranks, prefix, sharded_offsets, metadata)
+
+    def _check_tables(self, mixed_qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+        seq, batch = mixed_qkv.shape[:2]
+        found = [None if table is None else tuple(table.shape) for table in (cos, sin)]
+        half = found[0][-1] if found[0] else self.head_dim
+        if found[0] != found[1] or found[0] not in ((seq, half), (seq, batch, half)) or 2 * half > self.head_dim:
+            raise ValueError(
+                f"cos and sin must both be [seq, half] or [seq, batch, half], with seq {seq}, batch {batch} and 2 half "
+                f"at most head_dim, {self.head_dim}: found {found[0]} and {found[1]}; make them with "
+                f"reference.rope.rotary_tables"
+            )
+
+    def _apply_norm(
+        self, split: tuple[int, ...], cos: Tensor | None, sin: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights = [self.q_weight, self.k_weight]
+        for names, tensors in (("q_weight and k_weight", weights), ("query and key", inputs)):
+            if tensors[0].dtype != tensors[-1].dtype:
+                raise ValueError(
+                    f"{names} must have one dtype: found {tensors[0].dtype} and {tensors[-1].dtype}; convert one"
+                )
+        spec = NormSpec(self.terms, self.eps, self.head_dim, split)
+        return tuple(head_norm(spec, self.ranks, (1, self.replicas), cos, sin, weights, list(inputs)))
+
+
+class RMSNorm(nn.Module):
+    """y = w * round(x r), r = (mean(x^2) + eps)^(-1/2), over the last axis of `[seq, batch, hidden]`.
+
+    The same function as the query and key norms, of one head as wide as the hidden state, on one rank.
+
+    Args:
+        sequence_parallel: marks the weight: each rank has some of the tokens, and megatron-core then sums the weight's
+            gradients over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self, hidden: int, eps: float = 1e-6, dtype: torch.dtype | None = None, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
+        self.weight.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = len(self.weight)
+        if x.dim() != 3 or x.shape[-1] != hidden:
+            raise ValueError(f"x must be [seq, batch, {hidden}], as wide as the weight: found {tuple(x.shape)}")
+        spec = NormSpec((hidden,), self.eps, hidden, ())
+        (y,) = head_norm(spec, process_group_info(None), (1,), None, None, [self.weight], [x.unsqueeze(-2)])
+        return y.squeeze(-2)

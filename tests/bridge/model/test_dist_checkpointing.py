@@ -1,0 +1,271 @@
+"""megatron-core's own `dist_checkpointing` on real ranks: it loads what we import, at any layout; what it saves at one
+layout it loads at another, norms included, and we export it back to the source's bytes.
+
+Four gloo ranks work through all layouts. Each compares every parameter with `reference.sharding.shard` of the
+dequantised source and reports what differs.
+"""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import EDGY_CONFIG, all_tensors
+from support.ranks import run_ranks
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
+from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
+from bridge.huggingface.random_checkpoint import make_checkpoint
+from bridge.torch_dist.checkpoint import TorchDistWeights
+from bridge.torch_dist.reader import COMMON_STATE
+from bridge.torch_dist.writer import extra_state_keys
+from reference.config import ModelConfig
+from reference.fp8 import dequantize_blockwise
+from reference.names import Dialect
+from reference.parallelism import Parallelism, padded_vocab_size
+from reference.sharding import parameters, shard
+
+WORLD = 4
+DIST_CONFIG = EDGY_CONFIG | {"num_attention_heads": 8, "num_local_experts": 4}  # 2 key heads, 131 tokens, 72 wide
+CONFIG = ModelConfig.from_hf(DIST_CONFIG)
+LAYOUTS = {
+    "one rank": Parallelism(dp=4),
+    "pp2": Parallelism(pp=2, dp=2, vocab_divisor=64),
+    "tp2 ep2": Parallelism(tp=2, ep=2, etp=1, dp=2, vocab_divisor=8),
+    "tp2 etp2 pp2": Parallelism(tp=2, etp=2, pp=2),
+    "tp4, 2 key heads": Parallelism(tp=4, etp=4, vocab_divisor=16),
+}
+# Saved at one layout, loaded at others. The second of a pair says that each layer has its keys.
+SAVED = {("tp2 ep2", False): ["pp2"], ("pp2", False): ["tp2 ep2"], ("tp4, 2 key heads", False): ["pp2", "one rank"]}
+SAVED |= {("one rank", False): ["tp4, 2 key heads"], ("tp2 etp2 pp2", True): []}
+# What Transformer Engine has an extra state for and the local spec has not.
+ONLY_IN_TRANSFORMER_ENGINE = ("pre_mlp_layernorm._extra_state", "final_layernorm._extra_state")
+
+
+def dequantised(folder: Path) -> dict[str, Tensor]:
+    """By the reference, from what safetensors reads."""
+    tensors = all_tensors(folder)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    found = {}
+    for name, value in tensors.items():
+        scale_inv = scales.get(f"{name}_scale_inv")
+        found[name] = value if scale_inv is None else dequantize_blockwise(value, scale_inv, dtype=torch.bfloat16)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- one rank
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    report: dict[str, Any] = {"imported": {}, "resaved": {}, "shapes": {}, "keys": {}}
+    tensors = torch.load(folder / "tensors.pt")
+    for name, layout in LAYOUTS.items():
+        with in_layout(layout):
+            model = LoadedModel(rank, layout, folder / "imported/iter_0000001")
+            report["imported"][name] = model.wrong(tensors)
+            report["keys"][name] = model.keys
+            for layer_keys in (False, True):
+                if (name, layer_keys) in SAVED:
+                    report["shapes"][name] = model.save(folder / f"{name} {layer_keys}", layer_keys)
+    for (saved, layer_keys), targets in SAVED.items():
+        for name in targets:
+            with in_layout(LAYOUTS[name]):
+                model = LoadedModel(rank, LAYOUTS[name], folder / f"{saved} {layer_keys}")
+                report["resaved"][f"{saved} -> {name}"] = model.wrong(tensors)
+    (folder / f"report{rank}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+
+
+def in_layout(layout: Parallelism) -> Any:
+    from bridge.model.process_groups import model_parallel
+
+    return model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+    )
+
+
+class LoadedModel:
+    """This rank's `GPTModel`, filled with NaN and then from a checkpoint by megatron-core."""
+
+    def __init__(self, rank: int, layout: Parallelism, path: Path):
+        from megatron.core import dist_checkpointing, parallel_state
+
+        from bridge.model.build import build_gpt_model
+        from bridge.weights.param_mapping import model_state
+
+        self.model = build_gpt_model(
+            CONFIG,
+            backend="local",
+            vocab_size=padded_vocab_size(CONFIG, layout),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
+            sequence_parallel=layout.tp > 1,
+            perform_initialization=False,
+        )
+        self.held = parameters(CONFIG, layout, rank, Dialect.MEGATRON_LOCAL)
+        self.state = model_state(self.model)
+        with torch.no_grad():
+            for value in self.state.values():
+                value.fill_(torch.nan)
+        sharded = self.model.sharded_state_dict()
+        own = set(sharded)
+        self.keys = sorted({getattr(value, "unique_key", value.key) for value in sharded.values()})
+        loaded = dist_checkpointing.load(sharded, str(path))
+        self.model.load_state_dict({name: value for name, value in loaded.items() if name in own})
+
+    def wrong(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Parameters that are not bit for bit what the reference cuts for this rank."""
+        if self.state.keys() != {parameter.name for parameter in self.held}:
+            return ["the model's parameters are not the reference's"]
+        wrong = []
+        for parameter in self.held:
+            value, wanted = self.state[parameter.name], shard(parameter, tensors)
+            if not torch.equal(value, wanted.to(value.dtype)):
+                wrong.append(parameter.name)
+        return wrong
+
+    def save(self, path: Path, layer_keys: bool) -> dict[str, list[int]]:
+        """Saves, and says the whole shape that each key of this rank's part has."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        if torch.distributed.get_rank() == 0:
+            path.mkdir()
+        torch.distributed.barrier()
+        sharded = self.model.sharded_state_dict(metadata={"non_homogeneous_layers": True} if layer_keys else None)
+        shapes = {v.key: list(v.global_shape) for v in sharded.values() if isinstance(v, ShardedTensor)}
+        dist_checkpointing.save(sharded, str(path))
+        return shapes
+
+
+# ------------------------------------------------------------------------------------------------------------ judgement
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source, what we import of it, and what the ranks saved and reported."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_checkpoint(folder / "source", DIST_CONFIG, mtp_layers=1, max_shard_bytes=150_000)
+    import_checkpoint(ImportJob(str(folder / "source"), str(folder / "imported"), unit_bytes=200_000))
+    torch.save(dequantised(folder / "source"), folder / "tensors.pt")
+    run_ranks(run_rank, (folder,), WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_loads_what_we_import(reports: list[dict], layout: str) -> None:
+    assert [report["imported"][layout] for report in reports] == [[]] * WORLD
+
+
+@pytest.mark.parametrize("pair", [f"{saved} -> {name}" for (saved, _), names in SAVED.items() for name in names])
+def test_what_megatron_saves_at_one_layout_loads_at_another(reports: list[dict], pair: str) -> None:
+    assert [report["resaved"][pair] for report in reports] == [[]] * WORLD
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_keys_are_those_that_megatron_asks_for(folder: Path, reports: list[dict], layout: str) -> None:
+    """And beyond those the common state, and the extra states of Transformer Engine's norms."""
+    asked = {key for report in reports for key in report["keys"][layout]}
+    extra = {key for key in extra_state_keys(CONFIG) if any(part in key for part in ONLY_IN_TRANSFORMER_ENGINE)}
+    assert len(extra) == CONFIG.num_hidden_layers + 1
+    written = FileSystemReader(folder / "imported/iter_0000001").read_metadata().state_dict_metadata
+    assert set(written) == asked | extra | {COMMON_STATE}
+
+
+def test_the_norms_have_megatron_bridges_keys_and_shapes(reports: list[dict]) -> None:
+    """Global shapes say nothing of the layout: all heads, also where 4 ranks share 2 key heads."""
+    layers, query, key = CONFIG.num_hidden_layers, 8 * CONFIG.head_dim, 2 * CONFIG.head_dim
+    for report in reports:
+        for layout in ("tp2 ep2", "tp4, 2 key heads", "one rank", "pp2"):
+            shapes = report["shapes"][layout]
+            assert shapes["decoder.layers.self_attention.q_layernorm.weight"] == [layers, query]
+            assert shapes["decoder.layers.self_attention.k_layernorm.weight"] == [layers, key]
+    stages = [reports[rank]["shapes"]["tp2 etp2 pp2"] for rank in (0, 2)]
+    for layer, shapes in enumerate(stages):
+        norms = {name: shape for name, shape in shapes.items() if "q_layernorm" in name or "k_layernorm" in name}
+        prefix = f"decoder.layers.{layer}.self_attention"
+        assert norms == {f"{prefix}.q_layernorm.weight": [query], f"{prefix}.k_layernorm.weight": [key]}
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: f"{saved[0]}, a key for each layer: {saved[1]}")
+def test_what_megatron_saves_is_exported_to_the_sources_bytes(folder: Path, tmp_path: Path, saved: tuple) -> None:
+    path = folder / f"{saved[0]} {saved[1]}"
+    job = ExportJob(str(path), str(tmp_path / "out"), source=str(folder / "source"), max_shard_bytes=200_000)
+    summary = export_checkpoint(job)
+    source, out = all_tensors(folder / "source"), all_tensors(tmp_path / "out")
+    assert source.keys() == out.keys()
+    for name, value in source.items():
+        assert (value.dtype, value.shape) == (out[name].dtype, out[name].shape), name
+        assert torch.equal(value.view(torch.uint8), out[name].view(torch.uint8)), name
+    assert (folder / "source/config.json").read_bytes() == (tmp_path / "out/config.json").read_bytes()
+    weights = sum(name.endswith("_scale_inv") for name in source)
+    assert (summary.identical, summary.requantised) == (weights, 0)
+
+
+@pytest.mark.parametrize("saved", [saved for saved in SAVED if saved[1]], ids=str)
+def test_a_config_of_fewer_layers_is_refused(folder: Path, saved: tuple) -> None:
+    """With a key for each layer every weight that it describes is there, and more."""
+    fewer = replace(CONFIG, num_hidden_layers=CONFIG.num_hidden_layers - 1)
+    with pytest.raises(ValueError, match=rf"decoder.layers.{fewer.num_hidden_layers}.*no such weight"):
+        TorchDistWeights(folder / f"{saved[0]} {saved[1]}", fewer)
+
+
+def test_megatron_reads_the_common_state(folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load_common_state_dict(str(folder / "imported/iter_0000001"))
+    arguments = state["args"]
+    assert isinstance(arguments, Namespace)
+    assert (state["iteration"], state["checkpoint_version"]) == (1, 3.0)
+    found = {
+        "num_layers": arguments.num_layers,
+        "hidden_size": arguments.hidden_size,
+        "num_attention_heads": arguments.num_attention_heads,
+        "num_query_groups": arguments.num_query_groups,
+        "kv_channels": arguments.kv_channels,
+        "num_experts": arguments.num_experts,
+        "moe_ffn_hidden_size": arguments.moe_ffn_hidden_size,
+        "padded_vocab_size": arguments.padded_vocab_size,
+        "rotary_channels": arguments.rotary_percent * arguments.kv_channels,
+    }
+    assert found == {
+        "num_layers": 2,
+        "hidden_size": 160,
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "kv_channels": 48,
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 72,
+        "padded_vocab_size": 131,
+        "rotary_channels": 24,
+    }
+
+
+def test_one_process_loads_it_too(folder: Path) -> None:
+    """A world of one, as a notebook or a test has it."""
+    tensors = torch.load(folder / "tensors.pt")
+    with in_layout(Parallelism()):
+        model = LoadedModel(0, Parallelism(), folder / "imported/iter_0000001")
+        assert model.wrong(tensors) == []
+        name = "model.layers.1.self_attn.k_norm.weight"
+        tensors[name] = tensors[name].flip(0)
+        assert model.wrong(tensors) == ["decoder.layers.1.self_attention.qk_norm.k_weight"], "the comparison sees it"

@@ -1,0 +1,337 @@
+"""MiniMax-M2's megatron-core layer: parameter names, norms that round as transformers', a router that stays float32."""
+
+import re
+
+import pytest
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import attention as megatron_attention
+from megatron.core.transformer.module import Float16Module
+from transformers import MiniMaxM2Config
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
+
+from bridge.model.attention import NOT_OF_THIS_MODEL
+from bridge.model.build import build_gpt_model
+from bridge.model.config import gpt_model_arguments, transformer_config
+from bridge.model.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
+from bridge.model.process_groups import model_parallel
+from bridge.model.router import Float32Router
+from reference.config import ModelConfig
+
+SMALL = ModelConfig(
+    num_hidden_layers=2,
+    hidden_size=32,
+    vocab_size=64,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    intermediate_size=24,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYER_SHAPES = {
+    "input_layernorm.weight": (32,),
+    "self_attention.linear_qkv.weight": ((6 + 2 + 2) * 16, 32),
+    "self_attention.qk_norm.q_weight": (6 * 16,),
+    "self_attention.qk_norm.k_weight": (2 * 16,),
+    "self_attention.linear_proj.weight": (32, 6 * 16),
+    "pre_mlp_layernorm.weight": (32,),
+    "mlp.router.weight": (4, 32),
+    "mlp.router.expert_bias": (4,),
+    **{f"mlp.experts.local_experts.{e}.linear_fc1.weight": (2 * 24, 32) for e in range(4)},
+    **{f"mlp.experts.local_experts.{e}.linear_fc2.weight": (32, 24) for e in range(4)},
+}
+SHAPES = {
+    "embedding.word_embeddings.weight": (64, 32),
+    **{f"decoder.layers.{i}.{name}": shape for i in range(2) for name, shape in LAYER_SHAPES.items()},
+    "decoder.final_layernorm.weight": (32,),
+    "output_layer.weight": (64, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _groups():
+    with model_parallel():
+        yield
+
+
+def _config(**overrides):
+    return transformer_config(SMALL, backend="local", **overrides)
+
+
+def _router(config):
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp", "tp_dp_cp"])
+    return Float32Router(config, groups).to(DEVICE)
+
+
+def test_names_shapes_and_dtypes():
+    """The local names; a state dict also holds megatron-core's `_extra_state` keys, whose values are None."""
+    state = build_gpt_model(SMALL, backend="local").state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if tensor is not None}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == SHAPES
+    assert all(name.endswith("._extra_state") for name in state.keys() - tensors.keys())
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in SHAPES if ".router." in name}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_layer_spec_is_accepted_by_gpt_model():
+    config = _config()
+    model = GPTModel(config, minimax_m2_layer_spec(config, "local"), **gpt_model_arguments(SMALL))
+    assert isinstance(model.decoder.layers[1].input_layernorm, RMSNorm)
+
+
+def test_block_spec_brings_the_final_norm():
+    config = _config()
+    model = GPTModel(config, minimax_m2_block_spec(config, "local"), **gpt_model_arguments(SMALL))
+    assert isinstance(model.decoder.final_layernorm, RMSNorm)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_replicated_weights_carry_sequence_parallel(sequence_parallel):
+    """megatron-core sums the gradients of weights so marked over the tensor-parallel ranks."""
+    config = _config(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    assert RMSNorm(config, 32, 1e-6).weight.sequence_parallel is sequence_parallel
+    assert _router(config).weight.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_norms_round_as_transformers(dtype, heads):
+    config = _config(params_dtype=dtype)
+    theirs = MiniMaxM2RMSNorm(heads * 16, eps=1e-6).to(DEVICE, dtype)
+    torch.nn.init.uniform_(theirs.weight, 0.5, 1.5)
+    x = 3 * torch.randn(5, 2, heads, 16, device=DEVICE, dtype=dtype)
+    expected = theirs(x.flatten(-2))
+    ours = RMSNorm(config, heads * 16, 1e-6)
+    assert ours.weight.dtype == dtype
+    ours.to(DEVICE).load_state_dict(theirs.state_dict())
+    # The sum of squares in another order: r may differ in its last bits, which only float32 shows.
+    rtol = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 0
+    torch.testing.assert_close(ours(x.flatten(-2)), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model, config: model.bfloat16(),
+        lambda model, config: model.half().bfloat16(),
+        lambda model, config: model.to(torch.bfloat16),
+        lambda model, config: Float16Module(config, model).module,
+    ],
+    ids=["bfloat16", "half", "to", "Float16Module"],
+)
+def test_router_stays_float32(convert):
+    config = _config()
+    router = _router(config)
+    torch.nn.init.normal_(router.weight)
+    torch.nn.init.normal_(router.expert_bias)
+    before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+    parameter = router.weight
+    neighbour = torch.nn.Linear(2, 2)
+    convert(torch.nn.Sequential(router, neighbour), config)
+    assert neighbour.weight.dtype == torch.bfloat16
+    assert router.weight is parameter
+    for name, tensor in router.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])
+
+
+def test_router_follows_its_device():
+    router = _router(_config()).to("meta", torch.bfloat16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in router.state_dict().values()} == {("meta", torch.float32)}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_router_chooses_and_weighs_as_transformers(top_k, dtype):
+    theirs = MiniMaxM2TopKRouter(
+        MiniMaxM2Config(hidden_size=32, num_local_experts=4, num_experts_per_tok=top_k, rotary_dim=64)
+    ).to(DEVICE)
+    torch.nn.init.normal_(theirs.weight, std=0.2)
+    bias = torch.tensor([0.3, -0.2, 0.1, 0.0], device=DEVICE)
+    ours = _router(_config(moe_router_topk=top_k, params_dtype=dtype))
+    ours.load_state_dict({"weight": theirs.weight, "expert_bias": bias})
+
+    x = torch.randn(40, 1, 32, device=DEVICE, dtype=dtype)
+    logits, weights, indices = theirs(x, bias)
+    assert torch.equal(ours.gating(x).flatten(0, 1), logits)
+    probs, chosen = ours(x)
+    assert torch.equal(chosen, torch.zeros_like(chosen).scatter(1, indices, True))
+    # The scores are the same numbers; their sum, taken in another order, may differ by (top_k - 1) roundings.
+    torch.testing.assert_close(probs.gather(1, indices), weights, rtol=top_k * 2**-23, atol=0)
+    unbiased = logits.topk(top_k).indices
+    assert top_k == 4 or not torch.equal(chosen, torch.zeros_like(chosen).scatter(1, unbiased, True))
+
+
+def _logits(model, tokens):
+    positions = torch.arange(tokens.shape[1], device=DEVICE).expand_as(tokens)
+    return model.eval()(tokens, positions, None)
+
+
+TOKENS = torch.randint(0, SMALL.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+
+@pytest.mark.parametrize("wrap", [minimax_m2_layer_spec, minimax_m2_block_spec])
+def test_qk_layernorm_may_be_on_or_off(wrap):
+    models = {}
+    for on in (True, False):
+        config = _config(qk_layernorm=on, params_dtype=torch.float32, bf16=False)
+        models[on] = GPTModel(config, wrap(config), **gpt_model_arguments(SMALL))
+    models[False].load_state_dict(models[True].state_dict())
+    assert torch.equal(_logits(models[True], TOKENS), _logits(models[False], TOKENS))
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="found 'apex'"):
+        minimax_m2_layer_spec(_config(), "apex")
+
+
+@pytest.mark.parametrize("field", NOT_OF_THIS_MODEL)
+def test_what_would_bypass_the_norm_or_rotate_otherwise_is_refused(field):
+    config = _config()
+    setattr(config, field, True)
+    with pytest.raises(ValueError, match=f"set {field}=False"):
+        GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
+
+
+def test_yarns_scaling_is_refused():
+    config = _config()
+    config.yarn_rotary_scaling_factor = 4.0
+    with pytest.raises(ValueError, match=r"scale cos and sin by 1\.13.*set yarn_rotary_scaling_factor=1"):
+        GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
+
+
+def test_hybrid_model_equals_gpt_model():
+    """`HybridModel` counts attention and experts as a layer each; everything else has the same name."""
+    gpt = build_gpt_model(SMALL, params_dtype=torch.float32)
+    config = transformer_config(SMALL, params_dtype=torch.float32, num_layers=2 * SMALL.num_hidden_layers)
+    hybrid = HybridModel(
+        config,
+        hybrid_stack_spec=minimax_m2_hybrid_spec(config),
+        hybrid_layer_pattern="*E" * SMALL.num_hidden_layers,
+        **gpt_model_arguments(SMALL),
+    )
+    state = {}
+    for name, value in gpt.state_dict().items():
+        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+            half = "mlp" in match[2]  # pre_mlp_layernorm too
+            name = f"decoder.layers.{2 * int(match[1]) + half}.{match[2]}"
+        state[name.replace("final_layernorm", "final_norm")] = value
+    assert {name for name, value in hybrid.state_dict().items() if value is not None} <= state.keys()
+    hybrid.load_state_dict(state, strict=False)
+    hybrid.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq
+    outputs = {}
+    for model in (gpt, hybrid):
+        logits = _logits(model, TOKENS)
+        logits.square().mean().backward()
+        outputs[model] = logits, {value.shape: value.grad for value in model.parameters()}
+    assert torch.equal(outputs[gpt][0], outputs[hybrid][0])
+    for name, parameter in hybrid.named_parameters():
+        theirs = next(key for key, value in state.items() if key == name)
+        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", theirs)
+        mine = f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else theirs
+        assert torch.equal(parameter.grad, gpt.get_parameter(mine.replace("final_norm", "final_layernorm")).grad), name
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_nothing(mode):
+    settings = {
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    }[mode]
+    plain = build_gpt_model(SMALL, params_dtype=torch.float32)
+    recomputing = build_gpt_model(SMALL, params_dtype=torch.float32, **settings)
+    recomputing.load_state_dict(plain.state_dict())
+    for model in (plain, recomputing):
+        _logits(model, TOKENS)
+        positions = torch.arange(TOKENS.shape[1], device=DEVICE).expand_as(TOKENS)
+        model.train()(TOKENS, positions, None, labels=TOKENS).mean().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, recomputing.get_parameter(name).grad), name
+
+
+def test_no_tokens():
+    """Up to core attention and in the layer's norms; the gradients are zeros, and not missing."""
+    layer = build_gpt_model(SMALL, backend="local").decoder.layers[0]
+    x = torch.zeros(0, 2, SMALL.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    query, key, value = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(x))
+    assert (query.shape, key.shape, value.shape) == ((0, 2, 6, 16), (0, 2, 2, 16), (0, 2, 2, 16))
+    sum(tensor.sum() for tensor in (query, key, value, layer.pre_mlp_layernorm(x))).backward()
+    norm = layer.self_attention.qk_norm
+    for weight in (layer.input_layernorm.weight, norm.q_weight, norm.k_weight, layer.pre_mlp_layernorm.weight):
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def _generate(model, *, decode_mode=False):
+    """A prompt, then token by token, with a cache; the last token's logits of each piece."""
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=TOKENS.shape[1])
+    pieces = []
+    with torch.no_grad():
+        for start, stop in [(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)]:
+            positions = torch.arange(start, stop, device=DEVICE).expand(2, -1)
+            piece = model(TOKENS[:, start:stop], positions, None, inference_context=context, runtime_gather_output=True)
+            context.increment_sequence_len_offset(stop - start)
+            if decode_mode:
+                context.enable_decode_mode()
+            pieces.append(piece[:, -1:])
+    return torch.cat(pieces, 1)
+
+
+def test_generation_with_a_cache_equals_the_whole_sequence():
+    """megatron-core's static inference; the cache holds normed and rotated keys."""
+    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
+    torch.testing.assert_close(_generate(model), _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_flash_decode_without_an_engine_is_refused():
+    """megatron-core's own attention would leave queries and keys unrotated there."""
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with pytest.raises(ValueError, match=r"InferenceMode\.active\(\), or set flash_decode=False"):
+        _generate(model)
+
+
+def test_flash_decode_without_flash_attn_is_refused(monkeypatch):
+    """megatron-core's own attention would rotate the prompt by other angles."""
+    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", None)
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with InferenceMode.active(), pytest.raises(ValueError, match="install flash-attn, or set flash_decode=False"):
+        _generate(model)
+
+
+def _rotate(x, cos, sin, interleaved=False):
+    """flash-attn's `apply_rotary_emb` on [batch, seq, heads, head_dim]."""
+    assert not interleaved
+    a, b, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def _attend_with_cache(*, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved):
+    """flash-attn's `flash_attn_with_kvcache` for one token of each sample, all at the same position."""
+    (position,) = cache_seqlens.unique().tolist()
+    here = slice(position, position + 1)
+    q, k = (_rotate(x, rotary_cos[here], rotary_sin[here], rotary_interleaved) for x in (q, k))
+    k_cache[:, here], v_cache[:, here] = k, v
+    keys, values = (x[:, : position + 1].repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k_cache, v_cache))
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(
+        1, 2
+    )
+
+
+def test_flash_decode_equals_the_whole_sequence(monkeypatch):
+    """With stand-ins for flash-attn's two functions, which are not here: the norm comes before their rotation."""
+    monkeypatch.setattr(rope_utils, "apply_rotary_emb_flash", _rotate)
+    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", _attend_with_cache)
+    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    with InferenceMode.active():
+        found = _generate(model, decode_mode=True)
+    torch.testing.assert_close(found, _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,231 @@
+"""`host`: what happens where it cannot be built; on a GPU, its launches against those from Python, bit for bit.
+
+What its C++ does between the launches is tested by `test_norm` (Triton's interpreter) and `test_norm_gloo` (ranks).
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from support.checks import NO_GPU, fresh_interpreter
+from support.norm_on_gpu import EPS, normal, qk_norm, rotated
+from torch import Tensor, nn
+
+from compiled import FullDimQKNorm, RMSNorm
+from compiled.norm import host
+from compiled.triton_launch import Launcher
+
+QUICK = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}\n"
+
+
+def in_a_fresh_interpreter(folder: Path, source: Path = host.SOURCE, **environment: str) -> str:
+    """What a process says of what it loaded or built in a folder, warnings included."""
+    program = f"from compiled import host; from pathlib import Path; host.SOURCE = Path({str(source)!r}); "
+    program += "print(host.library()); print(host._built())"
+    result = fresh_interpreter(program, TORCH_EXTENSIONS_DIR=str(folder), **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_what_is_built_is_loaded_again():
+    built = host._built()
+    library = host.library()
+    assert library.exists()
+    said = in_a_fresh_interpreter(library.parent, CXX="no such compiler")
+    assert f"<module '{built.__name__}' from '{library}'>" in said
+    assert "could not be built" not in said
+
+
+def test_what_cannot_be_loaded_is_built_anew(tmp_path):
+    """Without ninja on the path: it is found where pip puts it, beside a Python whose environment is not activated."""
+    source, tools, folder = tmp_path / "quick.cpp", tmp_path / "tools", tmp_path / "built"
+    source.write_text(QUICK)
+    tools.mkdir()
+    folder.mkdir()
+    for name in ("c++", "g++", "as", "ld", "which", "sh", "uname"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    said = in_a_fresh_interpreter(folder, source, CXX="no such compiler")
+    library = Path(said.splitlines()[0])
+    library.write_bytes(b"from a disk that was full")
+    said = in_a_fresh_interpreter(folder, source, PATH=str(tools))
+    assert f"<module '{library.stem}'" in said
+    assert library.stat().st_size > 10_000
+    assert list(folder.iterdir()) == [library]
+
+
+def test_without_hard_links_what_is_built_is_copied(tmp_path, monkeypatch):
+    source = tmp_path / "quick.cpp"
+    source.write_text(QUICK)
+    monkeypatch.setattr(host, "SOURCE", source)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+
+    def no_links(*args, **kwargs):
+        raise PermissionError("hard links are not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert host._build(host.library()).__name__ == host.library().stem
+    assert host._load(host.library()).__name__ == host.library().stem
+    assert list(host.library().parent.iterdir()) == [host.library()]
+
+
+def test_no_compiler_is_said_and_leaves_nothing(tmp_path):
+    said = in_a_fresh_interpreter(tmp_path, CXX="no such compiler")
+    assert said.splitlines()[1] == "None"
+    assert "could not be built or loaded, so Python launches" in said
+    assert "no such compiler" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+# heads, key heads, head_dim, channels that rotate, dtype
+SIZES = [
+    (48, 8, 128, 64, torch.bfloat16), (6, 1, 128, 64, torch.float32),
+    (9, 3, 96, 48, torch.float16), (7, 7, 40, 12, torch.float32), (3, 1, 128, 0, torch.bfloat16),
+]  # fmt: skip
+
+
+def outcome(norm: nn.Module, inputs: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients; the outputs' gradients have gaps, as attention may return them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    fused = isinstance(norm, FullDimQKNorm) and len(leaves) == 1
+    outputs = norm.forward_fused(*leaves, *tables) if fused else norm(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    grads = [normal(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype).to(y.device)[..., ::2] for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [*leaves, *norm.parameters()], grads)]
+
+
+@pytest.fixture
+def python(monkeypatch):
+    """Runs a function with the norms called from Python."""
+
+    def run(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "head_norm", lambda *args: None)
+            return function(*args)
+
+    return run
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), f"result {index}: off by {(a - b).abs().max()}"
+
+
+def forms(size: tuple, tokens: int, start: int, seed: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """Each form of a norm on new numbers, some elements into their memory; batch comes first there for the views."""
+    heads, kv_heads, dim, rotary, dtype = size
+    norm, hidden_norm = qk_norm(heads, kv_heads, dim, dtype), RMSNorm(heads * dim, EPS, dtype).cuda()
+    memory = normal(2 * tokens * (heads + 2 * kv_heads) * dim + start, dtype=dtype, seed=seed)[start:]
+    tables = rotated(tokens, rotary, dtype)
+    views = list(memory.view(2, tokens, -1, dim).transpose(0, 1)[:, :, kv_heads:].split([heads, kv_heads], 2))
+    return {
+        "fused": lambda: outcome(norm, [memory.view(tokens, 2, kv_heads, -1)], tables),
+        "two parts": lambda: outcome(norm, views, []),
+        "hidden": lambda: outcome(hidden_norm, [views[0].flatten(2)], []),
+    }
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("launched from Python")
+
+
+@NO_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_launches_equal_those_from_python(python, size, monkeypatch):
+    """First calls and later ones, which Python no longer launches; fewer tokens than programs and more; not aligned."""
+    for tokens, start in product((1, 37, 700, 5000), (0, 3)):
+        first, later = (forms(size, tokens, start, seed) for seed in (0, 1))
+        expected = {name: python(run) for name, run in later.items()}
+        for name, run in first.items():
+            assert_same(run(), python(run))
+            with monkeypatch.context() as patch:
+                patch.setattr(Launcher, "__call__", refuse)
+                found = later[name]()
+            assert_same(found, expected[name])
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_one_kind_for_all_lengths(python, monkeypatch):
+    """Of the fused qkv, whose strides do not depend on the length; more tokens than at the first call, and fewer."""
+    size = SIZES[0]
+    forms(size, 700, 0, seed=0)["fused"]()
+    for tokens in (5000, 37):
+        run = forms(size, tokens, 0, seed=tokens)["fused"]
+        expected = python(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(Launcher, "__call__", refuse)
+            found = run()
+        assert_same(found, expected)
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_streams_and_threads(python):
+    """A launch goes to its caller's current stream; a thread that has not used the GPU before may call."""
+    norm, mixed = qk_norm(48, 8, 128, torch.bfloat16), normal(3000, 1, 8, 8 * 128, dtype=torch.bfloat16)
+    expected, found = python(outcome, norm, [mixed], []), []
+    assert_same(outcome(norm, [mixed], []), expected)
+
+    def call() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # some 30 ms: on another stream, what follows would read what is not there
+            late = torch.empty_like(mixed).copy_(mixed)
+            found.extend(outcome(norm, [late], []))
+        stream.synchronize()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert_same(found, expected)
+    leaf = mixed.detach().requires_grad_()
+
+    def forward_alone() -> None:
+        found[:] = norm.forward_fused(leaf)
+
+    thread = threading.Thread(target=forward_alone)  # its first use of the GPU
+    thread.start()
+    thread.join()
+    assert_same(found, expected[:3])
+
+
+@NO_GPU
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("launched_from", ["C++", "Python"])
+def test_tensors_decide_on_the_device(launched_from, monkeypatch):
+    if launched_from == "Python":
+        monkeypatch.setattr(host, "head_norm", lambda *args: None)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        norm = qk_norm(12, 4, 128, torch.bfloat16).to(device)
+        mixed = normal(600, 1, 4, 5 * 128, dtype=torch.bfloat16).to(device)
+        for _ in range(2):
+            results.append([x.cpu() for x in outcome(norm, [mixed], [])])
+    assert torch.cuda.current_device() == 0
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_errors():
+    norm, mixed = qk_norm(12, 4, 128, torch.float32), normal(5, 1, 4, 5 * 128, dtype=torch.float32).requires_grad_()
+    with pytest.raises(ValueError, match="found a tensor on cpu beside one on cuda:0"):
+        norm.cpu().forward_fused(mixed)
+    query, _, _ = norm.cuda().forward_fused(mixed)
+    (grad,) = torch.autograd.grad(query.square().sum(), mixed, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated: leave out create_graph"):
+        grad.sum().backward()
