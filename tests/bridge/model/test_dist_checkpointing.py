@@ -22,8 +22,7 @@ from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
 from bridge.huggingface.random_checkpoint import make_checkpoint
 from bridge.torch_dist.checkpoint import TorchDistWeights
-from bridge.torch_dist.reader import COMMON_STATE
-from bridge.torch_dist.writer import extra_state_keys
+from bridge.torch_dist.writer import COMMON_STATE, extra_state_keys
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
 from reference.names import Dialect

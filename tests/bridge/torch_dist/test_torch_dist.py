@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
-from bridge.torch_dist.reader import COMMON_STATE, TorchDistCheckpoint, iteration_folder
-from bridge.torch_dist.writer import Chunk, extra_state_keys, finish, write_chunks, write_states
+from bridge.torch_dist.reader import TorchDistCheckpoint, iteration_folder
+from bridge.torch_dist.writer import COMMON_STATE, Chunk, extra_state_keys, finish, write_chunks, write_states
 from reference.config import ModelConfig
 
 CONFIG = ModelConfig.from_hf(SMALL_CONFIG | {"num_hidden_layers": 2, "num_local_experts": 4})

@@ -112,7 +112,7 @@ def _every_layout(rank: int, folder: str, scratch: str) -> None:
 
 
 def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str, Tensor]) -> None:
-    from bridge.torch_dist.checkpoint import load, read_plan
+    from bridge.weights import load, read_plan
     from bridge.weights.sharded_model import sharded_model
 
     before = bridge.checkpoint.bytes_read

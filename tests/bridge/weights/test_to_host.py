@@ -5,7 +5,7 @@ import torch
 from support.checks import NO_GPU
 from torch import Tensor
 
-from bridge.torch_dist.checkpoint import to_host
+from bridge.weights import to_host
 
 
 def rounds(device: str) -> list[list[tuple[str, Tensor]]]:
