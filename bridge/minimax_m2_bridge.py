@@ -17,10 +17,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from bridge.huggingface.checkpoint import HFWeights
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.hub import checkpoint_folder
 from bridge.huggingface.quantization import target_config
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
@@ -32,9 +32,10 @@ from bridge.weights.load import load_weights
 from bridge.weights.param_mapping import MappingRegistry
 from bridge.weights.save import save_weights
 from bridge.weights.sharded_model import sharded_model
-from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from compiled.fp8 import dequantize_blockwise
+from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
-from reference.fp8 import FP8, dequantize_blockwise
+from reference.fp8 import FP8
 from reference.names import Dialect
 from reference.parallelism import Parallelism
 
@@ -54,9 +55,13 @@ class MiniMaxM2Bridge:
             `reference.checkpoint`, `bridge.huggingface.safetensors_folder`); every error names the file, tensor or key.
     """
 
-    def __init__(self, checkpoint: HFCheckpoint):
-        self._weights = HFWeights(checkpoint)
-        self.checkpoint, self.config = checkpoint, self._weights.config
+    def __init__(self, checkpoint: HuggingFaceCheckpoint):
+        self.checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self.checkpoint.config
 
     @classmethod
     def from_hf_pretrained(cls, path_or_hub_id: str | Path, *, revision: str | None = None) -> Self:
@@ -65,7 +70,7 @@ class MiniMaxM2Bridge:
         Raises:
             ValueError: neither, or the checkpoint is bad.
         """
-        return cls(HFCheckpoint(checkpoint_folder(path_or_hub_id, revision=revision)))
+        return cls(HuggingFaceCheckpoint(checkpoint_folder(path_or_hub_id, revision=revision)))
 
     def close(self) -> None:
         """Close the checkpoint's files."""
@@ -76,11 +81,6 @@ class MiniMaxM2Bridge:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers: not part of the megatron-core model, carried over unchanged."""
-        return [name for name in self.checkpoint.tensors if is_mtp(name, self.config)]
 
     def provider_bridge(self, *, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> GPTModelProvider:
         """The source's config as megatron-core's; `overrides` are `TransformerConfig` fields."""
@@ -121,10 +121,6 @@ class MiniMaxM2Bridge:
             weight, state[name + SCALE_SUFFIX], block_size=self.config.block_size, dtype=dtype, name=name
         )
 
-    def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """A weight of the source, dequantised to `dtype` if it is float8, else as it is on disk."""
-        return self._weights.read_weight(name, dtype=dtype)
-
     def to_megatron_model(
         self,
         *,
@@ -154,7 +150,7 @@ class MiniMaxM2Bridge:
             ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is
                 damaged. All ranks raise the same.
         """
-        load_weights(sharded_model(model, self.config), self.checkpoint, self.config, progress=progress)
+        load_weights(sharded_model(model, self.config), self.checkpoint, progress=progress)
 
     def export_hf_weights(
         self,
@@ -226,7 +222,7 @@ class MiniMaxM2Bridge:
         """
         if quantization not in ("fp8", None):
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
-        if Path(out).resolve() == self.checkpoint.folder.resolve():
+        if Path(out).resolve() == self.checkpoint.files.folder.resolve():
             raise ValueError(f"{out}: is the source checkpoint itself, whose scales are still needed; write elsewhere")
         target, config_json = self._target_config(quantization)
         save_weights(
@@ -242,8 +238,8 @@ class MiniMaxM2Bridge:
 
     def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:
         """The config of what is written: the source's own bytes, unless it gains or loses its quantisation."""
-        raw = self.checkpoint.config
+        raw = self.checkpoint.files.config_json
         written = target_config(raw, quantization or "none")
         if written == raw:
-            return self.config, (self.checkpoint.folder / CONFIG_NAME).read_bytes()
+            return self.config, (self.checkpoint.files.folder / CONFIG_NAME).read_bytes()
         return ModelConfig.from_hf(written), written

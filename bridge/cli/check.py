@@ -24,10 +24,10 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     """Architecture, dtypes, sizes, quantisation, and what is missing, unexpected or wrong. Reads headers only."""
     with reporting():
         from bridge.huggingface.hub import checkpoint_folder
-        from bridge.huggingface.safetensors_folder import HFCheckpoint
+        from bridge.huggingface.safetensors_folder import SafetensorsFolder
         from bridge.proof.inspect_checkpoint import inspect_checkpoint
 
-        with HFCheckpoint(checkpoint_folder(str(path))) as checkpoint:
+        with SafetensorsFolder(checkpoint_folder(str(path))) as checkpoint:
             found = inspect_checkpoint(checkpoint)
     if as_json:
         say_json({"facts": dict(found.facts), "problems": found.problems})
@@ -58,11 +58,12 @@ def verify(
     Tensors of one dtype are compared byte by byte; float8 against bfloat16 or float32 by value, exactly.
     """
     with reporting(), progress_bars() as progress:
-        from bridge.proof.compare import compare_checkpoints, compare_logits
+        from bridge.proof.compare import compare_logits, compare_pair, open_pair
 
         count = default_workers(workers, left, right)
-        found = compare_checkpoints(left, right, workers=count, progress=progress)
-        error = compare_logits(left, right, tokens, seed=seed, progress=progress) if logits and is_rank_zero() else None
+        pair = open_pair(left, right)
+        found = compare_pair(pair, workers=count, progress=progress)
+        error = compare_logits(pair, tokens, seed=seed, progress=progress) if logits and is_rank_zero() else None
     if as_json:
         shown = found._replace(differences=found.differences[:worst])._asdict()
         say_json({"differ": len(found.differences), **shown, "logits_error": error})

@@ -11,22 +11,21 @@ import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridge.huggingface.checkpoint import HFWeights, read_pieces
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.jobs.durable import sync, write_bytes
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.resumable import Work, run_resumable
 from bridge.torch_dist.checkpoint import HF_FOLDER
 from bridge.torch_dist.reader import TRACKER
 from bridge.torch_dist.writer import Chunk, Stored, finish, write_chunks, write_states
-from reference.checkpoint import is_mtp
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
 from reference.sharding import Piece, rows_of
@@ -64,8 +63,11 @@ class _Part(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-class _Plan(NamedTuple):
-    source: HFWeights
+class _Import(NamedTuple):
+    """An import that is open: the source, and the chunks of each unit."""
+
+    job: ImportJob
+    source: HuggingFaceCheckpoint
     units: list[list[_Part]]
 
     @property
@@ -93,24 +95,14 @@ def import_checkpoint(
         raise ValueError(f"dtype must be one of {list(DTYPES)}, found {job.dtype!r}")
     if job.iteration < 1:
         raise ValueError(f"iteration must be at least 1, as Megatron-LM asks, found {job.iteration}")
-    with HFCheckpoint(job.source) as checkpoint:
-        job = job._replace(source=str(Path(job.source).resolve()), source_versions=checkpoint.versions)
-    plan = _plan(job)
-    tensors = plan.source.checkpoint.tensors
-    summary = ImportSummary(
-        tensors=len(tensors),
-        mtp_tensors=sum(is_mtp(name, plan.source.config) for name in tensors),
-        bytes_read=plan.source.checkpoint.nbytes,
-        bytes_written=sum(chunk.nbytes for chunk in plan.chunks),
-        files=len(plan.units) + 1,
-        reused=0,
-    )
+    opened = _open(job._replace(source=str(Path(job.source).resolve()), source_versions=()))
+    summary = _summary(opened)
     if dry_run:
         return summary
-    work = Work(_write_unit, job, len(plan.units) + 1)
     done = run_resumable(
-        work,
-        partial(_complete, job),
+        Work(_open, _write_unit, opened.job, len(opened.units) + 1),
+        opened,
+        partial(_complete, opened),
         marker=TRACKER,
         workers=workers,
         overwrite=overwrite,
@@ -120,10 +112,10 @@ def import_checkpoint(
     return summary._replace(reused=done.reused)
 
 
-@lru_cache(maxsize=1)  # a worker does many units of one job
-def _plan(job: ImportJob) -> _Plan:
-    source = HFWeights(job.source)
-    if source.checkpoint.versions != job.source_versions:
+def _open(job: ImportJob) -> _Import:
+    """Open the source; a job that names its versions wants exactly these."""
+    source = HuggingFaceCheckpoint(job.source)
+    if job.source_versions and source.files.versions != job.source_versions:
         raise ValueError(
             f"{job.source}: its files changed since the import began; start again once nothing writes there"
         )
@@ -137,7 +129,19 @@ def _plan(job: ImportJob) -> _Plan:
                 room = job.unit_bytes
             units[-1].append(part)
             room -= part.chunk.nbytes
-    return _Plan(source, units)
+    return _Import(job._replace(source_versions=source.files.versions), source, units)
+
+
+def _summary(opened: _Import) -> ImportSummary:
+    files = opened.source.files
+    return ImportSummary(
+        tensors=len(files.tensors),
+        mtp_tensors=len(opened.source.mtp_tensors),
+        bytes_read=files.nbytes,
+        bytes_written=sum(chunk.nbytes for chunk in opened.chunks),
+        files=len(opened.units) + 1,
+        reused=0,
+    )
 
 
 def _parts(entry: Entry, dtype: torch.dtype) -> Iterator[_Part]:
@@ -160,76 +164,89 @@ def _iteration_folder(job: ImportJob) -> str:
     return f"iter_{job.iteration:07d}"
 
 
-def _write_unit(job: ImportJob, unit: int, folder: Path) -> tuple[list[str], list[Stored]]:
-    plan = _plan(job)
-    target = folder / _iteration_folder(job)
+def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], list[Stored]]:
+    iteration = _iteration_folder(opened.job)
+    target = folder / iteration
     target.mkdir(exist_ok=True)
-    if unit == len(plan.units):
-        stored = write_states(target, unit, plan.source.config, _common_state(job, plan.source.config))
+    if unit == len(opened.units):
+        stored = write_states(target, unit, opened.source.config, _common_state(opened.job, opened.source.config))
     else:
-        parts = [(part.chunk, partial(_value, plan, part)) for part in plan.units[unit]]
+        parts = [(part.chunk, partial(_value, opened.source, part)) for part in opened.units[unit]]
         stored = write_chunks(target, unit, parts)
-    return [f"{_iteration_folder(job)}/{file}" for file in sorted({item.file for item in stored})], stored
+    return [f"{iteration}/{file}" for file in sorted({item.file for item in stored})], stored
 
 
-def _value(plan: _Plan, part: _Part) -> Tensor:
+def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
     out = torch.empty(part.chunk.shape, dtype=part.chunk.dtype)
     axes = 1 if part.pieces[0].cols is None else 2
-    read_pieces(plan.source.checkpoint, plan.source.config, part.pieces, out.view(part.chunk.shape[-axes:]))
+    source.read_pieces(part.pieces, out.view(part.chunk.shape[-axes:]))
     return out
 
 
-def _complete(job: ImportJob, folder: Path, results: list[list[Any]]) -> None:
+def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
-    plan = _plan(job)
-    finish(folder / _iteration_folder(job), plan.chunks, [Stored(*item) for stored in results for item in stored])
-    for path in (Path(CONFIG_NAME), *plan.source.checkpoint.carried_files()):
+    job, files = opened.job, opened.source.files
+    finish(folder / _iteration_folder(job), opened.chunks, [Stored(*item) for stored in results for item in stored])
+    for path in (Path(CONFIG_NAME), *files.carried_files()):
         target = folder / HF_FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.source.checkpoint.folder / path, target)
+        shutil.copyfile(files.folder / path, target)
         sync(target)
     write_bytes(folder / TRACKER, str(job.iteration).encode())
 
 
+# Megatron-LM's training arguments that describe the model: by the config's field, and the same for every MiniMax-M2.
+_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "moe_ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "num_experts": "num_local_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "max_position_embeddings": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "padded_vocab_size": "vocab_size",
+}
+_ARCHITECTURE: dict[str, Any] = {
+    "group_query_attention": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_dtype": "fp32",
+    "moe_grouped_gemm": True,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "untie_embeddings_and_output_weights": True,
+}
+# The layout that one rank has, and a run that has not begun.
+_RUN: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "ckpt_format": "torch_dist",
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+}
+
+
 def _common_state(job: ImportJob, config: ModelConfig) -> dict[str, Any]:
-    """The training arguments that describe the model, under Megatron-LM's names, at the layout one rank has."""
+    """What Megatron-LM keeps beside the weights: its training arguments and the iteration."""
     arguments = Namespace(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        moe_ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=True,
-        num_query_groups=config.num_key_value_heads,
-        kv_channels=config.head_dim,
-        num_experts=config.num_local_experts,
-        moe_router_topk=config.num_experts_per_tok,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_dtype="fp32",
-        moe_grouped_gemm=True,
-        max_position_embeddings=config.max_position_embeddings,
-        position_embedding_type="rope",
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        **_ARCHITECTURE,
+        **_RUN,
         rotary_base=int(config.rope_theta),
         rotary_percent=config.rotary_dim / config.head_dim,
-        normalization="RMSNorm",
-        norm_epsilon=config.rms_norm_eps,
-        qk_layernorm=True,
-        swiglu=True,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        untie_embeddings_and_output_weights=True,
-        vocab_size=config.vocab_size,
-        padded_vocab_size=config.vocab_size,
         bf16=job.dtype == "bf16",
         params_dtype=DTYPES[job.dtype],
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        expert_model_parallel_size=1,
-        ckpt_format="torch_dist",
         iteration=job.iteration,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
-        skipped_train_samples=0,
     )
     return {"args": arguments, "checkpoint_version": 3.0, "iteration": job.iteration}

@@ -9,21 +9,20 @@ one, config.json and tokenizer are those that `minimax-m2 import` laid beside th
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridge.huggingface.checkpoint import HFWeights, same_bits
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
 from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, HFCheckpoint, read_object
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.resumable import Work, run_resumable
-from bridge.torch_dist.checkpoint import TorchDistWeights, beside
-from bridge.torch_dist.reader import TorchDistCheckpoint
+from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
@@ -63,9 +62,12 @@ class ExportSummary(NamedTuple):
     worst_error: float
 
 
-class _Plan(NamedTuple):
-    megatron: TorchDistWeights
-    source: HFWeights | None
+class _Export(NamedTuple):
+    """An export that is open: both checkpoints, and what will be written."""
+
+    job: ExportJob
+    megatron: MegatronCheckpoint
+    source: HuggingFaceCheckpoint | None
     config: ModelConfig  # of what is written
     config_json: dict[str, Any] | bytes
     carried: dict[str, Path]
@@ -92,40 +94,33 @@ def export_checkpoint(
     """
     if job.scales not in ("source", "fresh"):
         raise ValueError(f"scales must be 'source' or 'fresh', found {job.scales!r}")
-    job = job._replace(
-        megatron=str(Path(job.megatron).resolve()), source=job.source and str(Path(job.source).resolve())
-    )
-    source = None if job.source is None else HFCheckpoint(job.source)
-    job = job._replace(versions=_versions(TorchDistCheckpoint(job.megatron), source))
-    plan = _plan(job)
-    tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
-    keys = {entry.key for entry in plan.entries.values()}
-    summary = ExportSummary(
-        tensors=len(tensors),
-        bytes_read=sum(plan.megatron.checkpoint.nbytes(key) for key in keys),
-        bytes_written=sum(tensor.nbytes for tensor in tensors),
-        files=len(plan.files),
-        reused=0,
-        identical=0,
-        requantised=0,
-        worst="",
-        worst_error=0.0,
-    )
+    source = job.source and str(Path(job.source).resolve())
+    opened = _open(job._replace(megatron=str(Path(job.megatron).resolve()), source=source, versions=()))
     if dry_run:
-        return summary
+        return _summary(opened, [], reused=0)
     done = run_resumable(
-        Work(_write_unit, job, len(plan.files)),
-        lambda folder, _: finish_folder(folder, plan.files, plan.config_json, carried=plan.carried),
+        Work(_open, _write_unit, opened.job, len(opened.files)),
+        opened,
+        lambda folder, _: finish_folder(folder, opened.files, opened.config_json, carried=opened.carried),
         marker=CONFIG_NAME,
         workers=workers,
         overwrite=overwrite,
         what="export",
         progress=progress,
     )
-    counts = [_Count(*result) for result in done.results]
-    worst = max(counts, key=lambda count: count.worst_error)
-    return summary._replace(
-        reused=done.reused,
+    return _summary(opened, [_Count(*result) for result in done.results], reused=done.reused)
+
+
+def _summary(opened: _Export, counts: list["_Count"], *, reused: int) -> ExportSummary:
+    tensors = [tensor for file in opened.files for tensor in file.tensors.values()]
+    keys = {entry.key for entry in opened.entries.values()}
+    worst = max(counts, key=lambda count: count.worst_error, default=_Count(0, 0, "", 0.0))
+    return ExportSummary(
+        tensors=len(tensors),
+        bytes_read=sum(opened.megatron.files.nbytes(key) for key in keys),
+        bytes_written=sum(tensor.nbytes for tensor in tensors),
+        files=len(opened.files),
+        reused=reused,
         identical=sum(count.identical for count in counts),
         requantised=sum(count.requantised for count in counts),
         worst=worst.worst,
@@ -136,35 +131,27 @@ def export_checkpoint(
 # ------------------------------------------------------------------------------------------------------------ planning
 
 
-def _open(job: ExportJob) -> tuple[TorchDistWeights, HFWeights | None]:
-    source = None if job.source is None else HFWeights(job.source)
-    return TorchDistWeights(job.megatron, source and source.config), source
-
-
-def _versions(megatron: TorchDistCheckpoint, source: HFCheckpoint | None) -> tuple[tuple[str, int, int], ...]:
-    if source:
-        return (*megatron.versions, *source.versions)
-    config = (beside(megatron) / CONFIG_NAME).stat()
-    return (*megatron.versions, (CONFIG_NAME, config.st_size, config.st_mtime_ns))
-
-
-@lru_cache(maxsize=1)  # a worker does many units of one job
-def _plan(job: ExportJob) -> _Plan:
-    megatron, source = _open(job)
-    if _versions(megatron.checkpoint, source and source.checkpoint) != job.versions:
+def _open(job: ExportJob) -> _Export:
+    """Open both checkpoints; a job that names their versions wants exactly these."""
+    source = None if job.source is None else HuggingFaceCheckpoint(job.source)
+    megatron = MegatronCheckpoint(job.megatron, source and source.config)
+    versions = _versions(megatron, source)
+    if job.versions and versions != job.versions:
         raise ValueError(f"{job.megatron}: its files, or the source's, changed since the export began; start again")
-    folder = source.checkpoint.folder if source else beside(megatron.checkpoint)
-    raw = read_object(folder / CONFIG_NAME)
-    written = target_config(raw, job.quantization)
-    config = ModelConfig.from_hf(written)
     if job.quantization == "fp8" and job.scales == "source" and (source is None or source.config.quantization is None):
         raise ValueError(
             f"{job.megatron}: scales 'source' needs the FP8 checkpoint that the weights came from; give source, or ask "
             "for fresh scales"
         )
+    folder = source.files.folder if source else beside(megatron.files)
+    raw = read_object(folder / CONFIG_NAME)
+    written = target_config(raw, job.quantization)
+    config = ModelConfig.from_hf(written)
     groups = [_group(entry, megatron, source, config) for entry in megatron.entries]
-    groups += _mtp_groups(source)
-    return _Plan(
+    if source is not None:
+        groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in source.mtp_tensors]
+    return _Export(
+        job._replace(versions=versions),
         megatron,
         source,
         config,
@@ -175,21 +162,21 @@ def _plan(job: ExportJob) -> _Plan:
     )
 
 
+def _versions(megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None) -> tuple[tuple[str, int, int], ...]:
+    if source:
+        return (*megatron.files.versions, *source.files.versions)
+    config = (beside(megatron.files) / CONFIG_NAME).stat()
+    return (*megatron.files.versions, (CONFIG_NAME, config.st_size, config.st_mtime_ns))
+
+
 def _group(
-    entry: Entry, megatron: TorchDistWeights, source: HFWeights | None, config: ModelConfig
+    entry: Entry, megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None, config: ModelConfig
 ) -> dict[str, TensorPlan]:
     """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
     group: dict[str, TensorPlan] = {}
     for name in entry.parameter.sources:
         group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
     return group
-
-
-def _mtp_groups(source: HFWeights | None) -> list[dict[str, TensorPlan]]:
-    if source is None:
-        return []
-    tensors = source.checkpoint.tensors.items()
-    return [{name: TensorPlan(info.dtype, info.shape)} for name, info in tensors if is_mtp(name, source.config)]
 
 
 def _carried(folder: Path) -> dict[str, Path]:
@@ -210,48 +197,47 @@ class _Count(NamedTuple):
     worst_error: float
 
 
-def _write_unit(job: ExportJob, unit: int, folder: Path) -> tuple[list[str], _Count]:
-    plan = _plan(job)
-    tally = _Tally(job, plan)
-    write_file(folder, plan.files[unit], tally.tensors(plan.files[unit]))
-    return [plan.files[unit].file], tally.count
+def _write_unit(opened: _Export, unit: int, folder: Path) -> tuple[list[str], _Count]:
+    tally, file = _Tally(opened), opened.files[unit]
+    write_file(folder, file, tally.tensors(file))
+    return [file.file], tally.count
 
 
 class _Tally:
     """Makes the tensors of one file, and counts what became of the quantised ones."""
 
-    def __init__(self, job: ExportJob, plan: _Plan):
-        self._job, self._plan = job, plan
+    def __init__(self, opened: _Export):
+        self._opened = opened
         self.count = _Count(0, 0, "", 0.0)
 
     def tensors(self, file: FilePlan) -> Iterator[tuple[str, Tensor]]:
-        plan = self._plan
+        opened = self._opened
         for name, wanted in file.tensors.items():
-            if is_mtp(name, plan.config):
-                assert plan.source is not None
-                yield name, plan.source.checkpoint.read(name)
+            if is_mtp(name, opened.config):
+                assert opened.source is not None
+                yield name, opened.source.files.read(name)
             elif wanted.dtype == FP8:
-                codes, scale_inv = self._encode(name, plan.megatron.read_weight(name))
+                codes, scale_inv = self._encode(name, opened.megatron.read_weight(name))
                 yield name, codes
                 yield name + SCALE_SUFFIX, scale_inv
-            elif name in plan.entries and len(plan.entries[name].parameter.sources) == 1:
-                yield from self._bands(name, plan.entries[name], wanted)
+            elif name in opened.entries and len(opened.entries[name].parameter.sources) == 1:
+                yield from self._bands(name, opened.entries[name], wanted)
             elif not name.endswith(SCALE_SUFFIX):
-                yield name, plan.megatron.read_weight(name).to(wanted.dtype)
+                yield name, opened.megatron.read_weight(name).to(wanted.dtype)
 
     def _bands(self, name: str, entry: Entry, wanted: TensorPlan) -> Iterator[tuple[str, Tensor]]:
         """A weight in bands of rows: the embedding is larger than the memory this may take."""
         rows, *cols = entry.parameter.shape
         band = max(1, BAND_BYTES // (4 * math.prod(cols)))
         for start in range(0, rows, band):
-            yield name, self._plan.megatron.read_rows(entry, start, min(start + band, rows)).to(wanted.dtype)
+            yield name, self._opened.megatron.read_rows(entry, start, min(start + band, rows)).to(wanted.dtype)
 
     def _encode(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        config, source = self._plan.config, self._plan.source
+        config, source = self._opened.config, self._opened.source
         assert config.quantization is not None
         size = config.quantization.block_size
         decode = partial(dequantize_blockwise, block_size=size, dtype=weight.dtype, name=name)
-        if source is not None and source.dtype(name) == FP8 and self._job.scales == "source":
+        if source is not None and source.dtype(name) == FP8 and self._opened.job.scales == "source":
             codes, scale_inv = source.stored(name)
             if same_bits(decode(codes, scale_inv), weight):
                 self.count = self.count._replace(identical=self.count.identical + 1)

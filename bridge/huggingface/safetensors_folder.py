@@ -60,10 +60,10 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class HFCheckpoint:
+class SafetensorsFolder:
     """`tensors[name]` for every name of the index, in its order, each proven to lie whole in the file the index names.
 
-    `config` and `metadata` are the raw objects of config.json and of the index (`total_size` is there as written, and
+    `config_json` and `metadata` are the objects of config.json and of the index (`total_size` is there as written, and
     may be wrong; `nbytes` is counted). A folder with one model.safetensors and no index is read as well.
 
     Raises: ValueError on opening, naming the file or tensor, if config.json, the index or a shard is missing or
@@ -72,7 +72,7 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self.config = read_object(self.folder / CONFIG_NAME)
+        self.config_json = read_object(self.folder / CONFIG_NAME)
         self._config_version = _version((self.folder / CONFIG_NAME).stat())
         index_path = self.folder / INDEX_NAME
         with ExitStack() as stack:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from traceback import format_exception
 from typing import Any
 
 
@@ -33,11 +34,13 @@ def is_rank_zero() -> bool:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """All ranks of the world leave this block by the same door. There must be no communication inside it.
+    """If the block raises on any rank, every rank raises; no collectives inside.
+
+    One rank alone raises its own error. Of several ranks, the error of the first that failed is raised on all:
 
     Raises:
-        ValueError: one rank failed; every rank raises the first failing rank's message. One rank alone raises its own
-            error.
+        ValueError, OSError: that rank's, with its words.
+        RuntimeError: it raised something else, which is a bug; the text has its traceback.
     """
     rank, world = rank_and_world_size()
     failure = None
@@ -48,8 +51,8 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise
         failure = error
     if world > 1 and _any_failed(failure is not None):
-        messages = all_gather_objects(None if failure is None else _message(failure, rank))
-        raise ValueError(next(message for message in messages if message is not None)) from failure
+        errors = all_gather_objects(None if failure is None else _as_sent(failure, rank))
+        raise next(error for error in errors if error is not None) from failure
 
 
 def all_gather_objects(value: Any) -> list[Any]:
@@ -74,10 +77,13 @@ def _any_failed(failed: bool) -> bool:
     return bool(flag.item())
 
 
-def _message(error: Exception, rank: int) -> str:
-    if isinstance(error, ValueError | OSError):
-        return str(error)
-    return f"rank {rank}: {type(error).__name__}: {error}"
+def _as_sent(error: Exception, rank: int) -> Exception:
+    """The error as other ranks raise it: of a kind that they can unpickle."""
+    if isinstance(error, OSError):
+        return OSError(*error.args) if error.filename is None else OSError(error.errno, error.strerror, error.filename)
+    if isinstance(error, ValueError):
+        return ValueError(str(error))
+    return RuntimeError(f"rank {rank} failed:\n{''.join(format_exception(error))}")
 
 
 RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work

@@ -6,6 +6,7 @@ appears).
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ from bridge.jobs.staging import Staging
 from bridge.jobs.workers import run_units
 
 Task = Callable[[Any, int, Path], tuple[list[str], Any]]
-"""(job, unit, folder) -> (the files written there, the result as JSON); a function of a module, for other processes."""
+"""(opened, unit, folder) -> (the files written there, the result as JSON); a function of a module."""
 
 
 class Work(NamedTuple):
-    """What is made: units 0 to `num_units` - 1 of `job` (a NamedTuple of JSON values with an `out`) by `task`."""
+    """What is made: units 0 to `num_units` - 1 of `job` (a NamedTuple of JSON values with an `out`) by `task`.
 
+    `open(job)` opens what the units need; each process does so once.
+    """
+
+    open: Callable[[Any], Any]
     task: Task
     job: Any
     num_units: int
@@ -33,8 +38,17 @@ class Done(NamedTuple):
     reused: int
 
 
+class _Joined(NamedTuple):
+    """What a process needs for its units."""
+
+    work: Work
+    opened: Any
+    staging: Staging
+
+
 def run_resumable(
     work: Work,
+    opened: Any,
     finish: Callable[[Path, list[Any]], None],
     *,
     marker: str,
@@ -45,9 +59,11 @@ def run_resumable(
 ) -> Done:
     """Do every unit that is not done, let `finish(folder, results)` complete the folder, and put it in place.
 
+    `opened` is what `work.open(work.job)` gave this process.
+
     Raises:
-        ValueError: `job.out` is not fit, or a unit raised it; under torchrun, any error of any rank.
-        OSError: the disk is full, or a worker died. What was finished is kept.
+        ValueError: `job.out` is not fit, or a unit raised it.
+        OSError: the disk is full, or a worker died. What was finished is kept. Under torchrun all ranks raise the same.
     """
     with ExitStack() as stack:
 
@@ -62,9 +78,18 @@ def run_resumable(
         known = all_gather_objects(known)[0]
         if known is not None:
             return Done(known, len(known))
-        done = run_units(_unit, work, range(work.num_units), workers=workers, what=what, progress=progress)
+        with raise_on_all_ranks():
+            joined = stack.enter_context(Staging.join(work.job.out))
+        done = run_units(
+            _unit,
+            _Joined(work, opened, joined),
+            range(work.num_units),
+            reopen=partial(_join, work),
+            workers=workers,
+            what=what,
+            progress=progress,
+        )
         results = [result for result, _ in done]
-
         with raise_on_all_ranks(), _naming(work.job.out):
             if staging is not None:
                 finish(staging.folder, results)
@@ -83,20 +108,25 @@ def _finished_before(work: Work, staging: Staging) -> list[Any]:
     return results
 
 
-def _unit(work: Work, unit: int) -> tuple[Any, bool]:
+def _join(work: Work) -> _Joined:
+    return _Joined(work, work.open(work.job), Staging.join(work.job.out))
+
+
+def _unit(joined: _Joined, unit: int) -> tuple[Any, bool]:
     """A unit's result, and whether an earlier run had it."""
-    with _naming(work.job.out), Staging.join(work.job.out) as staging:
+    work, opened, staging = joined
+    with _naming(work.job.out):
         finished = staging.finished(f"unit-{unit}")
         if finished is not None:
             return finished, True
-        files, result = work.task(work.job, unit, staging.folder)
+        files, result = work.task(opened, unit, staging.folder)
         staging.record(f"unit-{unit}", files, result)
         return result, False
 
 
 @contextmanager
 def _naming(out: str) -> Iterator[None]:
-    """Errors of the disk say where: one that comes while a file is written names none."""
+    """Errors of the disk name the folder: one that comes while a file is written names none."""
     try:
         yield
     except OSError as error:

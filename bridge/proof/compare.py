@@ -5,41 +5,25 @@ dtype, and the values are compared, exactly. For weights that differ the report 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridge.huggingface.checkpoint import HFWeights, same_bits
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
+from bridge.proof.checkpoint import Checkpoint, open_checkpoint
 from bridge.proof.reference_logits import random_tokens, reference_logits
-from bridge.torch_dist.checkpoint import TorchDistWeights
-from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
 from reference.names import Dialect, all_names
 
 UNIT = 64  # weights that a worker takes at a time
-
-Weights = HFWeights | TorchDistWeights
-
-
-def open_weights(path: Path | str, config: ModelConfig | None = None) -> Weights:
-    """A Hugging Face checkpoint if a config.json is there, else a distributed one; `config` is for the latter.
-
-    Raises:
-        ValueError: neither, or it is not whole.
-    """
-    return HFWeights(path) if (Path(path) / CONFIG_NAME).is_file() else TorchDistWeights(path, config)
-
-
-def weight_names(weights: Weights) -> list[str]:
-    """The model's weights, in model order."""
-    return all_names(weights.config, Dialect.HF_DISK)
 
 
 class Difference(NamedTuple):
@@ -62,15 +46,31 @@ class Comparison(NamedTuple):
     differences: list[Difference]
 
 
-class _Pair(NamedTuple):
-    left: str
-    right: str
+class Pair(NamedTuple):
+    """Two checkpoints of one model, and the weights that both have, by name."""
 
-
-class _Sides(NamedTuple):
-    left: Weights
-    right: Weights
+    left: Checkpoint
+    right: Checkpoint
     names: list[str]
+
+
+def open_pair(left: Path | str, right: Path | str) -> Pair:
+    """Open two checkpoints, of either format.
+
+    Raises:
+        ValueError: a checkpoint is not whole, or they are models of different sizes.
+    """
+    paths = Path(left).resolve(), Path(right).resolve()
+    known = next((HuggingFaceCheckpoint(path) for path in paths if (path / CONFIG_NAME).is_file()), None)
+    one, other = (
+        known if known and known.files.folder == path else open_checkpoint(path, known and known.config)
+        for path in paths
+    )
+    names, others = (all_names(side.config, Dialect.HF_DISK) for side in (one, other))
+    if names != others:
+        raise ValueError(f"{paths[0]} and {paths[1]} are models of different sizes: {one.config}, {other.config}")
+    mtp = set(other.mtp_tensors)
+    return Pair(one, other, names + [name for name in one.mtp_tensors if name in mtp])
 
 
 def compare_checkpoints(
@@ -83,16 +83,20 @@ def compare_checkpoints(
     Raises:
         ValueError: a checkpoint is not whole, or they are models of different sizes.
     """
-    pair = _Pair(str(Path(left).resolve()), str(Path(right).resolve()))
-    _sides.cache_clear()  # the folders may hold something else by now
-    sides = _sides(pair)
-    units = range(-(-len(sides.names) // UNIT))
-    verdicts = run_units(_compare_unit, pair, units, workers=workers, what="compare", progress=progress)
+    return compare_pair(open_pair(left, right), workers=workers, progress=progress)
+
+
+def compare_pair(pair: Pair, *, workers: int = 1, progress: Progress = no_progress) -> Comparison:
+    """`compare_checkpoints` for two that are open."""
+    units = range(-(-len(pair.names) // UNIT))
+    reopen = partial(open_pair, pair.left.files.folder, pair.right.files.folder)
+    verdicts = run_units(_compare_unit, pair, units, reopen=reopen, workers=workers, what="compare", progress=progress)
     found = [verdict for unit in verdicts for verdict in unit]
     differences = [verdict.difference for verdict in found if verdict.difference]
     files = 0
-    if isinstance(sides.left, HFWeights) and isinstance(sides.right, HFWeights):
-        files, others = _compare_files(sides.left.checkpoint, sides.right.checkpoint)
+    left, right = pair.left.files, pair.right.files
+    if isinstance(left, SafetensorsFolder) and isinstance(right, SafetensorsFolder):
+        files, others = _compare_files(left, right)
         differences += others
     return Comparison(
         tensors=sum(verdict.tensors for verdict in found),
@@ -112,29 +116,11 @@ class _Verdict(NamedTuple):
     difference: Difference | None
 
 
-@lru_cache(maxsize=1)  # a worker does many units of one pair
-def _sides(pair: _Pair) -> _Sides:
-    known = next((HFWeights(path).config for path in pair if (Path(path) / CONFIG_NAME).is_file()), None)
-    left, right = (open_weights(path, known) for path in pair)
-    names = weight_names(left)
-    if names != weight_names(right):
-        raise ValueError(f"{pair.left} and {pair.right} are models of different sizes: {left.config}, {right.config}")
-    names += [name for name in _mtp(left) if name in _mtp(right)]
-    return _Sides(left, right, names)
+def _compare_unit(pair: Pair, unit: int) -> list[_Verdict]:
+    return [_compare(name, pair.left, pair.right) for name in pair.names[unit * UNIT : (unit + 1) * UNIT]]
 
 
-def _mtp(side: Weights) -> list[str]:
-    if isinstance(side, TorchDistWeights):
-        return []
-    return [name for name in side.checkpoint.tensors if is_mtp(name, side.config)]
-
-
-def _compare_unit(pair: _Pair, unit: int) -> list[_Verdict]:
-    sides = _sides(pair)
-    return [_compare(name, sides.left, sides.right) for name in sides.names[unit * UNIT : (unit + 1) * UNIT]]
-
-
-def _compare(name: str, left: Weights, right: Weights) -> _Verdict:
+def _compare(name: str, left: Checkpoint, right: Checkpoint) -> _Verdict:
     if left.shape(name) != right.shape(name):
         return _differs(name, f"shape {list(left.shape(name))} against {list(right.shape(name))}")
     dtypes = left.dtype(name), right.dtype(name)
@@ -170,7 +156,7 @@ def _differs(name: str, what: str) -> _Verdict:
     return _Verdict(1, 0, 0, 0, Difference(name, what))
 
 
-def _compare_files(left: HFCheckpoint, right: HFCheckpoint) -> tuple[int, list[Difference]]:
+def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[int, list[Difference]]:
     """config.json and what is carried along, by bytes; tensors that one side has alone."""
     names = [{str(path) for path in side.carried_files()} | {CONFIG_NAME} for side in (left, right)]
     weights = [{name for name in side.tensors if not name.endswith(SCALE_SUFFIX)} for side in (left, right)]
@@ -178,7 +164,9 @@ def _compare_files(left: HFCheckpoint, right: HFCheckpoint) -> tuple[int, list[D
     shared = sorted(names[0] & names[1])
     for name in shared:
         contents = [(side.folder / name).read_bytes() for side in (left, right)]
-        if contents[0] != contents[1] and not (name == CONFIG_NAME and _same_model(left.config, right.config)):
+        if contents[0] != contents[1] and not (
+            name == CONFIG_NAME and _same_model(left.config_json, right.config_json)
+        ):
             differences.append(Difference(name, "the files differ"))
     return len(shared), differences
 
@@ -191,9 +179,7 @@ def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def compare_logits(
-    left: Path | str, right: Path | str, tokens: str = "", *, seed: int = 0, progress: Progress = no_progress
-) -> float:
+def compare_logits(pair: Pair, tokens: str = "", *, seed: int = 0, progress: Progress = no_progress) -> float:
     """The reference model's logits in float32 on both sides' weights: the error's root mean square over the left's.
 
     `tokens` are ids, separated by blanks or commas; by default two random sequences of 64.
@@ -201,11 +187,10 @@ def compare_logits(
     Raises:
         ValueError: `tokens` are not ids of the vocabulary.
     """
-    sides = _sides(_Pair(str(Path(left).resolve()), str(Path(right).resolve())))
-    ids = _tokens(tokens, sides.left.config, seed)
+    ids = _tokens(tokens, pair.left.config, seed)
     a, b = (
         reference_logits(side, ids, weight_dtype=torch.bfloat16, compute_dtypes=(torch.float32,), progress=progress)[0]
-        for side in (sides.left, sides.right)
+        for side in (pair.left, pair.right)
     )
     return ((b - a).square().mean().sqrt() / a.square().mean().sqrt()).item()
 

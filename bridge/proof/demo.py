@@ -41,10 +41,11 @@ def demo(
             oracle = {"transformers MiniMaxM2ForCausalLM": lambda: transformers_logits(source, tokens)}
             others, target = {} if missing else oracle, folder / "exported"
             findings = roundtrip(bridge, target, tokens, params_dtype=torch.float32, others=others, progress=progress)
+            files = bridge.checkpoint.files
             made = Finding(
                 "made an FP8 checkpoint",
-                f"{len(bridge.checkpoint.tensors)} tensors in {bridge.checkpoint.num_files} files, "
-                f"{bridge.checkpoint.nbytes / 1e6:.1f} MB, {len(bridge.mtp_tensors)} of them MTP",
+                f"{len(files.tensors)} tensors in {files.num_files} files, "
+                f"{files.nbytes / 1e6:.1f} MB, {len(bridge.checkpoint.mtp_tensors)} of them MTP",
                 True,
             )
     if missing:

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from reference.checkpoint import is_mtp, parameter_count, problems
 from reference.config import ModelConfig
 
@@ -15,17 +15,17 @@ class Inspection(NamedTuple):
     problems: list[str]
 
 
-def inspect_checkpoint(checkpoint: HFCheckpoint) -> Inspection:
+def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
     """Architecture, dtypes, sizes, quantisation; and how the tensors differ from what the config asks for.
 
     Raises:
         ValueError: config.json is not a MiniMax-M2's.
     """
-    config = ModelConfig.from_hf(checkpoint.config)
-    mtp = [name for name in checkpoint.tensors if is_mtp(name, config)]
-    found = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    config = ModelConfig.from_hf(files.config_json)
+    mtp = [name for name in files.tensors if is_mtp(name, config)]
+    found = {name: (info.dtype, info.shape) for name, info in files.tensors.items()}
     facts = [
-        ("model", f"{checkpoint.config['model_type']}, {parameter_count(config) / 1e9:.4g} B parameters"),
+        ("model", f"{files.config_json['model_type']}, {parameter_count(config) / 1e9:.4g} B parameters"),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, vocabulary {config.vocab_size}"),
         (
             "attention",
@@ -40,10 +40,10 @@ def inspect_checkpoint(checkpoint: HFCheckpoint) -> Inspection:
         ("MTP layers", f"{len(mtp)} tensors, carried unchanged" if mtp else "none in the files"),
         (
             "files",
-            f"{checkpoint.num_files} safetensors files, {len(checkpoint.tensors)} tensors, "
-            f"{checkpoint.nbytes:,} bytes; {len(checkpoint.carried_files())} other files",
+            f"{files.num_files} safetensors files, {len(files.tensors)} tensors, "
+            f"{files.nbytes:,} bytes; {len(files.carried_files())} other files",
         ),
-        *_by_dtype(checkpoint),
+        *_by_dtype(files),
     ]
     return Inspection(facts, problems(found, config))
 
@@ -56,9 +56,9 @@ def _quantisation(config: ModelConfig) -> str:
     return f"float8_e4m3fn in blocks of {size}x{size}; not quantised: {kept}"
 
 
-def _by_dtype(checkpoint: HFCheckpoint) -> list[tuple[str, str]]:
+def _by_dtype(files: SafetensorsFolder) -> list[tuple[str, str]]:
     tensors, nbytes = Counter(), Counter()
-    for info in checkpoint.tensors.values():
+    for info in files.tensors.values():
         tensors[info.dtype] += 1
         nbytes[info.dtype] += info.nbytes
     return [

@@ -1,24 +1,13 @@
 """The reference model's logits for a checkpoint, one layer in memory at a time."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from bridge.jobs.progress import Progress, no_progress
+from bridge.proof.checkpoint import Checkpoint
 from reference.config import ModelConfig
 from reference.model import decoder_layer, embed, head
 from reference.names import Dialect, all_names
-
-
-class HasWeights(Protocol):
-    """A checkpoint whose weights can be read one at a time: `MiniMaxM2Bridge`, `bridge.torch_dist.checkpoint`."""
-
-    config: ModelConfig
-
-    def read_weight(self, name: str, *, dtype: torch.dtype) -> Tensor:
-        """The weight, dequantised to `dtype` if it is float8."""
-        ...
 
 
 def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
@@ -29,7 +18,7 @@ def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed
 
 @torch.no_grad()
 def reference_logits(
-    source: HasWeights,
+    checkpoint: Checkpoint,
     tokens: Tensor,
     *,
     weight_dtype: torch.dtype,
@@ -40,15 +29,15 @@ def reference_logits(
 
     Weights are dequantised to `weight_dtype`. Equals `reference.model.forward` on the whole dictionary of weights.
     """
-    names = all_names(source.config, Dialect.HF_DISK)
-    prefixes = ["model.embed_tokens.", *(f"model.layers.{i}." for i in range(source.config.num_hidden_layers))]
+    names = all_names(checkpoint.config, Dialect.HF_DISK)
+    prefixes = ["model.embed_tokens.", *(f"model.layers.{i}." for i in range(checkpoint.config.num_hidden_layers))]
     streams: list[Tensor] = []
     for prefix in progress(prefixes, "reference", len(prefixes)):
-        weights = {name: source.read_weight(name, dtype=weight_dtype) for name in names if name.startswith(prefix)}
+        weights = {name: checkpoint.read_weight(name, dtype=weight_dtype) for name in names if name.startswith(prefix)}
         if not streams:
             streams = [embed(weights, tokens).to(dtype) for dtype in compute_dtypes]
         else:
             local = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-            streams = [decoder_layer(hidden, local, source.config) for hidden in streams]
-    ends = {name: source.read_weight(name, dtype=weight_dtype) for name in ("model.norm.weight", "lm_head.weight")}
-    return [head(ends, hidden, source.config) for hidden in streams]
+            streams = [decoder_layer(hidden, local, checkpoint.config) for hidden in streams]
+    ends = {name: checkpoint.read_weight(name, dtype=weight_dtype) for name in ("model.norm.weight", "lm_head.weight")}
+    return [head(ends, hidden, checkpoint.config) for hidden in streams]

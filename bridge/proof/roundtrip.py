@@ -71,7 +71,9 @@ def logit_truth(
     if params_dtype not in WIDER:
         raise ValueError(f"params_dtype must be one of {list(WIDER)}, found {params_dtype}")
     dtypes = (params_dtype, WIDER[params_dtype])
-    own, truth = reference_logits(bridge, tokens, weight_dtype=params_dtype, compute_dtypes=dtypes, progress=progress)
+    own, truth = reference_logits(
+        bridge.checkpoint, tokens, weight_dtype=params_dtype, compute_dtypes=dtypes, progress=progress
+    )
     return LogitTruth(truth, MEASURES[params_dtype], MEASURES[params_dtype](own - truth))
 
 
@@ -128,7 +130,7 @@ def roundtrip(
         logits = {"megatron-core GPTModel": found, **logits}
         quantization = "fp8" if bridge.config.quantization else None
         bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, progress=progress)
-        same = compare_checkpoints(bridge.checkpoint.folder, out, progress=progress)
+        same = compare_checkpoints(bridge.checkpoint.files.folder, out, progress=progress)
         with raise_on_all_ranks():
             judged = [] if truth is None else [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
         return [*all_gather_objects(judged)[0], *_byte_findings(same)]

@@ -57,7 +57,7 @@ class _IntoPlanner(DefaultLoadPlanner):
         pass
 
 
-class TorchDistCheckpoint:
+class TorchDistFolder:
     """A distributed checkpoint: shapes and dtypes of its tensors, and any rectangle of them.
 
     `path` is Megatron-LM's folder (the iteration that its tracker names is read) or one iteration's.

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.weights.shard_map import Source
 from compiled import fp8
 from compiled.fp8 import requantize_blockwise
@@ -24,19 +24,19 @@ class WeightEncoder:
 
     def __init__(
         self,
-        checkpoint: HFCheckpoint,
+        checkpoint: HuggingFaceCheckpoint,
         target: ModelConfig,
         dtypes: dict[Row, torch.dtype],
         scales: Literal["source", "fresh"] = "source",
     ):
-        self._checkpoint, self._target, self._dtypes, self._scales = checkpoint, target, dtypes, scales
+        self._files, self._target, self._dtypes, self._scales = checkpoint.files, target, dtypes, scales
         self._is_quantized = cache(lambda name: is_quantized(name, target))
 
     def value_dtype(self, source: Source) -> torch.dtype:
         """The dtype in which a tensor is collected: the parameter's if it is to be quantised, else its last."""
         if self._is_quantized(source.name):
             return self._dtypes[source.row]
-        stored = self._checkpoint.tensors[source.name].dtype
+        stored = self._files.tensors[source.name].dtype
         return torch.bfloat16 if stored == FP8 else stored
 
     def stored(self, values: list[tuple[Source, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -48,7 +48,7 @@ class WeightEncoder:
         alike: dict[tuple, list[tuple[Source, Tensor]]] = {}
         for source, value in values:
             if self._is_quantized(source.name):
-                kept = self._scales == "source" and self._checkpoint.tensors[source.name].dtype == FP8
+                kept = self._scales == "source" and self._files.tensors[source.name].dtype == FP8
                 alike.setdefault((kept, source.shape), []).append((source, value))
         quantized: dict[str, tuple[Tensor, Tensor]] = {}
         for (kept, _), group in alike.items():
@@ -85,7 +85,7 @@ class WeightEncoder:
 
     def _source_scales(self, sources: list[Source]) -> Tensor:
         names = [source.name + SCALE_SUFFIX for source in sources]
-        scale_inv = torch.empty((len(names), *self._checkpoint.tensors[names[0]].shape), dtype=torch.float32)
+        scale_inv = torch.empty((len(names), *self._files.tensors[names[0]].shape), dtype=torch.float32)
         places = scale_inv.flatten(1).view(torch.uint8).numpy()
-        self._checkpoint.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
+        self._files.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
         return scale_inv

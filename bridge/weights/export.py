@@ -44,10 +44,10 @@ def export_weights(
         ValueError: `to` names no rank; a value is not finite where float8 is wanted; a source file changed. All ranks
             raise the same.
     """
-    shard_map = ShardMap(sharded.registry.config, sharded.parallelism, sharded.registry.dialect)
-    rank_of = _destination(to, shard_map)
-    requests = [GatherRequest(source, encoder.value_dtype(source), rank_of(source)) for source in shard_map.sources]
-    stored = _stream(requests, sharded, shard_map, encoder, progress)
+    rank_of = _destination(to, sharded.shard_map)
+    sources = sharded.shard_map.sources
+    requests = [GatherRequest(source, encoder.value_dtype(source), rank_of(source)) for source in sources]
+    stored = _stream(requests, sharded, encoder, progress)
     on_host = device is not None and torch.device(device).type == "cpu"
     return to_host(stored) if on_host else chain.from_iterable(stored)
 
@@ -55,14 +55,13 @@ def export_weights(
 def _stream(
     requests: list[GatherRequest],
     sharded: ShardedModel,
-    shard_map: ShardMap,
     encoder: WeightEncoder,
     progress: Progress,
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """A round at a time."""
     batches = rounds(requests)
     for batch in progress(batches, "export", len(batches)):
-        collected = gather_tensors(batch, sharded, shard_map)
+        collected = gather_tensors(batch, sharded)
         with raise_on_all_ranks(), torch.no_grad():
             stored = encoder.stored(collected)
         yield stored

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from bridge.weights.shard_map import Replicas, ShardMap, Source
+from bridge.weights.shard_map import Replicas, Source
 from bridge.weights.sharded_model import ShardedModel
 
 ROUND_BYTES = 128 << 20
@@ -55,14 +55,12 @@ def rounds(requests: list[GatherRequest], limit: int = ROUND_BYTES) -> list[list
 
 
 @torch.no_grad()
-def gather_tensors(
-    requests: list[GatherRequest], sharded: ShardedModel, shard_map: ShardMap
-) -> list[tuple[Source, Tensor]]:
+def gather_tensors(requests: list[GatherRequest], sharded: ShardedModel) -> list[tuple[Source, Tensor]]:
     """One round; gives what this rank wants, in order. All ranks must call it with the same list.
 
     A tensor that this rank holds whole in the right dtype comes as a view of its parameter.
     """
-    exchange = _Exchange(sharded, shard_map)
+    exchange = _Exchange(sharded)
     messages = exchange.messages(requests)
     moving = {route: segments for route, segments in messages.items() if exchange.moves(route)}
     buffers = {route: exchange.buffer(route, segments, requests) for route, segments in moving.items()}
@@ -82,8 +80,8 @@ Route = tuple[int, int | None]  # from, to
 class _Exchange:
     """This rank's side of a round."""
 
-    def __init__(self, sharded: ShardedModel, shard_map: ShardMap):
-        self._sharded, self._shard_map = sharded, shard_map
+    def __init__(self, sharded: ShardedModel):
+        self._sharded, self._shard_map = sharded, sharded.shard_map
 
     def moves(self, route: Route) -> bool:
         return route[0] != route[1] and distributed.get_world_size() > 1

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from bridge.huggingface import strided_reads
-from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
 from bridge.weights.read_plan import Batch, Group, plan_batches
 from bridge.weights.sharded_model import ShardedModel
 from compiled import fp8
 from reference.checkpoint import SCALE_SUFFIX
-from reference.config import ModelConfig
 from reference.fp8 import FP8, check_scale_values
 
 WINDOW, THREADS = 8, 8
@@ -39,9 +39,7 @@ COPYING = 3  # batches on their way to the device or being decoded there
 
 
 @torch.no_grad()
-def load_weights(
-    sharded: ShardedModel, checkpoint: HFCheckpoint, config: ModelConfig, *, progress: Progress = no_progress
-) -> None:
+def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, progress: Progress = no_progress) -> None:
     """Fill this rank's parameters, each value rounded once to its parameter's dtype; padding is zero.
 
     Raises:
@@ -49,19 +47,20 @@ def load_weights(
             been written to by then.
     """
     with raise_on_all_ranks():
-        batches = plan_batches(sharded, checkpoint, config.block_size)
-        read = _read_ahead(batches, checkpoint, sharded.device)
+        files, block_size = checkpoint.files, checkpoint.config.block_size
+        batches = plan_batches(sharded, files, block_size)
+        read = _read_ahead(batches, files, sharded.device)
         for batch, buffer in progress(read, "load", len(batches)):
             on_device = buffer.to(sharded.device, non_blocking=True)
             for group in batch.groups:
-                _fill(group, on_device, on_device[batch.scales_at :], config.block_size)
-        _check_codes(sharded, checkpoint)
+                _fill(group, on_device, on_device[batch.scales_at :], block_size)
+        _check_codes(sharded, files)
 
 
 # ------------------------------------------------------------------------------------------- reading ahead of decoding
 
 
-def _read_ahead(batches: list[Batch], checkpoint: HFCheckpoint, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
     # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
     largest = max((batch.nbytes for batch in batches), default=0)
@@ -69,10 +68,10 @@ def _read_ahead(batches: list[Batch], checkpoint: HFCheckpoint, device: torch.de
     def read(batch: Batch) -> Tensor:
         whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
         buffer = whole[: batch.nbytes]
-        checkpoint.read_into(_reads(batch, buffer.numpy()))
+        files.read_into(_reads(batch, buffer.numpy()))
         if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
             for name in dict.fromkeys(part.source for group in batch.groups if group.grid for part in group.slices):
-                check_scale_values(checkpoint.read(name + SCALE_SUFFIX), name=name)
+                check_scale_values(files.read(name + SCALE_SUFFIX), name=name)
         return buffer
 
     threads = min(THREADS, os.cpu_count() or 1)
@@ -137,7 +136,7 @@ def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None
     )
 
 
-def _check_codes(sharded: ShardedModel, checkpoint: HFCheckpoint) -> None:
+def _check_codes(sharded: ShardedModel, files: SafetensorsFolder) -> None:
     """No float8 code was NaN: the greatest value of a parameter is NaN if one of them is.
 
     Raises:
@@ -146,7 +145,7 @@ def _check_codes(sharded: ShardedModel, checkpoint: HFCheckpoint) -> None:
     quantized = [
         mapping.parameter
         for mapping in sharded.registry
-        if any(checkpoint.tensors[source].dtype == FP8 for source in mapping.hf_params)
+        if any(files.tensors[source].dtype == FP8 for source in mapping.hf_params)
     ]
     if not quantized:
         return

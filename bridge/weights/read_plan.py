@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import HFCheckpoint
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.weights.sharded_model import ShardedModel
 from reference.fp8 import FP8
 from reference.sharding import Piece
@@ -75,12 +75,12 @@ class Batch(NamedTuple):
     nbytes: int
 
 
-def plan_batches(sharded: ShardedModel, checkpoint: HFCheckpoint, block_size: int) -> list[Batch]:
+def plan_batches(sharded: ShardedModel, files: SafetensorsFolder, block_size: int) -> list[Batch]:
     """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
-    return _pack(_slices(sharded, checkpoint, block_size))
+    return _pack(_slices(sharded, files, block_size))
 
 
-def _slices(sharded: ShardedModel, checkpoint: HFCheckpoint, block_size: int) -> list[Slice]:
+def _slices(sharded: ShardedModel, files: SafetensorsFolder, block_size: int) -> list[Slice]:
     found = []
     for mapping in sharded.registry:
         parameter, start = mapping.parameter, 0
@@ -90,13 +90,13 @@ def _slices(sharded: ShardedModel, checkpoint: HFCheckpoint, block_size: int) ->
             if piece.source is None:
                 value[start:stop].zero_()
             else:
-                found += _split(piece, checkpoint.tensors[piece.source].dtype, block_size, value, start)
+                found += _split(piece, files.tensors[piece.source].dtype, block_size, value, start)
             start = stop
-    files = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in checkpoint.tensors.values()))}
+    order = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in files.tensors.values()))}
 
     def position(part: Slice) -> tuple[int, int, int]:
-        info = checkpoint.tensors[part.source]
-        return files[info.file], info.offset, part.rows.start
+        info = files.tensors[part.source]
+        return order[info.file], info.offset, part.rows.start
 
     return sorted(found, key=position)
 

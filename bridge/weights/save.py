@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.quantization import stored_tensors
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, HFCheckpoint
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
@@ -31,7 +32,7 @@ Named = Iterator[tuple[str, Tensor]]
 
 def save_weights(
     sharded: ShardedModel,
-    checkpoint: HFCheckpoint,
+    checkpoint: HuggingFaceCheckpoint,
     target: ModelConfig,
     config_json: dict[str, Any] | bytes,
     out: Path | str,
@@ -45,9 +46,8 @@ def save_weights(
     Raises:
         ValueError: `out` is not fit, or a weight is not finite. All ranks raise the same, also for a full disk.
     """
-    shard_map = ShardMap(sharded.registry.config, sharded.parallelism, sharded.registry.dialect)
-    files = _files(shard_map, checkpoint, target, max_shard_bytes)
-    owners = _owners(shard_map, files)
+    files = _files(sharded.shard_map, checkpoint, target, max_shard_bytes)
+    owners = _owners(sharded.shard_map, files)
     leads = sharded.rank == 0
     with raise_on_all_ranks():
         staging = Staging(out, inputs=None, overwrite=overwrite, marker=CONFIG_NAME) if leads else None
@@ -57,24 +57,25 @@ def save_weights(
             sharded, WeightEncoder(checkpoint, target, sharded.dtypes), to, device="cpu", progress=progress
         )
         mine = [file for file in files if owners[file.file] == sharded.rank]
-        failure = _write(mine, folder.folder, _with_mtp(mine, stream, checkpoint, shard_map.config), stream)
+        failure = _write(mine, folder.folder, _with_mtp(mine, stream, checkpoint), stream)
         with raise_on_all_ranks():
             if failure is not None:
                 raise failure
         with raise_on_all_ranks():
             if leads:
-                carried = {str(path): checkpoint.folder / path for path in checkpoint.carried_files()}
+                source = checkpoint.files
+                carried = {str(path): source.folder / path for path in source.carried_files()}
                 finish_folder(folder.folder, files, config_json, carried=carried)
                 folder.publish()
 
 
-def _files(shard_map: ShardMap, checkpoint: HFCheckpoint, target: ModelConfig, max_shard_bytes: int) -> list[FilePlan]:
+def _files(
+    shard_map: ShardMap, checkpoint: HuggingFaceCheckpoint, target: ModelConfig, max_shard_bytes: int
+) -> list[FilePlan]:
     groups = [
-        stored_tensors(source.name, source.shape, target, checkpoint.tensors[source.name].dtype)
-        for source in shard_map.sources
+        stored_tensors(source.name, source.shape, target, checkpoint.dtype(source.name)) for source in shard_map.sources
     ]
-    tensors = checkpoint.tensors.items()
-    mtp = [{name: TensorPlan(info.dtype, info.shape)} for name, info in tensors if is_mtp(name, shard_map.config)]
+    mtp = [{name: TensorPlan(checkpoint.dtype(name), checkpoint.shape(name))} for name in checkpoint.mtp_tensors]
     return plan_files(groups + mtp, max_shard_bytes=max_shard_bytes)
 
 
@@ -107,8 +108,8 @@ def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) ->
     return failure
 
 
-def _with_mtp(mine: list[FilePlan], stream: Named, checkpoint: HFCheckpoint, config: ModelConfig) -> Named:
+def _with_mtp(mine: list[FilePlan], stream: Named, checkpoint: HuggingFaceCheckpoint) -> Named:
     """The tensors of this rank's files: from the model, and for MTP layers from the source."""
     for file in mine:
         for name in file.tensors:
-            yield (name, checkpoint.read(name)) if is_mtp(name, config) else next(stream)
+            yield (name, checkpoint.files.read(name)) if is_mtp(name, checkpoint.config) else next(stream)

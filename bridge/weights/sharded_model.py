@@ -7,6 +7,8 @@ rank. Every rank learns what all ranks found, so all come to the same answer or 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,15 +19,17 @@ from torch import Tensor, distributed, nn
 from bridge.jobs.ranks import all_gather_objects, raise_on_all_ranks
 from bridge.model.process_groups import group_sizes
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
+from bridge.weights.shard_map import ShardMap
 from reference.config import ModelConfig
 from reference.names import TABLE, Dialect, Row
 from reference.parallelism import Parallelism
 
 
-class ShardedModel(NamedTuple):
-    """A model that ranks share: this rank's tensors by (chunk, name), and where it stands.
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model that ranks share: this rank's tensors by (chunk, name), and how the whole model lies on the ranks.
 
-    `dtypes` are the parameters' of the whole model, by row of `reference.names.TABLE`.
+    `dtypes` are those of the whole model's parameters, by row of `reference.names.TABLE`.
     """
 
     registry: MappingRegistry
@@ -39,6 +43,11 @@ class ShardedModel(NamedTuple):
     @property
     def rank(self) -> int:
         return self.registry.rank
+
+    @cached_property
+    def shard_map(self) -> ShardMap:
+        """Which ranks hold which piece of every on-disk tensor."""
+        return ShardMap(self.registry.config, self.parallelism, self.registry.dialect)
 
     @property
     def device(self) -> torch.device:

@@ -29,7 +29,7 @@ import torch
 from torch import distributed
 
 from bridge import MiniMaxM2Bridge
-from bridge.huggingface.safetensors_folder import HFCheckpoint, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
 from bridge.jobs.ranks import all_gather_objects
 from bridge.model.process_groups import model_parallel
 from bridge.weights.gather import Wanted, rounds
@@ -108,10 +108,10 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
             own = torch.cuda.memory_allocated()
         loads = []
         for run in range(RUNS):
-            before = bridge.checkpoint.bytes_read
+            before = bridge.checkpoint.files.bytes_read
             with measured(row, "load"):
                 bridge.load_hf_weights(model)
-            row["bytes read"] = bridge.checkpoint.bytes_read - before
+            row["bytes read"] = bridge.checkpoint.files.bytes_read - before
             loads.append(row["load, s"])
             if run == 0:
                 row["first load, host GiB"] = row["load, host GiB"]
@@ -120,7 +120,7 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
         row["pinned GiB"] = pinned_gib()
         if torch.cuda.is_available():
             row["load, GPU GiB beyond the parameters"] = (torch.cuda.max_memory_allocated() - own) / 2**30
-        row["share"] = share(sharded_model(model, bridge.config), bridge.checkpoint)
+        row["share"] = share(sharded_model(model, bridge.config), bridge.checkpoint.files)
         row["bytes read / share"] = row["bytes read"] / row["share"]
         for dtype in ("bf16", "fp8"):
             for device in ("cpu", None):
@@ -138,7 +138,7 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
     return row
 
 
-def share(live: ShardedModel, checkpoint: HFCheckpoint) -> int:
+def share(live: ShardedModel, checkpoint: SafetensorsFolder) -> int:
     """Bytes of this rank's slices, with the scales of the blocks that they touch."""
     total = 0
     for mapping in live.registry:
@@ -157,7 +157,7 @@ def verify(bridge: MiniMaxM2Bridge, model: Any) -> int:
     """Export as the source is, each tensor to one rank, and compare the bytes."""
     count = 0
     for name, tensor in bridge.export_hf_weights(model, "source", to="spread", device="cpu"):
-        left, right = (x.view(-1).view(torch.uint8) for x in (tensor, bridge.checkpoint.read(name)))
+        left, right = (x.view(-1).view(torch.uint8) for x in (tensor, bridge.checkpoint.files.read(name)))
         if not torch.equal(left, right):
             raise AssertionError(f"{name} differs")
         count += 1

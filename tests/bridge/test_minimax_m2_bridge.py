@@ -115,7 +115,7 @@ def test_export_is_lazy_complete_and_dequantised(bridge: MiniMaxM2Bridge, checkp
     stream = bridge.export_hf_weights(model)
     assert isinstance(stream, Iterator)
     exported = dict(stream)
-    disk = {name: value for name, value in all_tensors(checkpoint).items() if name not in bridge.mtp_tensors}
+    disk = {name: value for name, value in all_tensors(checkpoint).items() if name not in bridge.checkpoint.mtp_tensors}
     assert exported.keys() == {name for name in disk if not name.endswith("_scale_inv")}
     for name, value in exported.items():
         scale = disk.get(name + "_scale_inv")
@@ -139,7 +139,7 @@ def test_bfloat16_export_and_back_to_fp8(bridge: MiniMaxM2Bridge, checkpoint: Pa
         unquantised.save_hf_pretrained(again, tmp_path / "fp8", quantization="fp8")
     with MiniMaxM2Bridge.from_hf_pretrained(tmp_path / "fp8") as requantised:
         assert requantised.config == bridge.config
-        fresh = requantised.checkpoint.read(Q + "_scale_inv")
+        fresh = requantised.checkpoint.files.read(Q + "_scale_inv")
     assert fresh[0, 0] == written[Q][:128, :128].abs().max().float() / 448
 
 
@@ -166,10 +166,10 @@ def test_both_config_dialects_load_the_same_model(copy: Path, bridge: MiniMaxM2B
 
 
 def test_mtp_layers_are_listed_and_carried(bridge: MiniMaxM2Bridge, checkpoint: Path, tmp_path: Path) -> None:
-    assert bridge.mtp_tensors == ["model.layers.2.enorm.weight", "model.layers.2.hnorm.weight"]
+    assert bridge.checkpoint.mtp_tensors == ["model.layers.2.enorm.weight", "model.layers.2.hnorm.weight"]
     bridge.save_hf_pretrained(bridge.to_megatron_model(), tmp_path / "out", quantization=None)
     before, after = all_tensors(checkpoint), all_tensors(tmp_path / "out")
-    assert all(torch.equal(raw(before[name]), raw(after[name])) for name in bridge.mtp_tensors)
+    assert all(torch.equal(raw(before[name]), raw(after[name])) for name in bridge.checkpoint.mtp_tensors)
 
 
 def test_weights_are_dequantised_by_name(bridge: MiniMaxM2Bridge, checkpoint: Path) -> None:
@@ -178,7 +178,7 @@ def test_weights_are_dequantised_by_name(bridge: MiniMaxM2Bridge, checkpoint: Pa
     read = bridge.maybe_modify_loaded_hf_weight(parts, disk, dtype=torch.float32)
     assert torch.equal(read["q"], dequantize_blockwise(disk[Q], disk[Q + "_scale_inv"], dtype=torch.float32))
     assert torch.equal(read["gate"], disk[GATE])
-    assert torch.equal(bridge.maybe_modify_loaded_hf_weight(Q, disk), bridge.read_weight(Q))
+    assert torch.equal(bridge.maybe_modify_loaded_hf_weight(Q, disk), bridge.checkpoint.read_weight(Q))
     with pytest.raises(ValueError, match=f"{Q}: float8 without its scales"):
         bridge.maybe_modify_loaded_hf_weight(Q, {Q: disk[Q]})
     with pytest.raises(ValueError, match=f"{Q}: missing"):
@@ -190,7 +190,9 @@ def test_registry_covers_the_model_in_both_directions(bridge: MiniMaxM2Bridge, c
     qkv = "decoder.layers.1.self_attention.linear_qkv.weight"
     assert registry.hf_to_megatron_lookup(Q).megatron_param == qkv
     assert Q in registry.megatron_to_hf_lookup(qkv).hf_params
-    plain = {name for name in all_tensors(checkpoint) if not name.endswith("_scale_inv")} - set(bridge.mtp_tensors)
+    plain = {name for name in all_tensors(checkpoint) if not name.endswith("_scale_inv")} - set(
+        bridge.checkpoint.mtp_tensors
+    )
     assert {name for mapping in registry for name in mapping.hf_params} == plain
     with pytest.raises(ValueError, match=r"decoder.layers.2.mlp.router.weight: this rank holds no such parameter"):
         registry.megatron_to_hf_lookup("decoder.layers.2.mlp.router.weight")

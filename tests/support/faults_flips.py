@@ -8,13 +8,13 @@ from typing import NamedTuple
 from zipfile import ZipFile
 
 import torch
-from support.faults_runs import flip
 from torch.distributed.checkpoint import FileSystemReader
 
-from bridge.huggingface.safetensors_folder import HFCheckpoint
-from bridge.proof.compare import weight_names
-from bridge.torch_dist.checkpoint import TorchDistWeights
-from bridge.torch_dist.reader import TorchDistCheckpoint, iteration_folder
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.torch_dist.checkpoint import MegatronCheckpoint
+from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
+from reference.names import Dialect, all_names
+from support.faults_runs import flip
 
 
 class Unnoticed(NamedTuple):
@@ -84,10 +84,10 @@ def storages(archive: bytes, offset: int) -> Iterator[range]:
 
 def torch_dist_contents(folder: Path) -> dict[str, object]:
     """Everything that can be read of it, the bytes of tensors and of the files beside."""
-    opened = TorchDistCheckpoint(folder)
+    opened = TorchDistFolder(folder)
     found: dict[str, object] = {"common": repr(opened.common()), "tracker": iteration_folder(folder).name}
-    weights = TorchDistWeights(folder)
-    for name in weight_names(weights):
+    weights = MegatronCheckpoint(folder)
+    for name in all_names(weights.config, Dialect.HF_DISK):
         value = weights.read_weight(name)
         found[name] = (value.dtype, value.shape, value.contiguous().view(torch.uint8).numpy().tobytes())
     beside = [opened.folder / "metadata.json", *(folder / "hugging_face").iterdir()]
@@ -95,7 +95,7 @@ def torch_dist_contents(folder: Path) -> dict[str, object]:
 
 
 def hf_contents(folder: Path) -> dict[str, object]:
-    with HFCheckpoint(folder) as opened:
+    with SafetensorsFolder(folder) as opened:
         found: dict[str, object] = {"config": (folder / "config.json").read_bytes(), "metadata": opened.metadata}
         found |= {str(path): (folder / path).read_bytes() for path in opened.carried_files()}
         for name, info in opened.tensors.items():

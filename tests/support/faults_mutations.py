@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, HFCheckpoint
-from bridge.proof.compare import weight_names
-from bridge.torch_dist.checkpoint import TorchDistWeights
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SafetensorsFolder
+from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TRACKER
+from reference.names import Dialect, all_names
 
 SECONDS, BYTES = 5, 2**30
 EXAMPLES = partial(
@@ -159,7 +159,7 @@ class Subject:
 
 
 def hf_tensors(folder: Path) -> dict[str, bytes]:
-    with HFCheckpoint(folder) as opened:
+    with SafetensorsFolder(folder) as opened:
         return {
             name: f"{info.dtype} {list(info.shape)}".encode()
             + opened.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -225,8 +225,8 @@ def judge_config(hf: Subject, config: dict[str, Any]) -> None:
 
 
 def torch_dist_tensors(folder: Path) -> dict[str, bytes]:
-    weights = TorchDistWeights(folder)
-    found = {name: weights.read_weight(name) for name in weight_names(weights)}
+    weights = MegatronCheckpoint(folder)
+    found = {name: weights.read_weight(name) for name in all_names(weights.config, Dialect.HF_DISK)}
     return {name: value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for name, value in found.items()}
 
 

@@ -9,7 +9,7 @@ from support.checkpoints import EDGY_CONFIG
 
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
-from bridge.huggingface.checkpoint import HFWeights
+from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.random_checkpoint import make_checkpoint
 from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
@@ -32,7 +32,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     source, megatron, saved, back = (tmp_path / name for name in ("source", "megatron", "saved", "back"))
     make_checkpoint(source, CONFIG, mtp_layers=1)
     import_checkpoint(ImportJob(str(source), str(megatron)))
-    weights = HFWeights(source)
+    weights = HuggingFaceCheckpoint(source)
     with model_parallel():
         model = build_gpt_model(weights.config, backend="transformer_engine")
         state = dist_checkpointing.load(model.sharded_state_dict(), str(megatron / "iter_0000001"))

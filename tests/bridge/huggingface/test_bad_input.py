@@ -163,7 +163,7 @@ def test_undamaged_is_accepted(copy: Path) -> None:
     edit_tensors(copy, lambda t: None)
     edit_config(copy, lambda c: None)
     with MiniMaxM2Bridge.from_hf_pretrained(copy) as bridge:
-        assert len(bridge.mtp_tensors) == 2
+        assert len(bridge.checkpoint.mtp_tensors) == 2
 
 
 def test_output_folder_not_empty(copy: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bridge.huggingface.safetensors_folder import HFCheckpoint, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
 FIRST, SECOND = "model-00002-of-00130.safetensors", "odd-name.safetensors"
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_names_dtypes_shapes_and_order_come_from_the_index(folder: Path):
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         assert checkpoint.config == {"rotary_dim": 64, "unknown_key": [1, 2]}
         assert checkpoint.metadata == {"total_size": 12345}
         index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -73,7 +73,7 @@ def test_names_dtypes_shapes_and_order_come_from_the_index(folder: Path):
 
 
 def test_every_tensor_is_its_bytes_on_disk(folder: Path):
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         for name, info in checkpoint.tensors.items():
             tensor = checkpoint.read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
@@ -92,7 +92,7 @@ def test_slices_are_the_slices_of_the_whole(tmp_path_factory, dtype: torch.dtype
         (folder / "config.json").write_text("{}")
         save_file({"m": every_byte(dtype, 7, 5), "v": every_byte(dtype, 7)}, folder / "model.safetensors")
     r, c = slice(*rows), slice(*cols)
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         matrix, vector = checkpoint.read("m"), checkpoint.read("v")
         for part, whole in [
             (checkpoint.read_slice("m", r, c), matrix[r, c]),
@@ -117,7 +117,7 @@ def test_many_slices_in_one_go(folder: Path):
         ("flags", None, None),
         ("float8_e4m3fn.2d", slice(0, 7), slice(0, 5)),
     ]
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         expected = [bytes_of(checkpoint.read_slice(*one)) for one in wanted]
         ends = np.cumsum([len(one) for one in expected])
         before, memory = checkpoint.bytes_read, np.full(ends[-1] + 1, 7, np.uint8)
@@ -133,7 +133,7 @@ def test_many_slices_in_one_go(folder: Path):
 
 
 def test_a_read_tensor_owns_its_memory(folder: Path):
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         before = bytes_of(checkpoint.read("float32.2d"))
         checkpoint.read("float32.2d").zero_()
         kept = checkpoint.read("float32.2d")
@@ -152,7 +152,7 @@ def test_a_row_slice_reads_only_its_rows(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": torch.zeros(16384, 1024)}, tmp_path / "model.safetensors")
     start = read_so_far()
-    with HFCheckpoint(tmp_path) as checkpoint:
+    with SafetensorsFolder(tmp_path) as checkpoint:
         checkpoint.read_slice("w", slice(9000, 9002))
     assert read_so_far() - start < 100_000
 
@@ -160,7 +160,7 @@ def test_a_row_slice_reads_only_its_rows(tmp_path: Path):
 def test_a_single_file_needs_no_index(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"b": torch.arange(3.0), "a": torch.arange(4.0)}, tmp_path / "model.safetensors")
-    with HFCheckpoint(str(tmp_path)) as checkpoint:
+    with SafetensorsFolder(str(tmp_path)) as checkpoint:
         assert sorted(checkpoint.tensors) == ["a", "b"]
         assert torch.equal(checkpoint.read("a"), torch.arange(4.0))
         assert checkpoint.metadata == {}
@@ -168,7 +168,7 @@ def test_a_single_file_needs_no_index(tmp_path: Path):
 
 def test_the_index_wins_over_a_stray_single_file(folder: Path):
     save_file({"scalar": torch.tensor(9.0), "stray": torch.zeros(1)}, folder / "model.safetensors")
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         assert "stray" not in checkpoint.tensors
         assert checkpoint.read("scalar") == 2.5
 
@@ -183,7 +183,7 @@ def test_shards_may_be_links_and_lie_in_sub_folders(folder: Path):
     (folder / FIRST).rename(folder / "sub" / FIRST)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     write_index(folder, {name: f"sub/{file}" if file == FIRST else file for name, file in index.items()})
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         assert checkpoint.read("scalar") == 2.5
         assert bytes_of(checkpoint.read("float32.2d")) == bytes_of(every_byte(torch.float32, 7, 5))
 
@@ -261,12 +261,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_opening_refuses_a_broken_folder_and_says_what_is_broken(folder: Path, case: str):
-    HFCheckpoint(folder).close()
+    SafetensorsFolder(folder).close()
     before = len(os.listdir("/proc/self/fd"))
     breaking, words = BROKEN[case]
     breaking(folder)
     with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
-        HFCheckpoint(folder)
+        SafetensorsFolder(folder)
     for word in words:
         assert word in str(error.value)
     assert len(os.listdir("/proc/self/fd")) == before, "a file was left open"
@@ -277,10 +277,10 @@ def test_a_single_file_is_checked_like_a_shard(tmp_path: Path):
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
     rewrite(tmp_path / "model.safetensors", lambda data: data[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors: truncated"):
-        HFCheckpoint(tmp_path)
+        SafetensorsFolder(tmp_path)
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"no tensor in model\.safetensors"):
-        HFCheckpoint(tmp_path)
+        SafetensorsFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_single_file_is_checked_like_a_shard(tmp_path: Path):
     [("float32.2D", "float32.2d"), ("scalr", "scalar"), ("model.float8_e4m3fn.1d", "float8_e4m3fn.1d")],
 )
 def test_an_unknown_name_is_answered_with_the_likeliest(folder: Path, wrong: str, meant: str):
-    with HFCheckpoint(folder) as checkpoint, pytest.raises(ValueError, match=f"no tensor '{wrong}'.*'{meant}'"):
+    with SafetensorsFolder(folder) as checkpoint, pytest.raises(ValueError, match=f"no tensor '{wrong}'.*'{meant}'"):
         checkpoint.read(wrong)
 
 
@@ -305,7 +305,7 @@ def test_an_unknown_name_is_answered_with_the_likeliest(folder: Path, wrong: str
     ],
 )
 def test_a_slice_that_leaves_the_tensor_is_an_error(folder: Path, name: str, rows: slice | None, cols: slice | None):
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         shape = re.escape(str(checkpoint.tensors[name].shape))
         with pytest.raises(ValueError, match=f"^{name}: .*{shape}"):
             checkpoint.read_slice(name, rows, cols)
@@ -323,7 +323,7 @@ def test_a_slice_that_leaves_the_tensor_is_an_error(folder: Path, name: str, row
     ids=["gone", "one byte short", "cut", "touched", "replaced"],
 )
 def test_a_file_that_changes_after_opening_is_an_error(folder: Path, change: Callable[[Path], Any]):
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         checkpoint.read("float32.2d")
         change(folder / FIRST)
         with pytest.raises(ValueError, match=rf"{FIRST}: changed while float32\.2d was read"):
@@ -333,7 +333,7 @@ def test_a_file_that_changes_after_opening_is_an_error(folder: Path, change: Cal
 
 def test_closing_closes_the_files(folder: Path):
     before = len(os.listdir("/proc/self/fd"))
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         assert len(os.listdir("/proc/self/fd")) == before + 2
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ValueError, match="closed file"):
@@ -357,7 +357,7 @@ def test_carried_files_are_all_but_the_checkpoint_itself(folder: Path):
     os.mkfifo(folder / "pipe")
     (folder / "dangling").symlink_to(folder / "nothing")
     (folder / "linked.txt").symlink_to(folder / "README.md")
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         assert checkpoint.carried_files() == sorted(Path(name) for name in [*carried, "linked.txt"])
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.huggingface import writer
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, HFCheckpoint
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SafetensorsFolder
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
 
 U8, F32 = torch.uint8, torch.float32
@@ -62,7 +62,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
     theirs: dict[str, Tensor] = {}
     for plan in files:
         theirs |= load_file(tmp_path / "out" / plan.file)
-    with HFCheckpoint(tmp_path / "out") as checkpoint:
+    with SafetensorsFolder(tmp_path / "out") as checkpoint:
         assert checkpoint.tensors.keys() == theirs.keys() == wanted.keys()
         for name, tensor in wanted.items():
             for found in (theirs[name], checkpoint.read(name)):
@@ -88,7 +88,7 @@ def test_the_data_are_aligned_and_the_header_says_what_safetensors_own_writer_sa
 def test_a_checkpoint_read_and_written_again_has_the_same_bytes(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((i + 1,), i, dtype=torch.float8_e4m3fn) for i in range(20)}
     write_folder(tmp_path / "one", tensors, b'{ "odd":   "spacing" }', max_shard_bytes=64)
-    with HFCheckpoint(tmp_path / "one") as source:
+    with SafetensorsFolder(tmp_path / "one") as source:
         again = {name: source.read(name) for name in tensors}
     write_folder(tmp_path / "two", again, b'{ "odd":   "spacing" }', max_shard_bytes=64)
     files = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("one", "two")]
@@ -264,7 +264,7 @@ def test_carried_files(tmp_path: Path) -> None:
     files = plan_files([{"a": planned(MATRIX)}])
     write_file(out, files[0], iter([("a", MATRIX)]))
     finish_folder(out, files, {}, carried={"sub/config.json": source, "tokenizer.json": source})
-    with HFCheckpoint(out) as checkpoint:
+    with SafetensorsFolder(out) as checkpoint:
         assert checkpoint.carried_files() == [Path("sub/config.json"), Path("tokenizer.json")]
     assert (out / "sub/config.json").read_bytes() == (out / "tokenizer.json").read_bytes() == b"\x00\xff"
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
 from bridge.huggingface.random_checkpoint import make_checkpoint
-from bridge.torch_dist.checkpoint import TorchDistWeights
+from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.writer import COMMON_STATE, extra_state_keys
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
@@ -225,7 +225,7 @@ def test_a_config_of_fewer_layers_is_refused(folder: Path, saved: tuple) -> None
     """With a key for each layer every weight that it describes is there, and more."""
     fewer = replace(CONFIG, num_hidden_layers=CONFIG.num_hidden_layers - 1)
     with pytest.raises(ValueError, match=rf"decoder.layers.{fewer.num_hidden_layers}.*no such weight"):
-        TorchDistWeights(folder / f"{saved[0]} {saved[1]}", fewer)
+        MegatronCheckpoint(folder / f"{saved[0]} {saved[1]}", fewer)
 
 
 def test_megatron_reads_the_common_state(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
-from bridge.torch_dist.reader import TorchDistCheckpoint, iteration_folder
+from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from bridge.torch_dist.writer import COMMON_STATE, Chunk, extra_state_keys, finish, write_chunks, write_states
 from reference.config import ModelConfig
 
@@ -135,7 +135,7 @@ def test_extra_states_are_those_of_transformer_engine(written: Path) -> None:
 
 
 def test_any_rectangle_comes_back(written: Path) -> None:
-    checkpoint = TorchDistCheckpoint(written)
+    checkpoint = TorchDistFolder(written)
     assert checkpoint.shapes == {key: tuple(value.shape) for key, value in VALUES.items()}
     assert {key: checkpoint.dtype(key) for key in VALUES} == {key: value.dtype for key, value in VALUES.items()}
     assert [checkpoint.nbytes(key) for key in VALUES] == [value.numel() * value.itemsize for value in VALUES.values()]
@@ -151,20 +151,20 @@ def test_chunks_of_one_row(tmp_path: Path) -> None:
     """Such an axis could be one of layers; several of its rows are read all the same."""
     rows = [chunk("matrix", (row, 0), (1, 8)) for row in range(6)]
     finish(tmp_path, rows, write_chunks(tmp_path, 0, [(c, partial(cut, *c[:3])) for c in rows]))
-    checkpoint = TorchDistCheckpoint(tmp_path)
+    checkpoint = TorchDistFolder(tmp_path)
     for start, shape in [((0, 0), (6, 8)), ((1, 2), (3, 5)), ((4, 0), (1, 8))]:
         assert torch.equal(checkpoint.read("matrix", start, shape), cut("matrix", start, shape))
 
 
 def test_the_common_state(written: Path, tmp_path: Path) -> None:
-    assert TorchDistCheckpoint(written).common() == COMMON
+    assert TorchDistFolder(written).common() == COMMON
     older = Path(shutil.copytree(written, tmp_path / "older"))  # megatron-core kept it in a file of its own
     torch.save({"iteration": 7}, older / "common.pt")
-    assert TorchDistCheckpoint(older).common() == {"iteration": 7}
+    assert TorchDistFolder(older).common() == {"iteration": 7}
     (tmp_path / "none").mkdir()
     stored = write_chunks(tmp_path / "none", 0, [(c, partial(cut, *c[:3])) for c in UNITS[2]])
     finish(tmp_path / "none", UNITS[2], stored)
-    assert TorchDistCheckpoint(tmp_path / "none").common() == {}
+    assert TorchDistFolder(tmp_path / "none").common() == {}
 
 
 @pytest.mark.parametrize(("text", "name"), [("12\n", "iter_0000012"), ("release", "release")])
@@ -172,7 +172,7 @@ def test_the_tracker_names_the_iteration(written: Path, tmp_path: Path, text: st
     shutil.copytree(written, tmp_path / name)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     assert iteration_folder(tmp_path) == iteration_folder(tmp_path / name) == tmp_path / name
-    assert torch.equal(TorchDistCheckpoint(tmp_path).read("vector", (0,), (9,)), VALUES["vector"])
+    assert torch.equal(TorchDistFolder(tmp_path).read("vector", (0,), (9,)), VALUES["vector"])
 
 
 def spoil_tracker(folder: Path, text: str) -> None:
@@ -223,7 +223,7 @@ def test_refused_on_opening(written: Path, tmp_path: Path, damage: str) -> None:
     spoil, message = DAMAGES[damage]
     spoil(folder)
     with pytest.raises(ValueError, match=message):
-        TorchDistCheckpoint(folder)
+        TorchDistFolder(folder)
 
 
 @pytest.mark.parametrize("damage", DAMAGES_SEEN_ON_READING)
@@ -232,13 +232,13 @@ def test_refused_on_reading(written: Path, tmp_path: Path, damage: str) -> None:
     spoil, message = DAMAGES_SEEN_ON_READING[damage]
     spoil(folder)
     with pytest.raises(ValueError, match=message):
-        TorchDistCheckpoint(folder).read("matrix", (0, 0), (6, 8))
+        TorchDistFolder(folder).read("matrix", (0, 0), (6, 8))
 
 
 @pytest.mark.parametrize("change", ["touched", "gone"])
 def test_a_file_that_changes_after_opening_is_named(written: Path, tmp_path: Path, change: str) -> None:
     folder = Path(shutil.copytree(written, tmp_path / "ck"))
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistFolder(folder)
     file = folder / "__2_0.distcp"
     if change == "touched":
         os.utime(file, ns=(0, 0))

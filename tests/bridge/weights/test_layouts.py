@@ -115,16 +115,16 @@ def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str
     from bridge.weights import load, read_plan
     from bridge.weights.sharded_model import sharded_model
 
-    before = bridge.checkpoint.bytes_read
+    before = bridge.checkpoint.files.bytes_read
     bridge.load_hf_weights(model)
-    read = bridge.checkpoint.bytes_read - before
+    read = bridge.checkpoint.files.bytes_read - before
     live = sharded_model(model, bridge.config)
     loaded = {key: value.clone() for key, value in live.state.items()}
     small = patch.multiple(read_plan, SLICE_BYTES=5_000, BATCH_BYTES=20_000)
     with small, patch.object(load, "WINDOW", 2), torch.no_grad():
         for value in live.state.values():
             value.fill_(7)
-        batches = read_plan.plan_batches(live, bridge.checkpoint, 128)
+        batches = read_plan.plan_batches(live, bridge.checkpoint.files, 128)
         slices = sum(len(group.slices) for batch in batches for group in batch.groups)
         assert slices > sum(len(mapping.hf_params) for mapping in live.registry)
         assert len(batches) > 10
@@ -163,7 +163,7 @@ def _dequantized(disk: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_exports(rank: int, layout: Parallelism, bridge, model, disk: dict[str, Tensor]) -> None:
-    ours = [name for name in disk if name not in bridge.mtp_tensors]
+    ours = [name for name in disk if name not in bridge.checkpoint.mtp_tensors]
     order = None
     for to in ("all", 1, "spread"):
         exported = list(bridge.export_hf_weights(model, "source", to=to))
@@ -202,8 +202,8 @@ def _check_saving(rank: int, bridge, model, disk: dict[str, Tensor], out: Path) 
     saved = all_tensors(out)
     assert saved.keys() == disk.keys()
     assert all(torch.equal(_raw(saved[name]), _raw(value)) for name, value in disk.items())
-    for path in ("config.json", *bridge.checkpoint.carried_files()):
-        assert (out / path).read_bytes() == (bridge.checkpoint.folder / path).read_bytes()
+    for path in ("config.json", *bridge.checkpoint.files.carried_files()):
+        assert (out / path).read_bytes() == (bridge.checkpoint.files.folder / path).read_bytes()
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
     distributed.barrier()
 
@@ -298,7 +298,7 @@ def _errors(rank: int, folder: str, scratch: str) -> None:
         with MiniMaxM2Bridge.from_hf_pretrained(cut) as other:
             distributed.barrier()
             if rank == 1:
-                file = cut / bridge.checkpoint.tensors[Q].file
+                file = cut / bridge.checkpoint.files.tensors[Q].file
                 file.write_bytes(file.read_bytes()[:-5000])
             distributed.barrier()
             expect(r"changed while .* read", lambda: other.load_hf_weights(model))
@@ -334,9 +334,9 @@ def _no_room(here: bool) -> Iterator[None]:
 
 
 def _set_byte(folder: Path, name: str, position: int, value: int) -> None:
-    from bridge.huggingface.safetensors_folder import HFCheckpoint
+    from bridge.huggingface.safetensors_folder import SafetensorsFolder
 
-    with HFCheckpoint(folder) as checkpoint:
+    with SafetensorsFolder(folder) as checkpoint:
         info = checkpoint.tensors[name]
     with (folder / info.file).open("r+b") as file:
         file.seek(info.offset + position)
