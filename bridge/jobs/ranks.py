@@ -14,6 +14,10 @@ from datetime import timedelta
 from traceback import format_exception
 from typing import Any
 
+RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
+LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
+PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
@@ -84,15 +88,6 @@ def _as_sent(error: Exception, rank: int) -> Exception:
     if isinstance(error, ValueError):
         return ValueError(str(error))
     return RuntimeError(f"rank {rank} failed:\n{''.join(format_exception(error))}")
-
-
-RANK_TIMEOUT = timedelta(minutes=30)  # a rank waits this long for the others: the difference of their shares of work
-
-
-LEADER_TIMEOUT = timedelta(hours=6)  # and this long where rank 0 runs the reference; one that is killed is noticed
-
-
-PARENT_SECONDS = 0.1  # how often a process looks whether the one that started it is there
 
 
 def launched_by_torchrun() -> bool:

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from compiled.norm import host, launches, modules, steps_torch, steps_triton
+from compiled.norm import function, host, launches, steps_torch, steps_triton
 from compiled.norm.collectives import process_group_info
 from compiled.norm.spec import NormSpec
 
@@ -19,7 +19,7 @@ from compiled.norm.spec import NormSpec
 launches._multiprocessors = lambda device: 2
 for tuning in ("PLAIN", "ROTATING"):
     setattr(launches, tuning, getattr(launches, tuning)._replace(warps_a_multiprocessor=1))
-modules._steps = lambda x: steps_triton  # on the CPU too
+function._steps = lambda x: steps_triton  # on the CPU too
 DIM, SEQ, BATCH = 8, 2, 2
 
 
@@ -43,7 +43,7 @@ def assert_cpp_equals_python(inputs: list[Tensor], weights: list[Tensor], tables
     cpp = host.head_norm(spec, ranks, replicas)
     calls = (
         lambda ws, xs: cpp(*tables, ws, xs),
-        lambda ws, xs: modules.HeadNorm.apply(spec, ranks, replicas, *tables, *ws, *xs),
+        lambda ws, xs: function.HeadNorm.apply(spec, ranks, replicas, *tables, *ws, *xs),
     )
     for seed in range(2):
         results = []

@@ -66,13 +66,11 @@ def test_units_say_only_how_the_bytes_are_spread(imported: Path, checkpoint: Pat
     read, counts = [], []
     for number, (unit_bytes, chunk_bytes) in enumerate([(10**9, 2**26), (200_000, 15_000)]):
         monkeypatch.setattr(hf_to_torch_dist, "CHUNK_BYTES", chunk_bytes)
-        hf_to_torch_dist._plan.cache_clear()
         folder = imported_from(checkpoint, tmp_path / str(number), unit_bytes=unit_bytes) / "iter_0000001"
         found = {entry.key: torch.empty(entry.shape) for entry in entries(CONFIG)}
         dcp.load(found, storage_reader=FileSystemReader(folder), no_dist=True)
         read.append(found)
         counts.append(len(list(folder.glob("*.distcp"))))
-    hf_to_torch_dist._plan.cache_clear()
     assert counts[0] == 2 < counts[1]
     assert all(torch.equal(value, read[0][key]) for key, value in read[1].items())
     export(tmp_path / "1", tmp_path / "hf", source=str(checkpoint))

@@ -118,9 +118,9 @@ def _rank(rank: int, world: int, folder: str, dtype: torch.dtype, sabotage: bool
 
 def _leave_out_the_backward_all_reduce(rank: int, folder: str) -> None:
     """What the peer's backward does, from Python and in the C++ that eager calls on a GPU go through."""
-    from compiled.norm import host, modules
+    from compiled.norm import function, host
 
-    modules._summed = lambda coupling, dws, *_: (coupling, dws)
+    function._summed = lambda coupling, dws, *_: (coupling, dws)
     source, line = host.SOURCE.read_text(), "coupling = summed(coupling, dws, norm);"
     assert source.count(line) == 1
     host.SOURCE = Path(folder, f"host.{rank}.cpp")

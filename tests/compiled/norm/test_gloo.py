@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled import FullDimQKNorm, FullDimRMSNorm
-from compiled.norm import host, modules, steps_torch
+from compiled.norm import function, host, modules, steps_torch
 from reference.norm import full_dim_rms_norm
 from reference.rope import apply_rotary, rotary_tables
 
@@ -97,11 +97,11 @@ class Case:
         mixed = self.mixed[:, :, self.groups].clone().requires_grad_()
         query, key, value = step(mixed)
         grads = [self.gq[:, :, self.heads], *(g[self.replica][:, :, self.groups] for g in (self.gk, self.gv))]
-        all_reduce = modules.sum_over_ranks
+        all_reduce = function.sum_over_ranks
         if drop:
-            modules.sum_over_ranks = lambda x, ranks: x
+            function.sum_over_ranks = lambda x, ranks: x
         torch.autograd.backward([query, key, value], grads)
-        modules.sum_over_ranks = all_reduce
+        function.sum_over_ranks = all_reduce
 
         dmixed = torch.zeros_like(self.mixed)  # each rank's share in its place: together they are the whole
         dmixed[:, :, self.groups] = mixed.grad

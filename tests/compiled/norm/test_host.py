@@ -1,6 +1,6 @@
 """`host`: what happens where it cannot be built; on a GPU, its launches against those from Python, bit for bit.
 
-What its C++ does between the launches is tested by `test_norm` (Triton's interpreter) and `test_norm_gloo` (ranks).
+What its C++ does between the launches is tested by `test_modules` (Triton's interpreter) and `test_gloo` (ranks).
 """
 
 import os
@@ -25,7 +25,7 @@ QUICK = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, m
 
 def in_a_fresh_interpreter(folder: Path, source: Path = host.SOURCE, **environment: str) -> str:
     """What a process says of what it loaded or built in a folder, warnings included."""
-    program = f"from compiled import host; from pathlib import Path; host.SOURCE = Path({str(source)!r}); "
+    program = f"from compiled.norm import host; from pathlib import Path; host.SOURCE = Path({str(source)!r}); "
     program += "print(host.library()); print(host._built())"
     result = fresh_interpreter(program, TORCH_EXTENSIONS_DIR=str(folder), **environment)
     assert result.returncode == 0, result.stderr
