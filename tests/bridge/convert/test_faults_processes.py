@@ -33,7 +33,7 @@ PROGRAM = """
 import os, sys
 from bridge.convert.hf_to_torch_dist import ImportJob
 from bridge.convert.torch_dist_to_hf import ExportJob
-from bridge.jobs.workers import Ranks
+from bridge.jobs.ranks import TorchrunRanks
 from support.faults_runs import convert
 if __name__ == "__main__":
     job = eval(sys.argv[1])

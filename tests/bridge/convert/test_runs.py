@@ -83,8 +83,7 @@ TORCHRUN = """
 import sys
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
-from bridge.jobs.ranks import is_rank_zero
-from bridge.jobs.workers import Ranks
+from bridge.jobs.ranks import TorchrunRanks, is_rank_zero
 from pathlib import Path
 
 if __name__ == "__main__":

@@ -254,8 +254,8 @@ def _errors(rank: int, folder: str, scratch: str) -> None:
 
     from bridge import MiniMaxM2Bridge
 
-    def expect(words: str, action: Callable[[], Any]) -> None:
-        with pytest.raises(ValueError, match=words) as error:
+    def expect(words: str, action: Callable[[], Any], kind: type[Exception] = ValueError) -> None:
+        with pytest.raises(kind, match=words) as error:
             action()
         messages: list = [None] * WORLD
         distributed.all_gather_object(messages, str(error.value))
@@ -290,7 +290,7 @@ def _errors(rank: int, folder: str, scratch: str) -> None:
         full = Path(scratch, "full")
         with _no_room(rank == 2):
             save = partial(bridge.save_hf_pretrained, model, full, quantization=None, max_shard_bytes=400_000)
-            expect("No space left", save)
+            expect("No space left", save, OSError)
         distributed.barrier()
         assert not [path for path in Path(scratch).iterdir() if "full" in path.name]
         expect("to must be 'all', 'spread', or a rank from 0 to 3", lambda: bridge.export_hf_weights(model, to=4))
