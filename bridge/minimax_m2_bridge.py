@@ -23,7 +23,8 @@ from bridge.huggingface.quantization import target_config
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.jobs.ranks import check_same_on_all_ranks, raise_on_all_ranks
+from bridge.jobs.target import check_apart, real_path
 from bridge.model.build import build_model
 from bridge.model.config import gpt_model_arguments, transformer_config
 from bridge.weights.encode import WeightEncoder
@@ -150,6 +151,7 @@ class MiniMaxM2Bridge:
             ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is
                 damaged. All ranks raise the same.
         """
+        self._check_same_on_all_ranks()
         load_weights(sharded_model(model, self.config), self.checkpoint, progress=progress)
 
     def export_hf_weights(
@@ -180,6 +182,7 @@ class MiniMaxM2Bridge:
             ValueError: an argument is none of these, or the model is not this checkpoint's; later, a weight that is not
                 finite, or a source file that changed. All ranks raise the same.
         """
+        self._check_same_on_all_ranks(dtype=dtype, scales=scales, to=to)
         choices = {"dtype": (dtype, ("bf16", "fp8", "source")), "scales": (scales, ("source", "fresh"))}
         for what, (found, allowed) in choices.items():
             if found not in allowed:
@@ -220,10 +223,12 @@ class MiniMaxM2Bridge:
             ValueError: `out` cannot be used, or the model is not this checkpoint's; nothing is written then. A weight
                 is not finite, or the disk is full; then `out` is left as it was. All ranks raise the same.
         """
+        self._check_same_on_all_ranks(
+            out=str(real_path(out)), quantization=quantization, overwrite=overwrite, max_shard_bytes=max_shard_bytes
+        )
         if quantization not in ("fp8", None):
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
-        if Path(out).resolve() == self.checkpoint.files.folder.resolve():
-            raise ValueError(f"{out}: is the source checkpoint itself, whose scales are still needed; write elsewhere")
+        check_apart(out, [self.checkpoint.files.folder])  # its scales are still needed
         target, config_json = self._target_config(quantization)
         save_weights(
             sharded_model(model, self.config),
@@ -235,6 +240,11 @@ class MiniMaxM2Bridge:
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
+
+    def _check_same_on_all_ranks(self, **arguments: Any) -> None:
+        """Ranks that were given different sources or arguments would make one damaged result of them."""
+        source = {"source": self.checkpoint.files.versions, "config.json": self.checkpoint.files.config_json}
+        check_same_on_all_ranks(source | arguments)
 
     def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:
         """The config of what is written: the source's own bytes, unless it gains or loses its quantisation."""

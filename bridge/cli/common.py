@@ -58,7 +58,8 @@ def reporting(*, models: bool = False) -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         if is_rank_zero():
-            errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+            text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+            errors.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
 
 

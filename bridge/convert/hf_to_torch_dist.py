@@ -4,7 +4,8 @@ Weights are read, dequantised and written one chunk at a time (`CHUNK_BYTES`), i
 file of the checkpoint, and what an interrupted run is taken up by. The folder that results is what Megatron-LM loads
 for fine-tuning (`--load OUT --finetune --ckpt-format torch_dist`): tracker file, iteration folder, training arguments.
 What megatron-core has no place for (config.json, tokenizer) is laid beside, in `hugging_face/`, for the way back; MTP
-layers are left out, so the way back takes them from the source.
+layers are left out, so the way back takes them from the source. A folder of Megatron-LM's that is there already gains
+an iteration, which has `hugging_face/` inside it.
 """
 
 import math
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
-from bridge.jobs.durable import sync, write_bytes
+from bridge.jobs.durable import json_bytes, sync, write_bytes
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.resumable import Work, run_resumable
+from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.jobs.resumable import Output, Work, run_resumable
+from bridge.jobs.staging import unfinished
+from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import HF_FOLDER
 from bridge.torch_dist.reader import TRACKER
-from bridge.torch_dist.writer import Chunk, Stored, finish, write_chunks, write_states
+from bridge.torch_dist.writer import FORMAT_NAME, Chunk, Stored, finish, write_chunks, write_states
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
 from reference.sharding import Piece, rows_of
@@ -33,6 +37,7 @@ from reference.sharding import Piece, rows_of
 CHUNK_BYTES = 64 * 2**20
 UNIT_BYTES = 512 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WRITTEN_BY = "minimax_m2.json"  # in an iteration that an import wrote
 FLOAT32 = ("mlp.router.weight", "mlp.router.expert_bias")  # in every model (bridge.model.router)
 
 
@@ -44,7 +49,19 @@ class ImportJob(NamedTuple):
     dtype: str = "bf16"
     iteration: int = 1
     unit_bytes: int = UNIT_BYTES
-    source_versions: tuple[tuple[str, int, int], ...] = ()  # (file, bytes, mtime_ns); import_checkpoint fills it in
+    # import_checkpoint fills these in: whether `out` is a Megatron-LM folder that gains an iteration, and what of the
+    # source was read (file, bytes, mtime_ns)
+    adds: bool = False
+    source_versions: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def iteration_folder(self) -> str:
+        """Megatron-LM's name for it."""
+        return f"iter_{self.iteration:07d}"
+
+    def staged_iteration(self, staged: Path) -> Path:
+        """Where the iteration lies in what is put in place: below a new folder, or all of it."""
+        return staged if self.adds else staged / self.iteration_folder
 
 
 class ImportSummary(NamedTuple):
@@ -95,21 +112,50 @@ def import_checkpoint(
         raise ValueError(f"dtype must be one of {list(DTYPES)}, found {job.dtype!r}")
     if job.iteration < 1:
         raise ValueError(f"iteration must be at least 1, as Megatron-LM asks, found {job.iteration}")
-    opened = _open(job._replace(source=str(Path(job.source).resolve()), source_versions=()))
+    with raise_on_all_ranks():
+        check_apart(job.out, [job.source])
+        out = real_path(job.out)
+        adds = (out / TRACKER).is_file() and not unfinished(out)
+        job = job._replace(source=str(Path(job.source).resolve()), out=str(out), adds=adds, source_versions=())
+        if adds:
+            _check_iteration(out, job, overwrite=overwrite)
+        elif not unfinished(out):
+            check_target(out)
+        opened = _open(job)
     summary = _summary(opened)
     if dry_run:
         return summary
-    done = run_resumable(
-        Work(_open, _write_unit, opened.job, len(opened.units) + 1),
-        opened,
-        partial(_complete, opened),
-        marker=TRACKER,
-        workers=workers,
-        overwrite=overwrite,
-        what="import",
-        progress=progress,
-    )
+    work = Work(_open, _write_unit, opened.job, len(opened.units) + 1, out / job.iteration_folder if adds else out)
+    output = Output(partial(_complete, opened))
+    if adds:
+        point_to_it = partial(write_bytes, out / TRACKER, str(job.iteration).encode())
+        output = output._replace(replaces=_is_of_an_import, then=point_to_it)
+    done = run_resumable(work, opened, output, workers=workers, what="import", progress=progress)
     return summary._replace(reused=done.reused)
+
+
+def _is_of_an_import(name: str) -> bool:
+    """Whether an import writes a file of this name into an iteration."""
+    own = (".metadata", FORMAT_NAME, WRITTEN_BY)
+    return name in own or name.endswith(".distcp") or name.startswith(f"{HF_FOLDER}/")
+
+
+def _check_iteration(out: Path, job: ImportJob, *, overwrite: bool) -> None:
+    """A Megatron-LM folder that is there gains an iteration and loses none, but for one that an import wrote.
+
+    Raises:
+        ValueError: nobody asked for that, or the iteration is there and is not an import's.
+    """
+    if not overwrite:
+        raise ValueError(
+            f"{out}: is not empty but a Megatron-LM folder; overwrite adds iteration {job.iteration} to it and leaves "
+            "the others as they are; or give another folder"
+        )
+    folder = out / job.iteration_folder
+    if folder.exists() and not (folder / WRITTEN_BY).is_file():
+        raise ValueError(
+            f"{folder}: was not written by an import, so it stays; give another iteration, or write elsewhere"
+        )
 
 
 def _open(job: ImportJob) -> _Import:
@@ -160,20 +206,16 @@ def _parts(entry: Entry, dtype: torch.dtype) -> Iterator[_Part]:
         yield _Part(chunk, tuple(rows_of(entry.parameter.pieces, start, stop)))
 
 
-def _iteration_folder(job: ImportJob) -> str:
-    return f"iter_{job.iteration:07d}"
-
-
 def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], list[Stored]]:
-    iteration = _iteration_folder(opened.job)
-    target = folder / iteration
+    target = opened.job.staged_iteration(folder)
     target.mkdir(exist_ok=True)
     if unit == len(opened.units):
         stored = write_states(target, unit, opened.source.config, _common_state(opened.job, opened.source.config))
     else:
         parts = [(part.chunk, partial(_value, opened.source, part)) for part in opened.units[unit]]
         stored = write_chunks(target, unit, parts)
-    return [f"{iteration}/{file}" for file in sorted({item.file for item in stored})], stored
+    files = sorted({(target / item.file).relative_to(folder).as_posix() for item in stored})
+    return files, stored
 
 
 def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
@@ -185,14 +227,16 @@ def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
 
 def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
-    job, files = opened.job, opened.source.files
-    finish(folder / _iteration_folder(job), opened.chunks, [Stored(*item) for stored in results for item in stored])
+    target, files = opened.job.staged_iteration(folder), opened.source.files
+    finish(target, opened.chunks, [Stored(*item) for stored in results for item in stored])
+    write_bytes(target / WRITTEN_BY, json_bytes({"written_by": "minimax-m2 import", "dtype": opened.job.dtype}))
     for path in (Path(CONFIG_NAME), *files.carried_files()):
-        target = folder / HF_FOLDER / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files.folder / path, target)
-        sync(target)
-    write_bytes(folder / TRACKER, str(job.iteration).encode())
+        copy = folder / HF_FOLDER / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(files.folder / path, copy)
+        sync(copy)
+    if not opened.job.adds:
+        write_bytes(folder / TRACKER, str(opened.job.iteration).encode())
 
 
 # Megatron-LM's training arguments that describe the model: by the config's field, and the same for every MiniMax-M2.

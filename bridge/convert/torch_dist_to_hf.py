@@ -19,9 +19,12 @@ from torch import Tensor
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
 from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
-from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
+from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.resumable import Work, run_resumable
+from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.jobs.resumable import Output, Work, run_resumable
+from bridge.jobs.staging import unfinished
+from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, is_mtp
@@ -48,7 +51,8 @@ class ExportSummary(NamedTuple):
     """What an export reads and writes, and what became of the quantised weights.
 
     `identical` ones have the source's bytes; `requantised` ones do not, and `worst` is the one whose decoded value
-    differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight.
+    differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight. Both
+    counts are None where another process with the same job finished while this one waited.
     """
 
     tensors: int
@@ -56,8 +60,8 @@ class ExportSummary(NamedTuple):
     bytes_written: int
     files: int
     reused: int
-    identical: int
-    requantised: int
+    identical: int | None
+    requantised: int | None
     worst: str
     worst_error: float
 
@@ -94,35 +98,41 @@ def export_checkpoint(
     """
     if job.scales not in ("source", "fresh"):
         raise ValueError(f"scales must be 'source' or 'fresh', found {job.scales!r}")
-    source = job.source and str(Path(job.source).resolve())
-    opened = _open(job._replace(megatron=str(Path(job.megatron).resolve()), source=source, versions=()))
+    with raise_on_all_ranks():
+        check_apart(job.out, [job.megatron, *([job.source] if job.source else [])])
+        source = job.source and str(Path(job.source).resolve())
+        megatron, out = str(Path(job.megatron).resolve()), str(real_path(job.out))
+        opened = _open(job._replace(megatron=megatron, source=source, out=out, versions=()))
+        replaced = replaces(opened.carried) if overwrite else None
+        if not unfinished(Path(out)):
+            check_target(Path(out), replaces=replaced)
     if dry_run:
         return _summary(opened, [], reused=0)
-    done = run_resumable(
-        Work(_open, _write_unit, opened.job, len(opened.files)),
-        opened,
-        lambda folder, _: finish_folder(folder, opened.files, opened.config_json, carried=opened.carried),
-        marker=CONFIG_NAME,
-        workers=workers,
-        overwrite=overwrite,
-        what="export",
-        progress=progress,
-    )
-    return _summary(opened, [_Count(*result) for result in done.results], reused=done.reused)
+    work = Work(_open, _write_unit, opened.job, len(opened.files), Path(out))
+    output = Output(partial(_complete, opened), replaced)
+    done = run_resumable(work, opened, output, workers=workers, what="export", progress=progress)
+    counts = None if done.results is None else [_Count(*result) for result in done.results]
+    return _summary(opened, counts, reused=done.reused)
 
 
-def _summary(opened: _Export, counts: list["_Count"], *, reused: int) -> ExportSummary:
+def _complete(opened: _Export, folder: Path, _: list[Any]) -> None:
+    finish_folder(folder, opened.files, opened.config_json, carried=opened.carried)
+
+
+def _summary(opened: _Export, counts: "list[_Count] | None", *, reused: int) -> ExportSummary:
+    """`counts` is None where another process finished, and kept its counts."""
     tensors = [tensor for file in opened.files for tensor in file.tensors.values()]
     keys = {entry.key for entry in opened.entries.values()}
-    worst = max(counts, key=lambda count: count.worst_error, default=_Count(0, 0, "", 0.0))
+    known = counts is not None
+    worst = max(counts or [], key=lambda count: count.worst_error, default=_Count(0, 0, "", 0.0))
     return ExportSummary(
         tensors=len(tensors),
         bytes_read=sum(opened.megatron.files.nbytes(key) for key in keys),
         bytes_written=sum(tensor.nbytes for tensor in tensors),
         files=len(opened.files),
         reused=reused,
-        identical=sum(count.identical for count in counts),
-        requantised=sum(count.requantised for count in counts),
+        identical=sum(count.identical for count in counts) if known else None,
+        requantised=sum(count.requantised for count in counts) if known else None,
         worst=worst.worst,
         worst_error=worst.worst_error,
     )

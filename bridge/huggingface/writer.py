@@ -9,8 +9,9 @@ index comes last. Where the folder stands and when it appears is `bridge.jobs.st
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,19 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SHARD_SUFFIX, stays_inside
+from bridge.huggingface.safetensors_folder import (
+    CONFIG_NAME,
+    DTYPES,
+    INDEX_NAME,
+    SHARD_SUFFIX,
+    SINGLE_NAME,
+    stays_inside,
+)
 from bridge.jobs.durable import json_bytes, sync, write_bytes
 
 SHARD_BYTES = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorPlan(NamedTuple):
@@ -116,6 +125,15 @@ def _not_as_planned(plan: FilePlan, name: str, found: TensorPlan, wanted_name: s
     )
 
 
+def replaces(names: Iterable[str]) -> Callable[[str], bool]:
+    """Of an existing checkpoint's files those that a new one takes the place of: its weights, and what it has too.
+
+    `names` are the new one's files besides weights, config and index.
+    """
+    known = {CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *names}
+    return lambda name: name in known or _SHARD.fullmatch(name) is not None
+
+
 def finish_folder(
     folder: Path,
     files: list[FilePlan],
@@ -126,8 +144,16 @@ def finish_folder(
     """Add the `carried` files (name: bytes, or where they are), config.json (bytes verbatim), and last the index.
 
     Raises:
-        ValueError: a carried file's name leaves the folder or is one that is written here.
+        ValueError: a carried file's name leaves the folder or is one that is written here; or a planned file is not
+            there with the size that was planned.
     """
+    for plan in files:
+        found = (folder / plan.file).stat().st_size if (folder / plan.file).is_file() else 0
+        expected = len(_header(plan)) + sum(tensor.nbytes for tensor in plan.tensors.values())
+        if found != expected:
+            raise ValueError(
+                f"{folder / plan.file}: found {found:,} bytes, expected the {expected:,} that were planned"
+            )
     for name, source in (carried or {}).items():
         path = Path(name)
         if not stays_inside(name) or name in (CONFIG_NAME, INDEX_NAME) or path.suffix == SHARD_SUFFIX:

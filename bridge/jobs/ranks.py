@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import zip_longest
 from traceback import format_exception
 from typing import Any
 
@@ -71,6 +72,30 @@ def all_gather_objects(value: Any) -> list[Any]:
     return found
 
 
+def check_same_on_all_ranks(values: Mapping[str, Any]) -> None:
+    """Every rank has the same values as rank 0; all ranks must call it, and all raise the same.
+
+    Raises:
+        ValueError: one has not; names the rank, the value and the difference.
+    """
+    first, *others = all_gather_objects(dict(values))
+    for rank, theirs in enumerate(others, 1):
+        for name in first.keys() | theirs.keys():
+            if first.get(name) != theirs.get(name):
+                ours, other = _difference(first.get(name), theirs.get(name))
+                raise ValueError(
+                    f"{name}: rank 0 has {ours}, rank {rank} has {other}; start all ranks with the same arguments and "
+                    "versions, on files that all of them share"
+                )
+
+
+def _difference(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two values that differ, or the first of their items that do."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return next(((x, y) for x, y in zip_longest(a, b, fillvalue="nothing") if x != y), (a, b))
+    return a, b
+
+
 def _any_failed(failed: bool) -> bool:
     import torch
     from torch import distributed
@@ -84,7 +109,8 @@ def _any_failed(failed: bool) -> bool:
 def _as_sent(error: Exception, rank: int) -> Exception:
     """The error as other ranks raise it: of a kind that they can unpickle."""
     if isinstance(error, OSError):
-        return OSError(*error.args) if error.filename is None else OSError(error.errno, error.strerror, error.filename)
+        words = error.args if error.filename is None else (error.errno, error.strerror, error.filename)
+        return OSError(*words)
     if isinstance(error, ValueError):
         return ValueError(str(error))
     return RuntimeError(f"rank {rank} failed:\n{''.join(format_exception(error))}")

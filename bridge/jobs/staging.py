@@ -2,12 +2,13 @@
 
 Everything for `out` is written into a hidden folder beside it, `.{name}.partial`; one rename puts it in place. Beside
 that lies `.{name}.journal`: what the run is made of (`inputs.json`: its sources and options), and a record for each
-finished unit of work: its files with their sizes and SHA-256, and what came of it. The same command again reads the
-journal, keeps every unit whose files still have these checksums and does the rest; a run with other inputs starts anew.
-Units are cut by the inputs alone, so the result has the same bytes however often it was interrupted.
+finished unit of work: the same inputs, its files with their sizes and SHA-256, and what came of it. The same command
+again reads the journal, keeps every unit that was made from the same inputs and whose files still have these checksums,
+and does the rest. Units are cut by the inputs alone, so the result has the same bytes however often it was interrupted.
 
-All processes of a run hold a lock on the journal (flock, released when they die). Another run on the same `out` waits a
-little for it, then refuses.
+All processes of a run hold a lock on the journal (flock, released when they die), and nothing is looked at before it is
+held. Another run on the same `out` waits a little for it, then refuses; if the run that it waited for had the same
+inputs and has finished, there is nothing left to do.
 
 Replacing a folder takes two renames, the old one aside to `.{name}.old` and the new one in. A machine that dies between
 them leaves no `out`, and both folders complete beside it.
@@ -19,12 +20,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from bridge.jobs.durable import json_bytes, sync, write_bytes
+from bridge.jobs.target import check_target, real_path
 
 LOCK_SECONDS = 10.0  # longer than a killed run's workers take to notice
 INPUTS = "inputs.json"
@@ -34,72 +36,109 @@ class Staging:
     """`folder` becomes `out` when `publish` is called; until then `out` is untouched.
 
     `inputs` describes the work as JSON; None means that nothing can be taken up again: leftovers are deleted, and so is
-    the folder when the `with` block is left by an error. `marker` is the file by which an existing `out` is known to be
-    something that may be replaced. `published` says that a run with these inputs has put `out` in place and was killed
-    before it forgot its journal: `folder` is `out` then, and only `forget` is left to do.
+    the folder when the `with` block is left by an error. `replaces` says which files of an existing `out` may be
+    replaced (`bridge.jobs.target.check_target`); None means that none may.
+
+    `published` says that a run with these inputs has put `out` in place and was killed before it forgot its journal:
+    `folder` is `out` then, and only `forget` is left to do. `finished_by_another` says that such a run ended while this
+    one waited for it: nothing at all is left to do.
 
     Raises:
         ValueError: `out` is not fit (`check_target`), or another run is writing it; nothing has been written then.
     """
 
-    def __init__(self, out: Path | str, *, inputs: dict[str, Any] | None, overwrite: bool = False, marker: str = ""):
-        self.out = Path(os.path.abspath(out))
+    def __init__(
+        self, out: Path | str, *, inputs: dict[str, Any] | None, replaces: Callable[[str], bool] | None = None
+    ):
+        self._locate(out, inputs)
+        self._replaces = replaces
+        self._lock, waited_for = self._take_lock(fcntl.LOCK_EX)
+        try:
+            self._look(waited_for)
+        except BaseException:
+            self._leave_no_journal()
+            raise
+
+    @classmethod
+    def join(cls, out: Path | str, inputs: dict[str, Any] | None) -> Self:
+        """The staging that another process of the same run has opened.
+
+        Raises:
+            OSError: that run has ended.
+        """
+        staging = cls.__new__(cls)
+        staging._locate(out, inputs)
+        staging._replaces, staging.published, staging.finished_by_another = None, False, False
+        staging._lock, _ = staging._take_lock(fcntl.LOCK_SH)
+        if staging._read(INPUTS) != staging._inputs:
+            staging._leave_no_journal()
+            raise OSError(f"{out}: the run that this process belongs to has ended")
+        return staging
+
+    def _locate(self, out: Path | str, inputs: dict[str, Any] | None) -> None:
+        self.out = real_path(out)
         self.folder, self._journal = _sibling(self.out, "partial"), _sibling(self.out, "journal")
-        self._resumable, self._overwrite = inputs is not None, overwrite
-        same = inputs is not None and self._read(INPUTS) == json.loads(json.dumps(inputs))
-        self.published = same and not self.folder.exists() and self.out.exists()
-        if not self.published:
-            check_target(self.out, overwrite=overwrite, marker=marker)
-        self._lock = _lock(self._journal, fcntl.LOCK_EX)
+        self._resumable, self._inputs = inputs is not None, json.loads(json.dumps(inputs))
+        self._made_from = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def _look(self, waited_for: Any) -> None:
+        """What is there, now that nobody else writes to it."""
+        found = self._read(INPUTS)
+        same = self._resumable and found == self._inputs
+        complete = self.out.exists() and not self.folder.exists()
+        self.published = same and complete
+        self.finished_by_another = self._resumable and found is None and waited_for == self._inputs and complete
+        if self.finished_by_another:
+            self._leave_no_journal()
+            return
         if self.published:
             self.folder = self.out
         else:
+            check_target(self.out, replaces=self._replaces)
             if not same:
                 self._clear()
             self.folder.mkdir(parents=True, exist_ok=True)  # before the inputs: they are alone only after `publish`
-            write_bytes(self._journal / INPUTS, json_bytes(inputs))
+            write_bytes(self._journal / INPUTS, json_bytes(self._inputs))
+        assert self._lock is not None
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # from here on the run's workers may join
 
-    @classmethod
-    def join(cls, out: Path | str) -> Self:
-        """The staging that another process of the same run has opened."""
-        staging = cls.__new__(cls)
-        staging.out = Path(os.path.abspath(out))
-        staging.folder, staging._journal = _sibling(staging.out, "partial"), _sibling(staging.out, "journal")
-        staging._resumable, staging._overwrite, staging.published = True, False, False
-        staging._lock = _lock(staging._journal, fcntl.LOCK_SH)
-        return staging
-
     def finished(self, unit: str) -> Any:
-        """What `record` was given as `result`, if every file of the unit is there with its checksum; else None."""
+        """What `record` was given as `result`, or None.
+
+        None too if the unit was made from other inputs, or if one of its files has not the checksum it had.
+        """
         record = self._read(f"{unit}.json")
-        if record is None or any(_describe(self.folder / file) != found for file, found in record["files"].items()):
+        if not isinstance(record, dict) or record.get("made_from") != self._made_from:
             return None
-        return record["result"]
+        files = record.get("files")
+        if not isinstance(files, dict) or any(_describe(self.folder / file) != found for file, found in files.items()):
+            return None
+        return record.get("result")
 
     def record(self, unit: str, files: Iterable[str], result: Any) -> None:
         """The unit is done: its files are on the disk, `result` (JSON, not None) came of it."""
         described = {file: _describe(self.folder / file) for file in files}
-        write_bytes(self._journal / f"{unit}.json", json_bytes({"files": described, "result": result}))
+        record = {"made_from": self._made_from, "files": described, "result": result}
+        write_bytes(self._journal / f"{unit}.json", json_bytes(record))
 
-    def publish(self) -> None:
-        """Put the folder in place, and forget the journal.
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes in `folder`: what a run that failed leaves for the next one."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def publish(self, then: Callable[[], None] = lambda: None) -> None:
+        """Put the folder in place, do what comes `then`, and forget the journal.
+
+        A run that is killed in between has only `then` and the forgetting left to do, so `then` may come twice.
 
         Raises:
             ValueError: `out` was filled by someone else meanwhile.
         """
         for root, _, _ in self.folder.walk():
             sync(root)
-        old = _sibling(self.out, "old")
-        if self._overwrite and self.out.exists():
-            if old.exists():  # a run died while it deleted this
-                shutil.rmtree(old)
-            self.out.rename(old)
-            try:
-                self.folder.rename(self.out)
-            finally:
-                if not self.out.exists():
-                    old.rename(self.out)
+        if self._replaces is not None and self.out.exists():
+            check_target(self.out, replaces=self._replaces)  # again: something may have come meanwhile
+            self._swap()
         else:
             try:
                 self.folder.rename(self.out)  # also onto an empty folder, never onto a full one
@@ -108,19 +147,33 @@ class Staging:
                     f"{self.out}: was empty when writing began and is not now ({error}); write elsewhere"
                 ) from error
         sync(self.out.parent)
+        then()
         self.forget()
+
+    def _swap(self) -> None:
+        old = _sibling(self.out, "old")
+        if old.exists():  # a run died while it deleted this
+            shutil.rmtree(old)
+        self.out.rename(old)
+        try:
+            self.folder.rename(self.out)
+        finally:
+            if not self.out.exists():
+                old.rename(self.out)
 
     def forget(self) -> None:
         """Delete the journal, and the folder that was replaced."""
         old = _sibling(self.out, "old")
-        if self._overwrite and old.exists():  # also if an earlier run died between the renames
+        if self._replaces is not None and old.exists():  # also if an earlier run died between the renames
             shutil.rmtree(old)
         (self._journal / INPUTS).unlink(missing_ok=True)
         shutil.rmtree(self._journal)
 
     def close(self) -> None:
         """Release the lock."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -139,45 +192,42 @@ class Staging:
             shutil.rmtree(self.folder)
 
     def _read(self, name: str) -> Any:
-        with suppress(FileNotFoundError):
+        """A file of the journal; None if it is not there or is damaged."""
+        with suppress(FileNotFoundError, ValueError):
             return json.loads((self._journal / name).read_bytes())
         return None
 
+    def _take_lock(self, mode: int) -> tuple[int | None, Any]:
+        """A lock on the journal folder that is at this path now, and the inputs of the run that was waited for.
 
-def check_target(out: Path, *, overwrite: bool, marker: str) -> None:
-    """A folder may be written to `out`.
+        A lock on a folder that was deleted meanwhile is no lock.
+        """
+        deadline, waited_for = time.monotonic() + LOCK_SECONDS, None
+        while True:
+            self._journal.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._journal, os.O_RDONLY)
+            with suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(handle, mode | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(handle), self._journal.stat()):
+                    return handle, waited_for
+            os.close(handle)
+            waited_for = self._read(INPUTS) or waited_for
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{self._journal}: another run is writing to this folder; wait for it, or write elsewhere"
+                )
+            time.sleep(0.05)
 
-    Raises:
-        ValueError: naming `out`, what is there and what to do.
-    """
-    if out.is_symlink() or out.is_mount():
-        raise ValueError(f"{out}: is a link or a mount point, which one rename cannot replace; give a plain folder")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out}: is a file, expected a folder or nothing; give another path")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{out}: is not empty; give another folder, or overwrite to replace the checkpoint in it")
-    if not (out / marker).is_file():
-        raise ValueError(f"{out}: holds files and no {marker}, so is no checkpoint to overwrite; empty it by hand")
+    def _leave_no_journal(self) -> None:
+        """Give the lock back, and the journal's folder with it if nothing is in it."""
+        with suppress(OSError):
+            self._journal.rmdir()
+        self.close()
 
 
-def _lock(journal: Path, mode: int) -> int:
-    """A lock on the journal folder that is at this path now; one that was just deleted is no lock."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        journal.mkdir(parents=True, exist_ok=True)
-        handle = os.open(journal, os.O_RDONLY)
-        with suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(handle, mode | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), journal.stat()):
-                return handle
-        os.close(handle)
-        if time.monotonic() > deadline:
-            raise ValueError(f"{journal}: another run is writing to this folder; wait for it, or write elsewhere")
-        time.sleep(0.05)
+def unfinished(out: Path) -> bool:
+    """Whether a run for `out` is at work, or was stopped and can be taken up again."""
+    return _sibling(real_path(out), "journal").exists()
 
 
 def _describe(path: Path) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from bridge.huggingface.safetensors_folder import CONFIG_NAME
+from bridge.huggingface.writer import replaces
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero, raise_on_all_ranks, rank_and_world_size
-from bridge.jobs.staging import check_target
+from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.model.build import group_parallelism
 from bridge.model.process_groups import model_parallel
@@ -116,7 +116,10 @@ def roundtrip(
     """
     with model_parallel(**(sizes or {})):
         with raise_on_all_ranks():  # what can be wrong is found now, not after the reference has run
-            check_target(out.absolute(), overwrite=overwrite, marker=CONFIG_NAME)
+            files = bridge.checkpoint.files
+            check_apart(out, [files.folder])
+            carried = map(str, files.carried_files())
+            check_target(real_path(out), replaces=replaces(carried) if overwrite else None)
             _check_layout(group_parallelism(bridge.config), tokens)
             logits, truth = {}, None
             if is_rank_zero():

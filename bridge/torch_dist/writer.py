@@ -9,6 +9,7 @@ the common state with the training arguments.
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from sys import intern
@@ -118,7 +119,12 @@ def finish(folder: Path, chunks: Iterable[Chunk], stored: Iterable[Stored]) -> N
 
     pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
     worker and by an earlier run give the same bytes.
+
+    Raises:
+        ValueError: what is stored is not exactly the chunks.
     """
+    chunks, stored = list(chunks), list(stored)
+    _check_all_stored(chunks, stored)
     write_bytes(folder / FORMAT_NAME, json.dumps(FORMAT).encode())
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for chunk in chunks:
@@ -131,6 +137,17 @@ def finish(folder: Path, chunks: Iterable[Chunk], stored: Iterable[Stored]) -> N
         index = MetadataIndex(key, None if start is None else torch.Size(start))
         results.append(WriteResult(index, nbytes, _StorageInfo(file, offset, nbytes)))
     _Writer(folder).finish(Metadata(entries), [results])
+
+
+def _check_all_stored(chunks: list[Chunk], stored: list[Stored]) -> None:
+    planned = Counter((chunk.key, chunk.start) for chunk in chunks)
+    written = Counter((one.key, tuple(one.start)) for one in stored if one.start is not None)
+    if planned != written:
+        key, start = next(iter((planned - written) + (written - planned)))
+        raise ValueError(
+            f"{key} at {list(start)}: written {written[key, start]} times, planned {planned[key, start]} times; the "
+            "processes that wrote this checkpoint did not have the same plan"
+        )
 
 
 def extra_state_keys(config: ModelConfig) -> Iterator[str]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.quantization import stored_tensors
-from bridge.huggingface.safetensors_folder import CONFIG_NAME
-from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
+from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
 from bridge.jobs.staging import Staging
@@ -50,8 +49,10 @@ def save_weights(
     owners = _owners(sharded.shard_map, files)
     leads = sharded.rank == 0
     with raise_on_all_ranks():
-        staging = Staging(out, inputs=None, overwrite=overwrite, marker=CONFIG_NAME) if leads else None
-    with staging or Staging.join(out) as folder:
+        carried = checkpoint.files.carried_files()
+        replaced = replaces(map(str, carried)) if overwrite else None
+        staging = Staging(out, inputs=None, replaces=replaced) if leads else None
+    with staging or Staging.join(out, None) as folder:
         to = {name: owners[file.file] for file in files for name in file.tensors}
         stream = export_weights(
             sharded, WeightEncoder(checkpoint, target, sharded.dtypes), to, device="cpu", progress=progress
@@ -64,8 +65,8 @@ def save_weights(
         with raise_on_all_ranks():
             if leads:
                 source = checkpoint.files
-                carried = {str(path): source.folder / path for path in source.carried_files()}
-                finish_folder(folder.folder, files, config_json, carried=carried)
+                companions = {str(path): source.folder / path for path in carried}
+                finish_folder(folder.folder, files, config_json, carried=companions)
                 folder.publish()
 
 

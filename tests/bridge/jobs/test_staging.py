@@ -10,13 +10,15 @@ import pytest
 from support.folders import contents, snapshot
 
 from bridge.jobs import staging
-from bridge.jobs.staging import Staging, check_target
+from bridge.jobs.staging import Staging
+from bridge.jobs.target import check_target
 
 MARKER = "done"
+OURS = {"file", MARKER}  # what a new folder replaces
 
 
 def write(out: Path, value: str, *, inputs: Any = None, overwrite: bool = False) -> None:
-    with Staging(out, inputs=inputs, overwrite=overwrite, marker=MARKER) as staged:
+    with Staging(out, inputs=inputs, replaces=OURS.__contains__ if overwrite else None) as staged:
         (staged.folder / "file").write_text(value)
         (staged.folder / MARKER).write_text("")
         staged.publish()
@@ -82,7 +84,7 @@ def test_a_run_that_cannot_be_taken_up_leaves_nothing(tmp_path: Path, error: typ
     if old:
         write(folder / "out", "old")
     before = snapshot(folder / "out") if old else None
-    with suppress(error), Staging(folder / "out", inputs=None, overwrite=old, marker=MARKER) as staged:
+    with suppress(error), Staging(folder / "out", inputs=None, replaces=OURS.__contains__ if old else None) as staged:
         (staged.folder / "file").write_text("new")
         raise error
     assert os.listdir(folder) == (["out"] if old else [])
@@ -118,7 +120,7 @@ def test_the_old_folder_is_put_back_when_the_new_one_cannot_move_in(tmp_path: Pa
     out = tmp_path / "out"
     write(out, "old")
     before = snapshot(out)
-    with Staging(out, inputs=None, overwrite=True, marker=MARKER) as staged:
+    with Staging(out, inputs=None, replaces=OURS.__contains__) as staged:
         staged.folder.rmdir()  # so the rename fails for real
         with pytest.raises(FileNotFoundError):
             staged.publish()
@@ -146,7 +148,7 @@ def test_a_refused_target_is_named_and_nothing_is_written(tmp_path: Path, kind: 
     out = tmp_path / "out"
     if kind == "full":
         out.mkdir()
-        (out / "thesis.tex").write_text("no marker, so not even overwrite may replace it")
+        (out / "thesis.tex").write_text("nothing that a new folder replaces, so not even overwrite may")
     elif kind == "file":
         out.write_text("x")
     else:
@@ -154,25 +156,22 @@ def test_a_refused_target_is_named_and_nothing_is_written(tmp_path: Path, kind: 
         out.symlink_to(tmp_path / ("real" if kind == "link" else "nothing"))
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=f"^{out}: "):
-        Staging(out, inputs={}, overwrite=overwrite, marker=MARKER)
+        Staging(out, inputs={}, replaces=OURS.__contains__ if overwrite else None)
     assert snapshot(tmp_path) == before
 
 
 def test_a_mount_point_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^/proc: .*mount point"):
-        check_target(Path("/proc"), overwrite=True, marker="version")
+        check_target(Path("/proc"), replaces=lambda _: True)
 
 
-def test_a_folder_with_the_marker_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
-    (out / "stale").write_text("x")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=f"^{out}: is not empty.*overwrite"):
         write(out, "new")
-    with pytest.raises(ValueError, match=f"^{out}: holds files and no config.json"):
-        check_target(out, overwrite=True, marker="config.json")
     assert snapshot(tmp_path) == before
     write(out, "new", overwrite=True)
-    assert contents(out) == {MARKER: b"", "file": b"new"}, "nothing of the old folder is mixed in"
+    assert contents(out) == {MARKER: b"", "file": b"new"}
     assert os.listdir(tmp_path) == ["out"]

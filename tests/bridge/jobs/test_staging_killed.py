@@ -37,12 +37,12 @@ def write(out, value, kill_before):
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
     done = 0
-    with Staging(out, inputs={"value": value}, overwrite=True, marker="done") as staged:
+    with Staging(out, inputs={"value": value}, replaces=lambda _: True) as staged:
         if staged.published:
             staged.forget()
             return done
         for unit in range(4):
-            with Staging.join(out) as joined:
+            with Staging.join(out, {"value": value}) as joined:
                 if joined.finished(f"unit-{unit}") is None:
                     (joined.folder / f"file-{unit}").write_text(f"{value} {unit}")
                     joined.record(f"unit-{unit}", [f"file-{unit}"], unit)

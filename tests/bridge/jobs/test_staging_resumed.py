@@ -116,7 +116,7 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 def test_workers_join_and_hold_the_lock_after_the_leader_is_gone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Staging(out, inputs={}) as leader:
-        worker = Staging.join(out)
+        worker = Staging.join(out, {})
         assert worker.folder == leader.folder
     with worker, pytest.raises(ValueError, match="another run is writing"):
         Staging(out, inputs={})
