@@ -52,6 +52,8 @@ class Staging:
     ):
         self._locate(out, inputs)
         self._replaces = replaces
+        if not self._journal.exists():
+            check_target(self.out, replaces=replaces)  # before anything is written; and again under the lock
         self._lock, waited_for = self._take_lock(fcntl.LOCK_EX)
         try:
             self._look(waited_for)

@@ -137,5 +137,4 @@ def test_another_process_waits_until_the_lock_is_free(tmp_path: Path) -> None:
                 other.wait(1)
             staged.close()
             assert other.communicate()[0] == "done\n"
-        staged._lock = os.open(tmp_path, os.O_RDONLY)  # what the block closes
     assert contents(out) == {"file": b"x"}
