@@ -12,28 +12,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from reference.config import ModelConfig
-from reference.names import TABLE, Dialect, Row, Scope, instances
 from reference.parallelism import Parallelism
 from reference.sharding import Parameter, parameters
-
-# Parts of a Transformer Engine spec's parameter names, and what stands there in a checkpoint's keys.
-_KEY_PARTS = (
-    ("layers.{layer}.", "layers."),
-    ("mlp.experts.", "mlp.experts.experts."),
-    ("weight{expert}", "weight"),
-    ("qk_norm.q_weight", "q_layernorm.weight"),
-    ("qk_norm.k_weight", "k_layernorm.weight"),
-)
-
-
-def _key(row: Row) -> str:
-    (key,) = row.names[Dialect.MEGATRON_TE]
-    for ours, theirs in _KEY_PARTS:
-        key = key.replace(ours, theirs)
-    return key
-
-
-KEYS: dict[Row, str] = {row: _key(row) for row in TABLE}
+from reference.weights import Dialect, Row, Scope, instances
 
 
 class Entry(NamedTuple):
@@ -59,14 +40,13 @@ def entries(config: ModelConfig, *, vocab_divisor: int = 1, layer_keys: bool = F
 
     `vocab_divisor` is what the vocabulary is filled up to a multiple of.
     """
-    whole = Parallelism(vocab_divisor=vocab_divisor)
-    for (row, layer, expert), parameter in zip(
-        instances(config), parameters(config, whole, 0, Dialect.MEGATRON_TE), strict=True
-    ):
-        axes = () if row.scope is Scope.MODEL else ((layer, config.num_hidden_layers),)
+    whole = parameters(config, Parallelism(vocab_divisor=vocab_divisor), 0, Dialect.MEGATRON_TE)
+    dialect = Dialect.TORCH_DIST_LAYERS if layer_keys else Dialect.TORCH_DIST
+    for (row, layer, expert), parameter in zip(instances(config), whole, strict=True):
+        axes: list[tuple[int, int]] = []  # index and size
+        if row.scope is not Scope.MODEL and not layer_keys:
+            axes.append((layer, config.num_hidden_layers))
         if row.scope is Scope.EXPERT:
-            axes += ((expert, config.num_local_experts),)
-        key = KEYS[row]
-        if layer_keys and row.scope is not Scope.MODEL:
-            key, axes = key.replace("layers.", f"layers.{layer}.", 1), axes[1:]
-        yield Entry(row, key, tuple(i for i, _ in axes), tuple(size for _, size in axes), parameter)
+            axes.append((expert, config.num_local_experts))
+        (key,) = row.format(dialect, layer, expert)
+        yield Entry(row, key, tuple(index for index, _ in axes), tuple(size for _, size in axes), parameter)

@@ -16,10 +16,9 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from reference.checkpoint import source_shapes
 from reference.config import ModelConfig
-from reference.names import TABLE, Layout, Row, Scope
 from reference.parallelism import Parallelism, padded_vocab_size
+from reference.weights import TABLE, Layout, Row, Scope, Storage
 
 
 class Holding(NamedTuple):
@@ -98,8 +97,7 @@ def _sum(counted: Iterable[tuple[int, Holding]]) -> Holding:
 
 def _held(row: Row, config: ModelConfig, parallelism: Parallelism) -> Holding:
     """A rank's share of one instance of a row: the same number on every rank that has one."""
-    shapes = source_shapes(row, config)
-    elements = sum(map(math.prod, shapes))
+    elements = sum(map(math.prod, row.shapes(config)))
     if row.layout is Layout.VOCABULARY:
         elements = padded_vocab_size(config, parallelism) * config.hidden_size
     divisor = {
@@ -108,17 +106,13 @@ def _held(row: Row, config: ModelConfig, parallelism: Parallelism) -> Holding:
         Layout.GATE_UP: parallelism.expert_tp,
         Layout.EXPERT_COLUMNS: parallelism.expert_tp,
     }.get(row.layout, parallelism.tp)
-    return Holding(**{_KINDS[row]: elements // divisor})
+    return Holding(**{_kind(row): elements // divisor})
 
 
 def _kind(row: Row) -> str:
     """The field of `Holding` that a row counts in."""
-    (name, *_), *_ = row.names.values()
     if row.scope is Scope.EXPERT:
         return "expert"
-    return (
-        "bias" if name.endswith("e_score_correction_bias") else "router" if name.endswith(".gate.weight") else "dense"
-    )
-
-
-_KINDS = {row: _kind(row) for row in TABLE}
+    if row.storage is not Storage.FLOAT32:
+        return "dense"
+    return "router" if row.trained else "bias"

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.checkpoint import source_shapes
 from reference.config import ModelConfig
-from reference.names import Dialect, Layout, Row, Scope, instances
 from reference.parallelism import Coordinates, Parallelism, padded_vocab_size
+from reference.weights import Dialect, Layout, Row, Scope, instances
 
 
 class Piece(NamedTuple):
@@ -107,7 +106,7 @@ def _parameter(held: _Held, rank: _Rank, dialect: Dialect) -> Parameter:
     (name,) = held.row.format(dialect, held.local_layer, held.local_expert)
     whole = [
         Piece(source, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None)
-        for source, shape in zip(sources, source_shapes(held.row, rank.config), strict=True)
+        for source, shape in zip(sources, held.row.shapes(rank.config), strict=True)
     ]
     pieces = tuple(_CUTS[held.row.layout](whole, rank))
     rows, cols = sum(_length(piece.rows) for piece in pieces), pieces[0].cols
@@ -220,7 +219,7 @@ def check_coverage(placed: dict[str, list[Placement]], config: ModelConfig) -> N
     """
     for row, layer, expert in instances(config):
         names = row.format(Dialect.HF_DISK, layer, expert)
-        for name, shape in zip(names, source_shapes(row, config), strict=True):
+        for name, shape in zip(names, row.shapes(config), strict=True):
             spans = [place.piece[1:] for place in placed.get(name, [])]
             if not _tile(spans, shape):
                 raise ValueError(

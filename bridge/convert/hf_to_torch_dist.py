@@ -33,7 +33,6 @@ from reference.sharding import Piece, rows_of
 CHUNK_BYTES = 64 * 2**20
 UNIT_BYTES = 512 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FLOAT32 = ("mlp.router.weight", "mlp.router.expert_bias")  # in every model (bridge.model.router)
 
 
 class ImportJob(NamedTuple):
@@ -122,7 +121,7 @@ def _open(job: ImportJob) -> _Import:
     units: list[list[_Part]] = []
     room = 0
     for entry in entries(source.config):
-        dtype = torch.float32 if entry.key.endswith(FLOAT32) else DTYPES[job.dtype]
+        dtype = entry.row.plain_dtype(DTYPES[job.dtype])
         for part in _parts(entry, dtype):
             if not units or part.chunk.nbytes > room:
                 units.append([])

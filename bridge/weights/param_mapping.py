@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.names import Dialect, Layout, Row, find
+from reference.names import find
 from reference.sharding import Parallelism, Parameter, parameters, placements, shard, unshard
+from reference.weights import Dialect, Layout, Row
 
 
 class ParamMapping:

@@ -21,8 +21,8 @@ from bridge.model.process_groups import group_sizes
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
 from bridge.weights.shard_map import ShardMap
 from reference.config import ModelConfig
-from reference.names import TABLE, Dialect, Row
 from reference.parallelism import Parallelism
+from reference.weights import TABLE, Dialect, Row
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from bridge.model.process_groups import model_parallel
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
-from reference.names import Dialect, all_names
+from reference.names import all_names
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
+from reference.weights import Dialect
 
 EDGY = ModelConfig.from_hf(EDGY_CONFIG)
 VOCAB_DIVISOR = 128  # 131 tokens, 256 rows

@@ -10,9 +10,10 @@ import torch
 
 from reference.checkpoint import expected_tensors, parameter_count
 from reference.config import ModelConfig
-from reference.names import Dialect, all_names
+from reference.names import all_names
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import check_coverage, parameters, placements
+from reference.weights import Dialect
 
 BFLOAT16, FLOAT32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
