@@ -53,11 +53,11 @@ class Layout(StrEnum):
 
 
 class Storage(StrEnum):
-    """The dtype that a kind of weight has in files and models."""
+    """In which dtypes a kind of weight is kept."""
 
-    QUANTIZABLE = "quantizable"  # float8 with block scales where quantization_config does not exclude it, else as below
     MODEL_DTYPE = "model_dtype"  # the model's dtype: bfloat16 in the released files
-    FLOAT32 = "float32"  # float32 whatever the model's dtype is
+    QUANTIZABLE = "quantizable"  # float8 with scales in quantised files that do not exclude it, else the model's dtype
+    FLOAT32 = "float32"  # float32 in every file and model
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Row:
     Args:
         scope: how often it occurs.
         layout: how its Megatron parameter is put together and sharded.
-        storage: its dtype.
+        storage: in which dtypes it is kept.
         trained: whether it has a gradient.
         axes: the axes of each of its on-disk tensors, as names of sizes (`sizes`).
         names: its name in each dialect. Several names are the parts that other dialects fuse into one tensor, in
@@ -91,7 +91,7 @@ class Row:
         return tuple(tuple(of[axis] for axis in axes) for axes in self.axes)
 
     def plain_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """The dtype where the weight is not quantised, in a model or checkpoint of `model_dtype`."""
+        """The dtype of its values where they are not quantised: float32 for the router, else `model_dtype`."""
         return torch.float32 if self.storage is Storage.FLOAT32 else model_dtype
 
 

@@ -81,6 +81,13 @@ def test_every_parameter_lies_where_megatron_puts_it(megatron: dict, kind: str) 
     assert layered.start == (*middle, 0, 0), "the comparison is of something"
 
 
+@pytest.mark.parametrize("dialect", [Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS])
+def test_the_keys_are_those_of_the_table(megatron: dict, dialect: Dialect) -> None:
+    kind = "one key for all layers" if dialect is Dialect.TORCH_DIST else "a key for each layer"
+    theirs = {place_of(v).key for name, v in megatron[kind].items() if "_extra_state" not in name}
+    assert set(all_names(EDGY, dialect)) == theirs
+
+
 def test_entries_hold_every_weight_of_the_checkpoint_once() -> None:
     sources = [source for entry in entries(EDGY) for source in entry.parameter.sources]
     assert sources == all_names(EDGY, Dialect.HF_DISK)
