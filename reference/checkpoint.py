@@ -3,8 +3,8 @@
 Everything here works on names, shapes and dtypes (a file's header), so that a checkpoint is judged before any of it is
 read. Quantised are the linear layers that `modules_to_not_convert` does not name; each has its scales beside it, as
 `<name>_scale_inv`. The router's weight and bias are float32 in the released files. Layers past `num_hidden_layers` are
-multi-token-prediction modules, as inference engines name them: MiniMax-M2 proper does not use them, and nothing is
-said about their insides.
+multi-token-prediction (MTP) modules, as inference engines name them: the model itself does not use them, and their
+tensors are not checked.
 
 Source: the released files' headers (96,103 tensors for M2.7).
 """
@@ -100,7 +100,7 @@ def problems(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: M
 
 
 def check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> None:
-    """The checkpoint holds exactly the model's tensors (and perhaps MTP layers).
+    """Check that a checkpoint holds exactly the model's tensors, and at most MTP layers besides.
 
     Raises:
         ValueError: it does not; lists the first problems and their number.

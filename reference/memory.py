@@ -1,7 +1,7 @@
-"""How many parameters each rank holds, the bytes that training keeps for them, and which layouts fit if one does not.
+"""How many parameters each rank holds, and the bytes that training keeps for them.
 
-Counted from TABLE and the parallel sizes without naming a tensor: all ranks of a pipeline stage hold equally many, so a
-plan for hundreds of ranks is a handful of sums. They are the sums over `reference.sharding.parameters`; a test says so.
+All ranks of a pipeline stage hold equally many parameters, so a few sums over `reference.weights.TABLE` are enough for
+hundreds of ranks. They equal the sums over `reference.sharding.parameters` of each rank.
 
 Bytes are those of megatron-core's Adam with bfloat16 parameters and float32 gradients: 2 + 4 + 12 a parameter (a
 float32 copy and two moments). The router's weight is float32 and needs no copy: 4 + 4 + 8. Its bias is not trained: 4.
@@ -22,7 +22,10 @@ from reference.weights import TABLE, Layout, Row, Scope, Storage
 
 
 class Holding(NamedTuple):
-    """Numbers of parameters on a rank: bfloat16 ones outside the experts and in them; the routers' float32 ones."""
+    """Numbers of parameters on a rank: outside the experts, in the experts, and the routers' weights and biases.
+
+    The first two are bfloat16, the routers' float32.
+    """
 
     dense: int = 0
     expert: int = 0
@@ -49,7 +52,7 @@ class Bytes(NamedTuple):
 
 
 def holdings(config: ModelConfig, parallelism: Parallelism) -> list[Holding]:
-    """What a rank of each pipeline stage holds, its virtual chunks together; the padded vocabulary is counted.
+    """What a rank of each pipeline stage holds, all its virtual chunks together, padding of the vocabulary included.
 
     Raises:
         ValueError: the model does not divide by the parallel sizes (`Parallelism.check`).
@@ -75,7 +78,7 @@ def holdings(config: ModelConfig, parallelism: Parallelism) -> list[Holding]:
 
 
 def training_bytes(holding: Holding, parallelism: Parallelism, *, distributed_optimizer: bool) -> Bytes:
-    """Bytes of a rank that holds so many parameters; a share of the optimizer's state is rounded up."""
+    """What training keeps for these parameters; the distributed optimizer's share of a rank is rounded up."""
     stage = parallelism.tp * parallelism.cp * parallelism.dp
     dense_ranks = parallelism.dp * parallelism.cp if distributed_optimizer else 1
     expert_ranks = stage // (parallelism.expert_tp * parallelism.ep) if distributed_optimizer else 1

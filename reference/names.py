@@ -69,7 +69,7 @@ def parse(name: str, dialect: Dialect, config: ModelConfig) -> WeightKey:
 
 
 def all_names(config: ModelConfig, dialect: Dialect) -> list[str]:
-    """Every weight's name in `dialect`, in model order, each once."""
+    """The names of all weights in `dialect`, in model order, each once (several weights may be stacked under one)."""
     names = (name for row, layer, expert in instances(config) for name in row.format(dialect, layer, expert))
     return list(dict.fromkeys(names))
 
@@ -77,7 +77,7 @@ def all_names(config: ModelConfig, dialect: Dialect) -> list[str]:
 def remap(names: Iterable[str], config: ModelConfig, *, source: Dialect, target: Dialect) -> dict[str, tuple[str, ...]]:
     """For each name of the model in `target`, the names in `source` that it is made of, in order.
 
-    Total and reversible: every source name is used, and `remap` the other way relates the same pairs.
+    Every name in `names` is used, and `remap` in the other direction relates the same pairs of names.
 
     Raises:
         ValueError: `names` is not exactly the model's names in `source`: one is unknown, given twice, or missing.
