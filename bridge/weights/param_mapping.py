@@ -1,7 +1,7 @@
 """Mappings between Hugging Face tensors and the parameters of one rank's megatron-core model.
 
-Nothing is decided here: which pieces make up a parameter is `reference.sharding`'s, what they are called is
-`reference.names`'.
+Nothing is decided here: `reference.sharding` says which pieces make up a parameter, `reference.weights` what they are
+called.
 """
 
 from collections.abc import Iterator, Sequence

@@ -29,7 +29,7 @@ from reference.weights import TABLE, Dialect, Row
 class ShardedModel:
     """A model that ranks share: this rank's tensors by (chunk, name), and how the whole model lies on the ranks.
 
-    `dtypes` are those of the whole model's parameters, by row of `reference.names.TABLE`.
+    `dtypes` are those of the whole model's parameters, by row of `reference.weights.TABLE`.
     """
 
     registry: MappingRegistry
