@@ -37,8 +37,8 @@ from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
-from reference.names import Dialect
 from reference.parallelism import Parallelism
+from reference.weights import Dialect
 
 
 class GPTModelProvider(NamedTuple):

@@ -1,4 +1,4 @@
-"""The law: typed, pure functions that define every transform of MiniMax-M2 and of its checkpoint.
+"""MiniMax-M2 and its checkpoints as typed, pure functions: the definition that all other code is tested against.
 
 Setting MINIMAX_M2_TYPECHECK=1 checks every shape and dtype in this package's signatures at run time (needs
 typeguard 2.13.3). pytest does the same through `--jaxtyping-packages`; the variable is for processes that pytest's

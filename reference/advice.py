@@ -1,4 +1,7 @@
-"""Which parallel layouts of a model fit into a memory, by `reference.memory`: advice for one that does not."""
+"""Which parallel layouts fit into a given memory: what to change where a layout does not.
+
+Memory is what `reference.memory` counts: parameters, gradients and optimizer state.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +13,12 @@ from reference.config import ModelConfig
 from reference.memory import holdings, training_bytes
 from reference.parallelism import Parallelism, spread_layers
 
-NODE = 8  # GPUs that tensor parallelism is worth spreading over
+NODE = 8  # GPUs of a node: the most over which tensor parallelism is worthwhile
 MOST_GROWTH = 16  # advice looks at up to this many times the given ranks
 
 
 class Fit(NamedTuple):
-    """A layout, the bytes of its largest rank, and what is different in it, such as "ep 8 -> 16"."""
+    """A layout, the bytes of its largest rank, and how it differs from the given one, such as "ep 8 -> 16"."""
 
     parallelism: Parallelism
     distributed_optimizer: bool
@@ -24,7 +27,10 @@ class Fit(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """Layouts of `gpus` ranks that fit, nearest first and the roomiest last; and the least the given ranks can do."""
+    """Layouts of `gpus` ranks that fit: those nearest to the given layout first, the one that needs least memory last.
+
+    `least` needs least memory of the layouts with as many ranks as given, whether it fits or not.
+    """
 
     gpus: int
     fits: tuple[Fit, ...]
@@ -37,9 +43,10 @@ def default_layers(config: ModelConfig, stages: int) -> tuple[int, ...] | None:
 
 
 def layouts(config: ModelConfig, like: Parallelism, ranks: int) -> Iterator[Parallelism]:
-    """Every choice of tp, pp, ep and etp on so many ranks that the model divides by; the rest is as in `like`.
+    """Every choice of tp, pp, ep and etp for this number of ranks that the model can be divided by.
 
-    Tensor-parallel sizes stay within a node, unless `like` is larger; each stage has a layer; where pp is 1, so is vpp.
+    Everything else is as in `like`. Tensor-parallel sizes stay within a node unless `like`'s are larger, every stage
+    has a layer, and vpp is 1 where pp is.
     """
     narrow = [size for size in range(1, max(NODE, like.tp, like.expert_tp) + 1) if ranks % size == 0]
     stages = [size for size in range(1, min(ranks, config.num_hidden_layers) + 1) if ranks % size == 0]
@@ -60,8 +67,9 @@ def layouts(config: ModelConfig, like: Parallelism, ranks: int) -> Iterator[Para
 def advise(config: ModelConfig, given: Parallelism, *, memory: int, distributed_optimizer: bool) -> Advice:
     """Layouts whose largest rank needs at most `memory` bytes, with the distributed optimizer or as given.
 
-    Nearest is: fewest things changed, then the smallest factors. Of the layouts in which the same things change, the
-    nearest stands for all; the four nearest are named. Where none fits, twice as many ranks are tried, and again.
+    The nearest layout changes the fewest sizes, and of those the one that changes them by the smallest factors. The
+    four nearest are given, each changing other sizes. Where none fits, twice as many ranks are tried, and so on up to
+    `MOST_GROWTH` times as many.
     """
 
     def fits(ranks: int) -> list[Fit]:

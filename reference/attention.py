@@ -1,7 +1,8 @@
 """Causal grouped-query attention, and MiniMax-M2's attention block around it.
 
-Activations are [seq, batch, ...], as in megatron-core. Low-precision inputs compute in float32; each named result
-(projections, normed heads, rotated heads, attention output) is rounded to the activations' dtype, as Hugging Face does.
+Activations are [seq, batch, ...], as in megatron-core. Dtypes narrower than float32 are computed in float32, and each
+intermediate result (projections, normed heads, rotated heads, attention output) is rounded to the activations' dtype,
+as Hugging Face does.
 """
 
 import torch
@@ -25,7 +26,9 @@ def causal_attention(
     key: Float[Tensor, "seq batch groups head_dim"],
     value: Float[Tensor, "seq batch groups head_dim"],
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over the positions up to each query's own; heads share keys group by group.
+    """softmax(q k^T / sqrt(head_dim)) v over the positions up to each query's own.
+
+    Query head h uses key/value head h // (heads / groups).
 
     Source: `transformers` minimax_m2: eager_attention_forward.
     """

@@ -3,8 +3,8 @@
 Everything here works on names, shapes and dtypes (a file's header), so that a checkpoint is judged before any of it is
 read. Quantised are the linear layers that `modules_to_not_convert` does not name; each has its scales beside it, as
 `<name>_scale_inv`. The router's weight and bias are float32 in the released files. Layers past `num_hidden_layers` are
-multi-token-prediction modules, as inference engines name them: MiniMax-M2 proper does not use them, and nothing is
-said about their insides.
+multi-token-prediction (MTP) modules, as inference engines name them: the model itself does not use them, and their
+tensors are not checked.
 
 Source: the released files' headers (96,103 tensors for M2.7).
 """
@@ -18,39 +18,12 @@ import torch
 
 from reference.config import ModelConfig
 from reference.fp8 import FP8, scale_grid
-from reference.names import TABLE, Dialect, Row, Scope, find, instances
+from reference.names import find
+from reference.weights import TABLE, Dialect, Scope, Storage, instances
 
 SCALE_SUFFIX = "_scale_inv"
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_PROBLEMS = 10_000
-
-# Shape of each on-disk tensor, by the end of its name, in sizes of the model; True where quantisation applies.
-_SHAPES: dict[str, tuple[tuple[str, ...], bool]] = {
-    "embed_tokens.weight": (("vocab", "hidden"), False),
-    "input_layernorm.weight": (("hidden",), False),
-    "q_proj.weight": (("query", "hidden"), True),
-    "k_proj.weight": (("key", "hidden"), True),
-    "v_proj.weight": (("key", "hidden"), True),
-    "o_proj.weight": (("hidden", "query"), True),
-    "q_norm.weight": (("query",), False),
-    "k_norm.weight": (("key",), False),
-    "post_attention_layernorm.weight": (("hidden",), False),
-    "gate.weight": (("experts", "hidden"), False),
-    "e_score_correction_bias": (("experts",), False),
-    "w1.weight": (("width", "hidden"), True),
-    "w3.weight": (("width", "hidden"), True),
-    "w2.weight": (("hidden", "width"), True),
-    "norm.weight": (("hidden",), False),
-    "lm_head.weight": (("vocab", "hidden"), True),
-}
-
-
-def _ending(template: str) -> str:
-    parts = template.split(".")
-    return ".".join(parts[-2:]) if parts[-1] == "weight" else parts[-1]
-
-
-_ROW_SHAPES = {row: [_SHAPES[_ending(name)] for name in row.names[Dialect.HF_DISK]] for row in TABLE}
 
 
 class TensorSpec(NamedTuple):
@@ -60,23 +33,10 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
 
-def source_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
-    """The on-disk shapes of a row's parts."""
-    sizes = {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "query": config.num_attention_heads * config.head_dim,
-        "key": config.num_key_value_heads * config.head_dim,
-        "experts": config.num_local_experts,
-        "width": config.intermediate_size,
-    }
-    return [tuple(sizes[axis] for axis in axes) for axes, _ in _ROW_SHAPES[row]]
-
-
 def is_quantized(name: str, config: ModelConfig) -> bool:
     """Whether this on-disk weight is stored as float8 with scales beside it."""
     key = find(name, Dialect.HF_DISK)
-    if config.quantization is None or key is None or not _ROW_SHAPES[key.row][key.part][1]:
+    if config.quantization is None or key is None or key.row.storage is not Storage.QUANTIZABLE:
         return False
     return not any(_covers(module, name) for module in config.quantization.modules_to_not_convert)
 
@@ -94,7 +54,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 def _expected(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
     for row, layer, expert in instances(config):
         names = row.format(Dialect.HF_DISK, layer, expert)
-        for name, shape in zip(names, source_shapes(row, config), strict=True):
+        for name, shape in zip(names, row.shapes(config), strict=True):
             if is_quantized(name, config):
                 assert config.quantization is not None
                 grid = scale_grid(shape, config.quantization.block_size)
@@ -108,7 +68,7 @@ def parameter_count(config: ModelConfig) -> int:
     """Number of weights, scales not counted."""
     per_row = {Scope.MODEL: 1, Scope.LAYER: config.num_hidden_layers}
     per_row[Scope.EXPERT] = config.num_hidden_layers * config.num_local_experts
-    return sum(per_row[row.scope] * sum(math.prod(shape) for shape in source_shapes(row, config)) for row in TABLE)
+    return sum(per_row[row.scope] * sum(math.prod(shape) for shape in row.shapes(config)) for row in TABLE)
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -140,7 +100,7 @@ def problems(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: M
 
 
 def check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: ModelConfig) -> None:
-    """The checkpoint holds exactly the model's tensors (and perhaps MTP layers).
+    """Check that a checkpoint holds exactly the model's tensors, and at most MTP layers besides.
 
     Raises:
         ValueError: it does not; lists the first problems and their number.

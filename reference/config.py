@@ -1,10 +1,9 @@
 """The model's sizes and constants, read from a Hugging Face `config.json`.
 
 Two dialects of that file exist: the released one (`rotary_dim` and `rope_theta` at top level) and the one that
-transformers 5 writes (`rope_parameters`). Both give the same `ModelConfig`; where they say different things, or where a
-key asks for something MiniMax-M2 does not do, that is an error, because the alternative is a model that is silently
-another model. Field names are Hugging Face's. Keys that do not change the computation are not kept here: the bridge
-carries the file itself.
+transformers 5 writes (`rope_parameters`). Both give the same `ModelConfig`. A file that contradicts itself, or asks for
+something that MiniMax-M2 does not have, is an error: reading on would give a different model without a warning. Field
+names are Hugging Face's. Keys that do not change the computation are not kept here; the bridge copies the whole file.
 """
 
 import sys
@@ -61,7 +60,7 @@ class ModelConfig:
     num_attention_heads: int = 48
     num_key_value_heads: int = 8
     head_dim: int = 128
-    rotary_dim: int  # no default: its absence once made every model silently wrong (SPEC: full rotary)
+    rotary_dim: int  # no default: transformers 5.0 to 5.17 rotated every channel where it was missing, silently wrong
     rope_theta: float = 5_000_000.0
     intermediate_size: int = 1536
     num_local_experts: int = 256
@@ -74,7 +73,7 @@ class ModelConfig:
 
     @property
     def block_size(self) -> int:
-        """Of the FP8 blocks that weights are stored in, or would be."""
+        """Rows and columns of an FP8 block; the released models' where this one is not quantised."""
         return (self.quantization or QuantizationConfig()).block_size
 
     def __post_init__(self) -> None:
@@ -155,7 +154,7 @@ def _require_fixed(mapping: Mapping[str, Any], supported: dict[str, tuple[Any, .
 
 
 def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -> dict[str, Any]:
-    """`rotary_dim` and `rope_theta` out of every place where the two dialects write them; all must agree."""
+    """`rotary_dim` and `rope_theta`, from every key in which either dialect has them; all that are there must agree."""
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     for where, section in (("rope_parameters", parameters), ("rope_scaling", scaling)):

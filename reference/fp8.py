@@ -25,7 +25,7 @@ _NAN_MAGNITUDE = 0x7F  # S.1111.111 is e4m3fn's only NaN; it has no infinities
 
 
 def scale_grid(shape: tuple[int, ...], block_size: int = FP8_BLOCK) -> tuple[int, ...]:
-    """The shape of `scale_inv` for a weight of `shape`: ceil(rows / block) x ceil(cols / block) after the stack."""
+    """The shape of `scale_inv` for a weight of `shape`: ceil(rows / block) x ceil(cols / block) for each matrix."""
     *stack, rows, cols = shape
     return (*stack, -(-rows // block_size), -(-cols // block_size))
 
@@ -33,7 +33,7 @@ def scale_grid(shape: tuple[int, ...], block_size: int = FP8_BLOCK) -> tuple[int
 def check_scale_grid(
     weight_shape: tuple[int, ...], scale_shape: tuple[int, ...], *, block_size: int = FP8_BLOCK, name: str = "weight"
 ) -> None:
-    """The grid of scales covers the weight exactly.
+    """Check that the grid of scales covers the weight exactly.
 
     Raises:
         ValueError: it does not; names the tensor, the grid found and the grid expected.
@@ -50,7 +50,7 @@ def check_scale_grid(
 
 
 def check_scale_values(scale_inv: Float32[Tensor, "*grid"], *, name: str = "weight") -> None:
-    """Every scale is finite and positive.
+    """Check that every scale is finite and positive.
 
     Raises:
         ValueError: one is not; names the tensor, the first bad block and its value.
@@ -65,7 +65,7 @@ def check_scale_values(scale_inv: Float32[Tensor, "*grid"], *, name: str = "weig
 
 
 def check_codes(weight: Float8e4m3fn[Tensor, "*shape"], *, name: str = "weight") -> None:
-    """No value is NaN.
+    """Check that no value is NaN.
 
     Raises:
         ValueError: one is; names the tensor and the first position.
@@ -109,7 +109,7 @@ def quantize_blockwise(
 ) -> tuple[Float8e4m3fn[Tensor, "*stack rows cols"], Float32[Tensor, "*stack row_blocks col_blocks"]]:
     """float8 = round(weight / scale_inv), with scale_inv = amax(block) / 448 where none is given.
 
-    With `scale_inv` the weight is encoded on those scales, and values beyond +-448 scales saturate.
+    With `scale_inv` the weight is encoded on those scales; a value of more than 448 times its scale becomes +-448.
 
     Raises:
         ValueError: the weight holds a value that is not finite, or the given scales are unusable (as in

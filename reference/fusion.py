@@ -1,7 +1,7 @@
 """How whole weights are fused and taken apart: q, k, v in megatron-core's order, gate over up, experts stacked.
 
 Only rows move: every function works on matrices, vectors (biases, norms) and any dtype, and its inverse gives back the
-same bits. What a single rank holds of a fused weight is `reference.sharding`'s matter.
+same bits. `reference.sharding` says which part of a fused weight a rank holds.
 """
 
 import torch
@@ -17,7 +17,7 @@ def merge_qkv(
     *,
     num_query_groups: int,
 ) -> Shaped[Tensor, "query+2*key *cols"]:
-    """Group by group: the group's query heads, its key head, its value head.
+    """Stack rows group by group: the group's query heads, its key head, its value head.
 
     Source: megatron-core attention: SelfAttention.get_query_key_value_tensors.
 

@@ -1,7 +1,7 @@
-"""How many parameters each rank holds, the bytes that training keeps for them, and which layouts fit if one does not.
+"""How many parameters each rank holds, and the bytes that training keeps for them.
 
-Counted from TABLE and the parallel sizes without naming a tensor: all ranks of a pipeline stage hold equally many, so a
-plan for hundreds of ranks is a handful of sums. They are the sums over `reference.sharding.parameters`; a test says so.
+All ranks of a pipeline stage hold equally many parameters, so a few sums over `reference.weights.TABLE` are enough for
+hundreds of ranks. They equal the sums over `reference.sharding.parameters` of each rank.
 
 Bytes are those of megatron-core's Adam with bfloat16 parameters and float32 gradients: 2 + 4 + 12 a parameter (a
 float32 copy and two moments). The router's weight is float32 and needs no copy: 4 + 4 + 8. Its bias is not trained: 4.
@@ -16,14 +16,16 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from reference.checkpoint import source_shapes
 from reference.config import ModelConfig
-from reference.names import TABLE, Layout, Row, Scope
 from reference.parallelism import Parallelism, padded_vocab_size
+from reference.weights import TABLE, Layout, Row, Scope, Storage
 
 
 class Holding(NamedTuple):
-    """Numbers of parameters on a rank: bfloat16 ones outside the experts and in them; the routers' float32 ones."""
+    """Numbers of parameters on a rank: outside the experts, in the experts, and the routers' weights and biases.
+
+    The first two are bfloat16, the routers' float32.
+    """
 
     dense: int = 0
     expert: int = 0
@@ -50,7 +52,7 @@ class Bytes(NamedTuple):
 
 
 def holdings(config: ModelConfig, parallelism: Parallelism) -> list[Holding]:
-    """What a rank of each pipeline stage holds, its virtual chunks together; the padded vocabulary is counted.
+    """What a rank of each pipeline stage holds, all its virtual chunks together, padding of the vocabulary included.
 
     Raises:
         ValueError: the model does not divide by the parallel sizes (`Parallelism.check`).
@@ -76,7 +78,7 @@ def holdings(config: ModelConfig, parallelism: Parallelism) -> list[Holding]:
 
 
 def training_bytes(holding: Holding, parallelism: Parallelism, *, distributed_optimizer: bool) -> Bytes:
-    """Bytes of a rank that holds so many parameters; a share of the optimizer's state is rounded up."""
+    """What training keeps for these parameters; the distributed optimizer's share of a rank is rounded up."""
     stage = parallelism.tp * parallelism.cp * parallelism.dp
     dense_ranks = parallelism.dp * parallelism.cp if distributed_optimizer else 1
     expert_ranks = stage // (parallelism.expert_tp * parallelism.ep) if distributed_optimizer else 1
@@ -98,8 +100,7 @@ def _sum(counted: Iterable[tuple[int, Holding]]) -> Holding:
 
 def _held(row: Row, config: ModelConfig, parallelism: Parallelism) -> Holding:
     """A rank's share of one instance of a row: the same number on every rank that has one."""
-    shapes = source_shapes(row, config)
-    elements = sum(map(math.prod, shapes))
+    elements = sum(map(math.prod, row.shapes(config)))
     if row.layout is Layout.VOCABULARY:
         elements = padded_vocab_size(config, parallelism) * config.hidden_size
     divisor = {
@@ -108,17 +109,13 @@ def _held(row: Row, config: ModelConfig, parallelism: Parallelism) -> Holding:
         Layout.GATE_UP: parallelism.expert_tp,
         Layout.EXPERT_COLUMNS: parallelism.expert_tp,
     }.get(row.layout, parallelism.tp)
-    return Holding(**{_KINDS[row]: elements // divisor})
+    return Holding(**{_kind(row): elements // divisor})
 
 
 def _kind(row: Row) -> str:
     """The field of `Holding` that a row counts in."""
-    (name, *_), *_ = row.names.values()
     if row.scope is Scope.EXPERT:
         return "expert"
-    return (
-        "bias" if name.endswith("e_score_correction_bias") else "router" if name.endswith(".gate.weight") else "dense"
-    )
-
-
-_KINDS = {row: _kind(row) for row in TABLE}
+    if row.storage is not Storage.FLOAT32:
+        return "dense"
+    return "router" if row.trained else "bias"

@@ -1,7 +1,7 @@
 """The whole model: logits from tokens and a dictionary of weights under their on-disk names.
 
-Weights are what the checkpoint says after dequantisation; nothing is held, nothing is changed. Activations are
-[seq, batch, hidden] inside; tokens and logits are [batch, seq, ...], as users have them.
+Weights are dequantised. Activations are [seq, batch, hidden], as in megatron-core; tokens and logits are
+[batch, seq, ...], as in `transformers`.
 """
 
 import torch
@@ -24,7 +24,7 @@ def decoder_layer(
 ) -> Float[Tensor, "seq batch hidden"]:
     """h = x + attention(norm(x)); y = h + experts(norm(h)).
 
-    `weights` holds one layer, with the names behind `model.layers.{i}.`; `layer_weights` takes them out of a model.
+    `weights` are one layer's, named without the prefix `model.layers.{i}.`, as `layer_weights` gives them.
     Source: `transformers` minimax_m2: MiniMaxM2DecoderLayer.
     """
     eps = config.rms_norm_eps
@@ -40,7 +40,7 @@ def layer_weights(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
 
 
 def embed(weights: dict[str, Tensor], tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "seq batch hidden"]:
-    """The rows of `model.embed_tokens.weight` that the tokens name."""
+    """Each token's row of `model.embed_tokens.weight`."""
     return F.embedding(tokens, weights["model.embed_tokens.weight"]).transpose(0, 1)
 
 

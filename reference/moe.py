@@ -1,8 +1,8 @@
-"""The mixture of experts: sigmoid router with a choice-only bias, SwiGLU experts, balancing loss, bias update.
+"""The mixture of experts: sigmoid router with a correction bias, SwiGLU experts, balancing loss, bias update.
 
-Routing is float32 at least: the router's weight and bias are float32 in the checkpoint, and the hidden state is widened
-to meet them. The bias enters the choice of experts and nothing else; the experts' outputs are mixed with the unbiased
-scores of the chosen ones, normalised to sum 1.
+The router computes in float32 or wider: its weight and bias are float32 in the checkpoint, and the hidden state is
+converted. The bias decides, with the scores, which experts are chosen, and nothing else; the experts' outputs are mixed
+with the unbiased scores of the chosen ones, normalised to sum 1.
 """
 
 from typing import NamedTuple
@@ -91,9 +91,9 @@ def load_balancing_loss(
 ) -> Float[Tensor, ""]:
     """coefficient * E * sum over experts of f_e P_e, as megatron-core computes it for a sigmoid router.
 
-    P_e is the mean over tokens of sigmoid(logit_e) / sum of the token's sigmoids; f_e is the share of the T x top_k
-    choices that fall on e, choosing by *unbiased* score: megatron-core leaves the correction bias out of this loss.
-    Gradient flows through P only.
+    E is the number of experts. P_e is the mean over tokens of sigmoid(logit_e) / sum of the token's sigmoids; f_e is
+    the share of all tokens' top_k choices that fall on e, where experts are chosen by *unbiased* score: megatron-core
+    leaves the correction bias out of this loss. The gradient flows through P only.
     Source: megatron-core moe_utils: compute_routing_scores_for_aux_loss, switch_load_balancing_loss_func. It is not the
     softmax loss of `transformers`' load_balancing_loss_func.
     """

@@ -1,116 +1,16 @@
-"""What every weight is called in the four places it can live, as one table.
+"""Names of weights: what one means in a dialect, every name of a model, and which names become which elsewhere.
 
-    HF_DISK         the released safetensors files; also what transformers writes
-    HF_MEMORY       `MiniMaxM2ForCausalLM.state_dict()` in transformers 5: experts stacked
-    MEGATRON_TE     a megatron-core `GPTModel` built from the Transformer Engine layer spec
-    MEGATRON_LOCAL  the same from the local layer spec
-
-A row is one kind of weight. Where a cell lists several names, they are the parts that the other dialects fuse into one
-tensor, in that order: q, k, v into `linear_qkv`; w1, w3 into `linear_fc1`. `{layer}` and `{expert}` count over the whole model;
-a Megatron rank numbers its own from 0, which `reference.sharding` takes care of. Scales of quantised tensors are
-`<name>_scale_inv` on disk and are not named here (`reference.checkpoint`).
-
-Sources: `transformers` conversion_mapping (minimax_m2); megatron-core gpt_layer_specs.
+The names stand in `reference.weights.TABLE`. Scales of quantised tensors are not weights and have no row: on disk they
+are `<name>_scale_inv` (`reference.checkpoint`).
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
-from itertools import groupby
 from typing import NamedTuple
 
 from reference.config import ModelConfig
-
-
-class Dialect(StrEnum):
-    """A naming scheme for the weights of one model."""
-
-    HF_DISK = "hf_disk"
-    HF_MEMORY = "hf_memory"
-    MEGATRON_TE = "megatron_te"
-    MEGATRON_LOCAL = "megatron_local"
-
-
-class Layout(StrEnum):
-    """How a Megatron parameter is put together from its parts, and along what it is sharded."""
-
-    REPLICATED = "replicated"
-    VOCABULARY = "vocabulary"  # rows over tensor-parallel ranks, filled up with zero rows
-    QKV = "qkv"  # per key/value group: its query heads, its key head, its value head; rows over tensor-parallel ranks
-    QUERY_HEADS = "query_heads"  # a vector over all query heads
-    KEY_HEADS = "key_heads"  # a vector over all key/value heads, replicated when there are fewer heads than ranks
-    COLUMNS = "columns"  # columns over tensor-parallel ranks
-    GATE_UP = "gate_up"  # each expert-tensor-parallel rank holds its rows of w1 over its rows of w3
-    EXPERT_COLUMNS = "expert_columns"  # columns over expert-tensor-parallel ranks
-
-
-class Scope(StrEnum):
-    """How often a row occurs: once, once a layer, once an expert of each layer."""
-
-    MODEL = "model"
-    LAYER = "layer"
-    EXPERT = "expert"
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One kind of weight: its layout, and its name or parts in each dialect."""
-
-    scope: Scope
-    layout: Layout
-    names: dict[Dialect, tuple[str, ...]]
-
-    def format(self, dialect: Dialect, layer: int, expert: int) -> tuple[str, ...]:
-        """The names in `dialect` for one layer and expert."""
-        return tuple(template.format(layer=layer, expert=expert) for template in self.names[dialect])
-
-
-# What stands before every name of a scope, in the order of Dialect.
-_PREFIXES: dict[Scope, tuple[str, str, str, str]] = {
-    Scope.MODEL: ("", "", "", ""),
-    Scope.LAYER: (*["model.layers.{layer}."] * 2, *["decoder.layers.{layer}."] * 2),
-    Scope.EXPERT: (
-        "model.layers.{layer}.block_sparse_moe.experts.{expert}.",
-        "model.layers.{layer}.mlp.experts.",
-        "decoder.layers.{layer}.mlp.experts.",
-        "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.",
-    ),
-}
-
-
-def _row(scope: Scope, layout: Layout, disk: str, memory: str, te: str, local: str) -> Row:
-    """A row of the table: names in a cell are separated by blanks; "=" repeats the cell to the left."""
-    memory = disk if memory == "=" else memory
-    local = te if local == "=" else local
-    cells = zip(Dialect, _PREFIXES[scope], (disk, memory, te, local), strict=True)
-    return Row(
-        scope, layout, {dialect: tuple(prefix + name for name in cell.split()) for dialect, prefix, cell in cells}
-    )
-
-
-_QKV = "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"
-_BIAS = "e_score_correction_bias"
-
-# fmt: off
-TABLE: tuple[Row, ...] = (
-    #    scope         layout                  HF on disk                         HF in memory          Megatron, TE spec                             Megatron, local spec
-    _row(Scope.MODEL,  Layout.VOCABULARY,      "model.embed_tokens.weight",       "=",                  "embedding.word_embeddings.weight",           "="),
-    _row(Scope.LAYER,  Layout.REPLICATED,      "input_layernorm.weight",          "=",                  "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    _row(Scope.LAYER,  Layout.QKV,             _QKV,                              "=",                  "self_attention.linear_qkv.weight",           "="),
-    _row(Scope.LAYER,  Layout.QUERY_HEADS,     "self_attn.q_norm.weight",         "=",                  "self_attention.qk_norm.q_weight",            "="),
-    _row(Scope.LAYER,  Layout.KEY_HEADS,       "self_attn.k_norm.weight",         "=",                  "self_attention.qk_norm.k_weight",            "="),
-    _row(Scope.LAYER,  Layout.COLUMNS,         "self_attn.o_proj.weight",         "=",                  "self_attention.linear_proj.weight",          "="),
-    _row(Scope.LAYER,  Layout.REPLICATED,      "post_attention_layernorm.weight", "=",                  "pre_mlp_layernorm.weight",                   "="),
-    _row(Scope.LAYER,  Layout.REPLICATED,      "block_sparse_moe.gate.weight",    "mlp.gate.weight",    "mlp.router.weight",                          "="),
-    _row(Scope.LAYER,  Layout.REPLICATED,      f"block_sparse_moe.{_BIAS}",       f"mlp.{_BIAS}",       "mlp.router.expert_bias",                     "="),
-    _row(Scope.EXPERT, Layout.GATE_UP,         "w1.weight w3.weight",             "gate_up_proj",       "linear_fc1.weight{expert}",                  "linear_fc1.weight"),
-    _row(Scope.EXPERT, Layout.EXPERT_COLUMNS,  "w2.weight",                       "down_proj",          "linear_fc2.weight{expert}",                  "linear_fc2.weight"),
-    _row(Scope.MODEL,  Layout.REPLICATED,      "model.norm.weight",               "=",                  "decoder.final_layernorm.weight",             "="),
-    _row(Scope.MODEL,  Layout.VOCABULARY,      "lm_head.weight",                  "=",                  "output_layer.weight",                        "="),
-)
-# fmt: on
+from reference.weights import TABLE, Dialect, Row, instances
 
 
 class WeightKey(NamedTuple):
@@ -168,18 +68,8 @@ def parse(name: str, dialect: Dialect, config: ModelConfig) -> WeightKey:
     return key
 
 
-def instances(config: ModelConfig) -> Iterable[tuple[Row, int, int]]:
-    """Every (row, layer, expert) of a model, in the order of TABLE and layer by layer; 0 where there is no such index."""
-    for repeats, group in groupby(TABLE, key=lambda row: row.scope is not Scope.MODEL):
-        rows = list(group)
-        for layer in range(config.num_hidden_layers if repeats else 1):
-            for row in rows:
-                for expert in range(config.num_local_experts if row.scope is Scope.EXPERT else 1):
-                    yield row, layer, expert
-
-
 def all_names(config: ModelConfig, dialect: Dialect) -> list[str]:
-    """Every weight's name in `dialect`, in model order, each once."""
+    """The names of all weights in `dialect`, in model order, each once (several weights may be stacked under one)."""
     names = (name for row, layer, expert in instances(config) for name in row.format(dialect, layer, expert))
     return list(dict.fromkeys(names))
 
@@ -187,7 +77,7 @@ def all_names(config: ModelConfig, dialect: Dialect) -> list[str]:
 def remap(names: Iterable[str], config: ModelConfig, *, source: Dialect, target: Dialect) -> dict[str, tuple[str, ...]]:
     """For each name of the model in `target`, the names in `source` that it is made of, in order.
 
-    Total and reversible: every source name is used, and `remap` the other way relates the same pairs.
+    Every name in `names` is used, and `remap` in the other direction relates the same pairs of names.
 
     Raises:
         ValueError: `names` is not exactly the model's names in `source`: one is unknown, given twice, or missing.

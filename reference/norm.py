@@ -11,8 +11,8 @@ all channels, must be summed over the ranks. With g = dL/dy, N = all heads x hea
 R > 1 for keys when there are more ranks than key/value heads. Each replica then sees the gradient of its own query
 heads only: its dx is a share (the shares add up to the whole), and dw must still be summed over the replicas.
 
-A collective is an argument, so that the law needs no processes. Low-precision inputs compute in float32 and round
-twice, as Hugging Face does: y = w * round(x r). Float64 inputs stay in float64.
+The all-reduce is an argument, so that these functions need no processes. Dtypes narrower than float32 are computed in
+float32 and rounded twice, as Hugging Face does: y = w * round(x r). Float64 stays float64.
 """
 
 from collections.abc import Callable
@@ -82,10 +82,11 @@ def full_dim_rms_norm_backward(
     replicas: int = 1,
     all_reduce: AllReduce | None = None,
 ) -> tuple[Float[Tensor, "seq batch heads head_dim"], Float[Tensor, " heads*head_dim"]]:
-    """dx = r w g - x r^3 C / (N R) and dw = sum over tokens of g x r, for this rank's heads (the module's text).
+    """dx = r w g - x r^3 C / (N R) and dw = sum over tokens of g x r, for this rank's heads.
 
-    `all_reduce` is called once, on [2, seq, batch]: the sums S and C of every token. With `replicas` > 1, dx is this
-    replica's share and dw is not yet summed over the replicas. Arguments as in `full_dim_rms_norm`.
+    The symbols are the module docstring's, the arguments `full_dim_rms_norm`'s. `all_reduce` is called once, on
+    [2, seq, batch]: each token's two sums, S (not yet divided by R) and C. With `replicas` > 1, dx is this replica's
+    share, and dw is not yet summed over the replicas.
     """
     dtype = compute_dtype(x.dtype)
     wide, g, w = x.flatten(-2).to(dtype), grad_output.flatten(-2).to(dtype), weight.to(dtype)
@@ -113,7 +114,7 @@ def simulate_tensor_parallel(
     eps: float,
     replicas: int = 1,
 ) -> list[Shard]:
-    """The same law over the shards of every rank, in one process: any tensor-parallel size without processes.
+    """The norm and its gradients on every rank of a tensor-parallel group, computed in one process.
 
     Rank i holds `xs[i]` ([seq, batch, heads, head_dim]) and `weights[i]`; with `replicas` = R, ranks R j to R j + R - 1
     hold the same heads, and `grad_outputs[i]` is the part of dL/dy that reaches rank i. dw is summed over replicas.
@@ -124,7 +125,7 @@ def simulate_tensor_parallel(
     grads = grad_outputs if grad_outputs is not None else [None] * len(xs)
     if not len(xs) == len(weights) == len(grads) or len(xs) % replicas:
         raise ValueError(
-            f"one shard a rank, and ranks in groups of {replicas} replicas: found {len(xs)} inputs, "
+            f"expected one shard for each rank, and a multiple of {replicas} (replicas) ranks: found {len(xs)} inputs, "
             f"{len(weights)} weights, {len(grads)} output gradients"
         )
     n = sum(x.shape[-2] * x.shape[-1] for x in xs) // replicas

@@ -1,8 +1,8 @@
-"""The parallel sizes of a run, and where each rank and each layer stands in them.
+"""The parallel sizes of a run, and the place of each rank and each layer in them.
 
-Ranks count as megatron-core's default order does: tensor parallel fastest, then context, data, and pipeline slowest.
-The experts see the same ranks in a grid of their own: expert-tensor parallel fastest, then expert, expert-data,
-pipeline. Source: megatron-core parallel_state: RankGenerator, order "tp-cp-ep-dp-pp".
+Ranks are numbered in megatron-core's default order: the tensor-parallel index changes fastest, then context, data and
+pipeline. Expert layers divide the same ranks in another way: expert-tensor parallel fastest, then expert, expert-data
+and pipeline. Source: megatron-core parallel_state: RankGenerator, order "tp-cp-ep-dp-pp".
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Parallelism:
         return self.tp * self.cp * self.dp * self.pp
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank stands.
+        """A rank's index along every parallel axis.
 
         Raises:
             ValueError: there is no such rank.
@@ -116,7 +116,7 @@ class Parallelism:
         return [range(start, stop) for start, stop in pairwise(accumulate(per_stage, initial=0))]
 
     def check(self, config: ModelConfig) -> None:
-        """The model divides by these sizes.
+        """Check that the model can be divided by these sizes.
 
         Raises:
             ValueError: it does not; names the two numbers.
@@ -142,7 +142,7 @@ class Parallelism:
 
 
 def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers over stages as equally as possible, more in the middle: the ends also hold embedding and head."""
+    """Layers of each stage, as equal as possible; the middle gets more, as the ends also hold embedding and head."""
     size, extra = divmod(layers, stages)
     first = (stages - extra) // 2
     return tuple(size + (first <= stage < first + extra) for stage in range(stages))

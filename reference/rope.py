@@ -1,8 +1,8 @@
-"""Partial rotary position embedding, half-split: the first `rotary_dim` channels of each head rotate, the rest pass.
+"""Partial rotary position embedding: the first `rotary_dim` channels of each head rotate, the others stay as they are.
 
-Channel i is paired with channel i + rotary_dim/2 (not with its neighbour), and pair i rotates by
-position * inv_freq[i]. Angles are float32 at least; the cosines and sines are rounded to the activations' dtype before
-use, as Hugging Face does, and the rotation itself is then computed in float32 at least and rounded once.
+The pairing is half-split: channel i belongs with channel i + rotary_dim/2 (not with its neighbour), and pair i rotates
+by position * inv_freq[i]. Angles are computed in float32 or wider; cosines and sines are rounded to the activations'
+dtype, as Hugging Face does, and the rotation is then computed in float32 or wider and rounded once.
 """
 
 import torch

@@ -1,10 +1,12 @@
 """Which slice of which Hugging Face tensor every rank's megatron-core parameter is made of, and back.
 
-A rank's parameter is always a stack, along its first axis, of rectangles cut from on-disk tensors (`Piece`). So the
-whole of sharding is arithmetic on names and numbers: `parameters` says what a rank holds, `placements` turns that
-around, and `shard` and `unshard` do it to tensors. The fused q, k, v of megatron-core is cut into equal runs of rows,
-which fall inside heads' groups when there are more ranks than key/value heads; the key norm is then held once for each
-of the ranks that share a key head. The vocabulary is filled up with zero rows to divide evenly.
+Every parameter is a stack, along its first axis, of rectangles cut from on-disk tensors (`Piece`), so sharding is
+arithmetic on names and numbers. `parameters` says what a rank holds, `placements` where each on-disk tensor lies;
+`shard` and `unshard` move the values.
+
+megatron-core cuts its fused q, k, v into equal runs of rows. With more ranks than key/value heads a cut falls inside a
+key/value group, and the ranks that share a key head each hold the same part of the key norm. The vocabulary is filled
+up with zero rows so that it divides evenly.
 
 Source: megatron-core ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, SelfAttention, TransformerBlock.
 """
@@ -16,14 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.checkpoint import source_shapes
 from reference.config import ModelConfig
-from reference.names import Dialect, Layout, Row, Scope, instances
 from reference.parallelism import Coordinates, Parallelism, padded_vocab_size
+from reference.weights import Dialect, Layout, Row, Scope, instances
 
 
 class Piece(NamedTuple):
-    """`source[rows, cols]` of an on-disk tensor, half-open; no cols for a vector; no source for zero padding."""
+    """The rectangle `source[rows, cols]` of an on-disk tensor.
+
+    Spans are (start, stop). `cols` is None for a vector, `source` is None for zero padding.
+    """
 
     source: str | None
     rows: tuple[int, int]
@@ -33,7 +37,7 @@ class Piece(NamedTuple):
 class Parameter(NamedTuple):
     """One parameter of one rank: its kind, its name there, its virtual pipeline chunk, and the pieces stacked in it.
 
-    `sources` are the on-disk tensors it belongs to, also where this rank's share is all padding.
+    `sources` are the on-disk tensors of the whole weight, even if this rank's share is all padding.
     """
 
     row: Row
@@ -45,7 +49,7 @@ class Parameter(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where a piece of an on-disk tensor lies: rows `start` and on of parameter `name` in `chunk` of `rank`."""
+    """Where a piece of an on-disk tensor lies: from row `start` on in parameter `name` of `chunk` on `rank`."""
 
     rank: int
     chunk: int
@@ -61,7 +65,7 @@ class _Rank(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """A row instance on a rank: counted over the model (`layer`, `expert`) and on the rank."""
+    """One weight on a rank. `layer` and `expert` count over the model, `local_layer` and `local_expert` on the rank."""
 
     row: Row
     layer: int
@@ -107,7 +111,7 @@ def _parameter(held: _Held, rank: _Rank, dialect: Dialect) -> Parameter:
     (name,) = held.row.format(dialect, held.local_layer, held.local_expert)
     whole = [
         Piece(source, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None)
-        for source, shape in zip(sources, source_shapes(held.row, rank.config), strict=True)
+        for source, shape in zip(sources, held.row.shapes(rank.config), strict=True)
     ]
     pieces = tuple(_CUTS[held.row.layout](whole, rank))
     rows, cols = sum(_length(piece.rows) for piece in pieces), pieces[0].cols
@@ -197,8 +201,8 @@ def rows_of(stack: Iterable[Piece], first: int, last: int) -> Iterator[Piece]:
 def placements(held: dict[int, list[Parameter]]) -> dict[str, list[Placement]]:
     """For each on-disk tensor, the different pieces that the ranks hold of it, ordered by position in the tensor.
 
-    `held` is what `parameters` says for each rank. Where several ranks hold the same piece, the first of them is named.
-    Whether the pieces make up the whole tensor is for `check_coverage` to say.
+    `held` has each rank's `parameters`. Of several ranks that hold the same piece the first is named. `check_coverage`
+    checks that the pieces make up whole tensors.
     """
     found: dict[str, dict[Piece, Placement]] = {}
     for rank, rank_parameters in held.items():
@@ -213,14 +217,14 @@ def placements(held: dict[int, list[Parameter]]) -> dict[str, list[Placement]]:
 
 
 def check_coverage(placed: dict[str, list[Placement]], config: ModelConfig) -> None:
-    """Every on-disk tensor of the model is held exactly once.
+    """Check that the ranks hold every element of every on-disk tensor exactly once.
 
     Raises:
-        ValueError: one is not; names the tensor, what is held and what is expected.
+        ValueError: they do not; names the tensor, what is held and what is expected.
     """
     for row, layer, expert in instances(config):
         names = row.format(Dialect.HF_DISK, layer, expert)
-        for name, shape in zip(names, source_shapes(row, config), strict=True):
+        for name, shape in zip(names, row.shapes(config), strict=True):
             spans = [place.piece[1:] for place in placed.get(name, [])]
             if not _tile(spans, shape):
                 raise ValueError(

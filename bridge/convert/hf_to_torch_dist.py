@@ -38,7 +38,6 @@ CHUNK_BYTES = 64 * 2**20
 UNIT_BYTES = 512 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WRITTEN_BY = "minimax_m2.json"  # in an iteration that an import wrote
-FLOAT32 = ("mlp.router.weight", "mlp.router.expert_bias")  # in every model (bridge.model.router)
 
 
 class ImportJob(NamedTuple):
@@ -168,7 +167,7 @@ def _open(job: ImportJob) -> _Import:
     units: list[list[_Part]] = []
     room = 0
     for entry in entries(source.config):
-        dtype = torch.float32 if entry.key.endswith(FLOAT32) else DTYPES[job.dtype]
+        dtype = entry.row.plain_dtype(DTYPES[job.dtype])
         for part in _parts(entry, dtype):
             if not units or part.chunk.nbytes > room:
                 units.append([])

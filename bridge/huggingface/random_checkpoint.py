@@ -20,6 +20,8 @@ from bridge.jobs.staging import Staging
 from reference.checkpoint import SCALE_SUFFIX, TensorSpec, expected_tensors
 from reference.config import ModelConfig
 from reference.fp8 import FP8, quantize_blockwise
+from reference.names import parse
+from reference.weights import Dialect
 
 # In the released files' dialect, with keys that the model does not need, as those files have them.
 SMALL_CONFIG: dict[str, Any] = {
@@ -59,8 +61,6 @@ CARRIED_FILES: dict[str, str] = {
     "chat_template.jinja": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 }
 
-_FLOAT32 = ("gate.weight", "e_score_correction_bias")
-
 
 def make_checkpoint(
     folder: Path,
@@ -95,7 +95,7 @@ def make_checkpoint(
 
 
 def _group(name: str, spec: TensorSpec, model: ModelConfig) -> dict[str, TensorPlan]:
-    plain = torch.float32 if name.endswith(_FLOAT32) else torch.bfloat16
+    plain = parse(name, Dialect.HF_DISK, model).row.plain_dtype(torch.bfloat16)
     return stored_tensors(name, spec.shape, model, plain)
 
 

@@ -29,9 +29,20 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from compiled import FullDimQKNorm
+from reference.weights import TABLE, Dialect, Layout, Row
 
-# This module's parameters, and the keys that checkpoints of megatron-core have for them.
-CHECKPOINT_KEYS = {"qk_norm.q_weight": "q_layernorm.weight", "qk_norm.k_weight": "k_layernorm.weight"}
+
+def _in_attention(row: Row, dialect: Dialect) -> str:
+    (name,) = row.names[dialect]
+    return name.partition(".self_attention.")[2]
+
+
+# This module's norm weights, and the keys that checkpoints of megatron-core have for them.
+CHECKPOINT_KEYS = {
+    _in_attention(row, Dialect.MEGATRON_TE): _in_attention(row, Dialect.TORCH_DIST)
+    for row in TABLE
+    if row.layout in (Layout.QUERY_HEADS, Layout.KEY_HEADS)
+}
 
 NOT_OF_THIS_MODEL = (
     "fused_single_qkv_rope",

@@ -21,7 +21,8 @@ from bridge.proof.reference_logits import random_tokens, reference_logits
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
-from reference.names import Dialect, all_names
+from reference.names import all_names
+from reference.weights import Dialect
 
 UNIT = 64  # weights that a worker takes at a time
 

@@ -7,7 +7,8 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.proof.checkpoint import Checkpoint
 from reference.config import ModelConfig
 from reference.model import decoder_layer, embed, head
-from reference.names import Dialect, all_names
+from reference.names import all_names
+from reference.weights import Dialect
 
 
 def random_tokens(config: ModelConfig, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:

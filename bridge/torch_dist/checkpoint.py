@@ -12,8 +12,8 @@ from bridge.torch_dist.reader import TorchDistFolder
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
-from reference.names import Layout
 from reference.sharding import placements, unshard
+from reference.weights import Layout
 
 HF_FOLDER = "hugging_face"  # beside a torch_dist checkpoint: what megatron-core has no place for
 

@@ -13,7 +13,7 @@ from compiled.fp8 import requantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, is_quantized
 from reference.config import ModelConfig
 from reference.fp8 import FP8
-from reference.names import Row
+from reference.weights import Row
 
 
 class WeightEncoder:

@@ -1,7 +1,7 @@
 """Mappings between Hugging Face tensors and the parameters of one rank's megatron-core model.
 
-Nothing is decided here: which pieces make up a parameter is `reference.sharding`'s, what they are called is
-`reference.names`'.
+Nothing is decided here: `reference.sharding` says which pieces make up a parameter, `reference.weights` what they are
+called.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.names import Dialect, Layout, Row, find
+from reference.names import find
 from reference.sharding import Parallelism, Parameter, parameters, placements, shard, unshard
+from reference.weights import Dialect, Layout, Row
 
 
 class ParamMapping:

@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from reference.checkpoint import source_shapes
 from reference.config import ModelConfig
-from reference.names import Dialect, Row, Scope, find, instances
+from reference.names import find
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
+from reference.weights import Dialect, Row, Scope, instances
 
 
 class Source(NamedTuple):
@@ -65,7 +65,7 @@ class ShardMap:
         config, local_experts = self.config, self.config.num_local_experts // self.parallelism.ep
         stages = self.parallelism.stages(config)
         of_layer = {layer: (stage, layer - layers.start) for stage, layers in enumerate(stages) for layer in layers}
-        shapes = cache(lambda row: source_shapes(row, config))
+        shapes = cache(lambda row: row.shapes(config))
         end = 0
         for row, layer, expert in instances(config):
             stage, local_layer = (end, 0) if row.scope is Scope.MODEL else of_layer[layer]

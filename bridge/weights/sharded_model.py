@@ -21,15 +21,15 @@ from bridge.model.process_groups import group_sizes
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
 from bridge.weights.shard_map import ShardMap
 from reference.config import ModelConfig
-from reference.names import TABLE, Dialect, Row
 from reference.parallelism import Parallelism
+from reference.weights import TABLE, Dialect, Row
 
 
 @dataclass(frozen=True)
 class ShardedModel:
     """A model that ranks share: this rank's tensors by (chunk, name), and how the whole model lies on the ranks.
 
-    `dtypes` are those of the whole model's parameters, by row of `reference.names.TABLE`.
+    `dtypes` are those of the whole model's parameters, by row of `reference.weights.TABLE`.
     """
 
     registry: MappingRegistry

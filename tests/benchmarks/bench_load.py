@@ -40,8 +40,8 @@ from bridge.weights.sharded_model import ShardedModel, sharded_model
 from reference.checkpoint import SCALE_SUFFIX, expected_tensors
 from reference.config import ModelConfig
 from reference.fp8 import scale_grid
-from reference.names import Dialect
 from reference.parallelism import Parallelism, spread_layers
+from reference.weights import Dialect
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import environment

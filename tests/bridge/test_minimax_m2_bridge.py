@@ -14,7 +14,7 @@ from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
 from bridge.model.process_groups import model_parallel
 from bridge.proof.transformers_logits import transformers_logits
 from reference.fp8 import dequantize_blockwise
-from reference.names import Dialect
+from reference.weights import Dialect
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"

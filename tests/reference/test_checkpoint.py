@@ -9,7 +9,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from reference.checkpoint import check_tensors, expected_tensors, is_mtp, is_quantized, parameter_count, problems
 from reference.config import ModelConfig, QuantizationConfig
-from reference.names import Dialect, all_names
+from reference.names import all_names
+from reference.weights import Dialect
 
 BFLOAT16, FLOAT16, FLOAT32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -9,19 +9,24 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from support.checkpoints import EDGY_CONFIG
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from bridge.model.build import build_gpt_model
+from bridge.model.config import gpt_model_arguments, transformer_config
 from bridge.model.process_groups import model_parallel
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
-from reference.names import Dialect, all_names
+from reference.names import all_names
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
+from reference.weights import Dialect, Layout, instances
 
 EDGY = ModelConfig.from_hf(EDGY_CONFIG)
 VOCAB_DIVISOR = 128  # 131 tokens, 256 rows
@@ -78,6 +83,45 @@ def test_every_parameter_lies_where_megatron_puts_it(megatron: dict, kind: str) 
     layered = ours["decoder.layers.1.mlp.experts.local_experts.4.linear_fc2.weight"]
     middle = (1, 4) if kind == "one key for all layers" else (4,)
     assert layered.start == (*middle, 0, 0), "the comparison is of something"
+
+
+@pytest.mark.parametrize("dialect", [Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS])
+def test_the_keys_are_those_of_the_table(megatron: dict, dialect: Dialect) -> None:
+    kind = "one key for all layers" if dialect is Dialect.TORCH_DIST else "a key for each layer"
+    theirs = {place_of(v).key for name, v in megatron[kind].items() if "_extra_state" not in name}
+    assert set(all_names(EDGY, dialect)) == theirs
+
+
+@pytest.fixture(scope="module")
+def unchanged_attention() -> dict[Dialect, set[str]]:
+    """The keys of attention in a model of megatron-core's own layer, which has none of our modules."""
+    with model_parallel():
+        config = transformer_config(EDGY, params_dtype=torch.bfloat16, backend="local", qk_layernorm=True)
+        spec = get_gpt_layer_local_spec(
+            num_experts=EDGY.num_local_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+        )
+        model = GPTModel(config=config, transformer_layer_spec=spec, **gpt_model_arguments(EDGY))
+        metadata = {Dialect.TORCH_DIST: None, Dialect.TORCH_DIST_LAYERS: {"non_homogeneous_layers": True}}
+        return {
+            dialect: {v.key for name, v in model.sharded_state_dict(metadata=m).items() if is_of_attention(name)}
+            for dialect, m in metadata.items()
+        }
+
+
+def is_of_attention(name: str) -> bool:
+    return "self_attention." in name and "_extra_state" not in name
+
+
+@pytest.mark.parametrize("dialect", [Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS])
+def test_the_norms_over_all_heads_have_the_keys_of_megatrons_own_norms(
+    unchanged_attention: dict[Dialect, set[str]], dialect: Dialect
+) -> None:
+    """Our attention takes its keys from the table, so that it is no oracle for them."""
+    assert unchanged_attention[dialect] < set(all_names(EDGY, dialect))
+    for layout, end in ((Layout.QUERY_HEADS, "q_layernorm.weight"), (Layout.KEY_HEADS, "k_layernorm.weight")):
+        theirs = {key for key in unchanged_attention[dialect] if key.endswith(f".{end}")}
+        ours = {key for row, *at in instances(EDGY) if row.layout is layout for key in row.format(dialect, *at)}
+        assert ours == theirs != set()
 
 
 def test_entries_hold_every_weight_of_the_checkpoint_once() -> None:

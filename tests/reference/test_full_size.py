@@ -8,11 +8,12 @@ import jaxtyping
 import pytest
 import torch
 
-from reference.checkpoint import expected_tensors, parameter_count
+from reference.checkpoint import expected_tensors, is_quantized, parameter_count
 from reference.config import ModelConfig
-from reference.names import Dialect, all_names
+from reference.names import all_names, parse
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import check_coverage, parameters, placements
+from reference.weights import Dialect
 
 BFLOAT16, FLOAT32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
@@ -87,6 +88,13 @@ def test_the_files_are_what_is_expected(config, released):
     assert {name for name, spec in expected.items() if spec.dtypes == (FP8,)} == {
         name for name, (dtype, _) in released.items() if dtype == FP8
     }
+
+
+def test_dtypes_are_those_of_the_released_files(config, released):
+    weights = {name: dtype for name, (dtype, _) in released.items() if not name.endswith("_scale_inv")}
+    for name, dtype in weights.items():
+        row = parse(name, Dialect.HF_DISK, config).row
+        assert dtype == (FP8 if is_quantized(name, config) else row.plain_dtype(BFLOAT16)), name
 
 
 def test_the_parameters_are_228_billion(config, released):

@@ -14,9 +14,9 @@ from reference.advice import advise, default_layers, layouts
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.memory import Bytes, Holding, holdings, training_bytes
-from reference.names import Dialect
 from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
 from reference.sharding import parameters
+from reference.weights import Dialect
 
 SMALL = ModelConfig(
     num_hidden_layers=5,

@@ -18,11 +18,12 @@ from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
 from reference.config import ModelConfig
 from reference.fusion import merge_gate_up, split_gate_up, stack_experts, unstack_experts
-from reference.names import TABLE, Dialect, all_names, find, parse, remap
+from reference.names import all_names, find, parse, remap
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
+from reference.weights import TABLE, Dialect
 
-DISK, MEMORY, TE, LOCAL = Dialect
+DISK, MEMORY, TE, LOCAL, *_ = Dialect
 
 SIZES = {
     "hidden_size": 16,

@@ -17,9 +17,9 @@ from support.oracles import FLOAT64, Case, disk_weights
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.names import Dialect
 from reference.parallelism import Coordinates, Parallelism
 from reference.sharding import Parameter, check_coverage, parameters, placements, shard, unshard
+from reference.weights import Dialect
 
 TE, LOCAL = Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL
 Held = dict[int, list[Parameter]]

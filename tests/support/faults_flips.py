@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
-from reference.names import Dialect, all_names
+from reference.names import all_names
+from reference.weights import Dialect
 from support.faults_runs import flip
 
 

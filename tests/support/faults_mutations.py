@@ -27,7 +27,8 @@ from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SafetensorsFolder
 from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TRACKER
-from reference.names import Dialect, all_names
+from reference.names import all_names
+from reference.weights import Dialect
 
 SECONDS, BYTES = 5, 2**30
 EXAMPLES = partial(

@@ -15,9 +15,9 @@ from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
 from bridge.proof.compare import compare_checkpoints
 from bridge.weights.param_mapping import model_state
-from reference.names import Dialect
 from reference.parallelism import Parallelism
 from reference.sharding import parameters, shard
+from reference.weights import Dialect
 
 pytestmark = [
     pytest.mark.gpu,

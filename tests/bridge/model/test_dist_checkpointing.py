@@ -25,9 +25,9 @@ from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.writer import COMMON_STATE, extra_state_keys
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
-from reference.names import Dialect
 from reference.parallelism import Parallelism, padded_vocab_size
 from reference.sharding import parameters, shard
+from reference.weights import Dialect
 
 WORLD = 4
 DIST_CONFIG = EDGY_CONFIG | {"num_attention_heads": 8, "num_local_experts": 4}  # 2 key heads, 131 tokens, 72 wide

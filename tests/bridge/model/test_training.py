@@ -30,8 +30,8 @@ from support.oracles import (
 from support.ranks import run_ranks
 from torch import Tensor
 
-from reference.names import Dialect
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
+from reference.weights import Dialect
 
 CASE = Case(heads=8, groups=2, head_dim=16, rotary=8, hidden=32, width=24, experts=4, top_k=2, layers=2, vocab=64)
 STEPS, MICROBATCHES, BATCH, SEQ, LEARNING_RATE = 3, 2, 2, 8, 0.5

@@ -20,9 +20,9 @@ from torch import Tensor, distributed
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
 from reference.fp8 import dequantize_blockwise, scale_grid
-from reference.names import Dialect
 from reference.parallelism import spread_layers
 from reference.sharding import Parallelism, parameters, shard
+from reference.weights import Dialect
 
 WORLD = 4
 CONFIG = SMALL_CONFIG | {

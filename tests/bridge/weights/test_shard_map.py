@@ -10,9 +10,9 @@ from bridge.huggingface import strided_reads
 from bridge.weights.gather import GatherRequest, rounds
 from bridge.weights.shard_map import ShardMap, spread
 from reference.config import ModelConfig
-from reference.names import Dialect
 from reference.parallelism import Parallelism
 from reference.sharding import parameters, placements
+from reference.weights import Dialect
 
 CONFIG = ModelConfig(
     num_hidden_layers=3,
