@@ -7,6 +7,7 @@ Python blocks of a README share their names. A block that cannot run everywhere 
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,8 @@ class Reader:
                 exec(compile("\n" * (block.line - 1) + block.code, str(block.readme), "exec"), self.namespace)
             elif block.language == "bash":
                 for command in commands(block):
+                    lacking = [need for need, is_true in NOT_RUN.items() if is_true(command)]
+                    assert not lacking, f"{block}: mark it as one that needs {lacking}: {command}"
                     self.enter(command, on_gpu=block.need in GPUS)
 
     def enter(self, command: str, *, on_gpu: bool = False) -> None:
@@ -176,6 +179,15 @@ def test_the_picture_is_what_its_command_draws(reader: Reader):
     assert f"({PICTURE.relative_to(ROOT)})" in TOP.read_text()
 
 
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py")), ids=lambda file: file.stem
+)
+def test_a_benchmark_finds_what_it_imports(script: Path, monkeypatch: pytest.MonkeyPatch):
+    """Running it takes minutes, so that no test does."""
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    assert "main" in runpy.run_path(str(script), run_name="imported")
+
+
 # --- What the checks above find. ---
 
 
@@ -191,6 +203,7 @@ def written(folder: Path, text: str) -> Path:
         "```bash\nminimax-m2 inspect nowhere\n```\n",
         "```bash\nminimax-m2 inspect checkpoint --nonsense\n```\n",
         "```bash\ntrue\nfalse | true\n```\n",
+        "```bash\npip install torch\n```\n",  # and nothing is installed
         "<!-- file: a.py -->\n```python\nassert False\n```\n```bash\npython a.py\n```\n",
     ],
 )
