@@ -1,17 +1,17 @@
-"""A checkpoint into a live model: each rank reads the bytes of its own slices, and nothing else, from the files.
+"""Loading a checkpoint into a running model: each rank reads the bytes of its own slices, and nothing else.
 
     files --threads--> pinned memory --one copy a batch--> device --decode--> rows of the parameter
 
-`bridge.weights.read_plan` plans what is read. A batch is read in one go and decoded in a launch for each group of alike
-slices, for Python's time, not the bytes, is what there is little of: every call of it waits for the lock that the other
-threads hold.
+`bridge.weights.read_plan` plans what is read. A batch is read and copied as a whole and decoded by one kernel launch
+for each group of alike slices, because the bottleneck is Python, not the bytes: each of its calls waits for the
+interpreter lock, which other threads hold.
 
-A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
-decoded into its place there. Beyond the model a rank needs WINDOW + COPYING batches of host memory and COPYING of the
-device's, whatever the model's size.
+A few threads read up to `WINDOW` batches ahead of the decoding. Float8 codes are copied to the device as they are, and
+decoded there straight into the parameters. Beyond the model a rank needs WINDOW + COPYING batches of host memory and
+COPYING batches of device memory, whatever the model's size.
 
-Scales are checked on the host as they are read. NaN codes become NaN weights, which one look at the finished
-parameters finds: the device is waited for once.
+Scales are checked on the host as they are read. NaN codes become NaN weights, which are searched for in the finished
+parameters: so the host waits for the device once.
 """
 
 import os
@@ -43,8 +43,8 @@ def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, pr
     """Fill this rank's parameters, each value rounded once to its parameter's dtype; padding is zero.
 
     Raises:
-        ValueError: a scale or a float8 code is damaged, or a file changed; the same on all ranks. The parameters have
-            been written to by then.
+        ValueError: a scale or a float8 code is damaged, or a file changed. All ranks raise the same error; by then
+            parameters may have been overwritten.
     """
     with raise_on_all_ranks():
         files, block_size = checkpoint.files, checkpoint.config.block_size
@@ -62,7 +62,7 @@ def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, pr
 
 def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
-    # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
+    # Always the same size, so that torch's allocator of pinned memory hands out the same few buffers again.
     largest = max((batch.nbytes for batch in batches), default=0)
 
     def read(batch: Batch) -> Tensor:
@@ -86,7 +86,7 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
                     ahead.append(pool.submit(read, batches[i + WINDOW]))
                 yield batch, buffer
                 del buffer
-                if on_gpu:  # else a slow device would have pinned memory grow
+                if on_gpu:  # without this wait, pinned memory would grow where the device is slow
                     copying.append(torch.cuda.Event())
                     copying[-1].record()
                     if len(copying) == COPYING:
@@ -98,7 +98,7 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
 
 
 def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
-    """Which bytes of a batch's buffer each slice, and its scales, are read into."""
+    """Each slice, and its scales, with the bytes of the batch's buffer that they are read into."""
     for group in batch.groups:
         nbytes, scales = group.slices[0].nbytes, group.scale_bytes
         at, scales_at = group.start, batch.scales_at + group.scales
@@ -137,10 +137,10 @@ def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None
 
 
 def _check_codes(sharded: ShardedModel, files: SafetensorsFolder) -> None:
-    """No float8 code was NaN: the greatest value of a parameter is NaN if one of them is.
+    """Search the parameters that were float8 for NaN: a parameter's greatest value is NaN if any of its values is.
 
     Raises:
-        ValueError: one was; names the tensor and the position.
+        ValueError: a code was NaN; names the tensor and the position.
     """
     quantized = [
         mapping.parameter

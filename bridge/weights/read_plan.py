@@ -1,8 +1,8 @@
-"""What a rank reads to load a model: slices of on-disk tensors, in batches that are each read and decoded in one go.
+"""What a rank reads to load a model: slices of on-disk tensors, in batches, each read and decoded as a whole.
 
 `reference.sharding` says which rows and columns of which on-disk tensors a parameter is a stack of. They are cut into
-slices of at most `SLICE_BYTES`, sorted as they lie in the files, and packed into batches of `BATCH_BYTES`: the values,
-slices that are alike together, and after them the scales of the blocks that float8 slices touch.
+slices of at most `SLICE_BYTES`, sorted by their position in the files, and packed into batches of at most
+`BATCH_BYTES`: first the values, grouped by shape and dtype, then the scales of the blocks that float8 slices touch.
 """
 
 import math
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 def plan_batches(sharded: ShardedModel, files: SafetensorsFolder, block_size: int) -> list[Batch]:
-    """Everything this rank needs, as it lies in the files; padding rows are filled now. Nothing is read."""
+    """Batches of all that this rank needs, in the order of the files. Fills padding rows with zero; reads nothing."""
     return _pack(_slices(sharded, files, block_size))
 
 
