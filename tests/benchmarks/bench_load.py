@@ -32,10 +32,10 @@ from bridge import MiniMaxM2Bridge
 from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
 from bridge.jobs.ranks import all_gather_objects
 from bridge.model.process_groups import model_parallel
-from bridge.weights.gather import Wanted, rounds
+from bridge.weights.gather import GatherRequest, rounds
 from bridge.weights.param_mapping import MappingRegistry
 from bridge.weights.read_plan import plan_batches
-from bridge.weights.shard_map import Plan
+from bridge.weights.shard_map import ShardMap
 from bridge.weights.sharded_model import ShardedModel, sharded_model
 from reference.checkpoint import SCALE_SUFFIX, expected_tensors
 from reference.config import ModelConfig
@@ -177,11 +177,11 @@ def planning() -> dict[str, float]:
         state = {(m.parameter.chunk, m.megatron_param): torch.empty(m.parameter.shape, device="meta") for m in registry}
         plan_batches(ShardedModel(registry, state, {}), files, config.block_size)
         own = time.perf_counter()
-        plan = Plan(config, layout, Dialect.MEGATRON_TE)
-        wanted = [Wanted(source, torch.bfloat16, None) for source in plan.sources]
-        rounds(wanted)
-        for source in plan.sources:
-            plan.holders(source)
+        shard_map = ShardMap(config, layout, Dialect.MEGATRON_TE)
+        requests = [GatherRequest(source, torch.bfloat16, None) for source in shard_map.sources]
+        rounds(requests)
+        for source in shard_map.sources:
+            shard_map.replicas(source)
         found |= {
             f"load, etp {etp} ep {ep}, s": own - start,
             f"export, etp {etp} ep {ep}, s": time.perf_counter() - own,
