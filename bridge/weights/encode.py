@@ -89,5 +89,5 @@ class WeightEncoder:
         names = [source.name + SCALE_SUFFIX for source in sources]
         scale_inv = torch.empty((len(names), *self._files.tensors[names[0]].shape), dtype=torch.float32)
         places = scale_inv.flatten(1).view(torch.uint8).numpy()
-        self._files.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
+        self._files.read_into((place, name, None) for place, name in zip(places, names, strict=True))
         return scale_inv
