@@ -1,9 +1,10 @@
 """Loading and exporting a live model: FP8 files of true width into a Transformer Engine `GPTModel`, and to the host.
 
-Bytes: a rank reads its share of the files once (7.4 GB at two layers and one rank), moves them to its GPU as they are
-and writes twice as many there; an export moves 14.7 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The
-first load of a process also makes the pinned buffers and compiles; the median of the others is what a second one costs.
-Memory is what the process holds beyond what it held before, page cache not counted: its own (sampled), and pinned.
+Bytes: a rank reads its share of the files once (7.4 GB at two layers and one rank; of w2 and o_proj, which are cut by
+columns, whole rows: 4/3 of its share of the experts at etp 2), moves what it read to its GPU and writes twice its share
+there; an export moves 14.7 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The first load of a process
+also makes the pinned buffers and compiles; the median of the others is what a second one costs. Memory is what the
+process holds beyond what it held before, page cache not counted: its own (sampled), and pinned.
 
     python tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]                              one GPU
     torchrun --nproc-per-node 2 tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]         TP 2: etp 2, and EP 2
