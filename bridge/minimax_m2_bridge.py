@@ -145,7 +145,7 @@ class MiniMaxM2Bridge:
     def load_hf_weights(self, model: nn.Module | list[nn.Module], *, progress: Progress = no_progress) -> None:
         """Fill a model with the source's weights, each rounded once to its parameter's dtype; all ranks must call it.
 
-        Each rank reads only the bytes of its own slices from the files (`bridge.weights.load`).
+        Each rank reads only the rows that its own slices are in (`bridge.weights.read_plan` counts the bytes).
 
         Raises:
             ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is

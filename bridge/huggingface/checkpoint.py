@@ -67,16 +67,18 @@ class HuggingFaceCheckpoint:
         if piece.source is None:
             out.zero_()
             return
-        value = self.files.read_slice(piece.source, slice(*piece.rows), piece.cols and slice(*piece.cols))
+        value = self.files.read(piece.source, slice(*piece.rows))
+        if piece.cols is not None:
+            value = value[:, slice(*piece.cols)]
         if value.dtype != FP8:
             out.copy_(value)
             return
         assert piece.cols is not None, "only matrices are float8"
         size = self.config.block_size
-        blocks = [slice(span[0] // size, -(-span[1] // size)) for span in (piece.rows, piece.cols)]
+        row_blocks, col_blocks = (slice(start // size, -(-stop // size)) for start, stop in (piece.rows, piece.cols))
         dequantize_blockwise(
             value,
-            self.files.read_slice(piece.source + SCALE_SUFFIX, *blocks),
+            self.files.read(piece.source + SCALE_SUFFIX, row_blocks)[:, col_blocks],
             block_size=size,
             dtype=out.dtype,
             out=out,

@@ -4,9 +4,12 @@ The index decides which file holds a tensor; file names decide nothing (released
 and 125 of them exist). Opening reads the headers only and refuses a folder that is not whole, so nothing is found out
 half-way through 230 GB.
 
-Bytes are read (`bridge.huggingface.strided_reads`) into memory of the tensor's or the caller's own, not through
+Bytes are read (`bridge.huggingface.scatter_read`) into memory of the tensor's or the caller's own, not through
 safetensors' memory map. Tensors of a map share their pages (writing to one changes what the next read returns), a file
 cut short kills the process with SIGBUS, and every page ever read counts as the process's memory.
+
+Rows are read whole, and who needs columns cuts them out. Rows of weights here are 1536 to 6144 bytes long, pages of the
+page cache 4096: reading some columns of each row would touch most pages all the same, at the cost of a read for each.
 """
 
 import json
@@ -24,7 +27,7 @@ from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bridge.huggingface.strided_reads import Read, Span, read_spans
+from bridge.huggingface.scatter_read import Read, scatter_read
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -105,38 +108,36 @@ class SafetensorsFolder:
         """Number of safetensors files."""
         return len(self._shards)
 
-    def read(self, name: str) -> Shaped[Tensor, "..."]:
-        """The tensor, bit for bit as on disk, in memory of its own.
+    def read(self, name: str, rows: slice | None = None) -> Shaped[Tensor, "..."]:
+        """The tensor, or those rows of it, bit for bit as on disk, in memory of its own.
 
-        Raises: ValueError if the name is unknown or its file changed since opening.
+        Raises:
+            ValueError: the name is unknown, `rows` has a step or leaves the tensor, or its file changed since opening.
         """
-        return self.read_slice(name)
+        offset, shape = self._locate(name, rows)
+        dtype = self.tensors[name].dtype
+        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        self._shards[self.tensors[name].file].read([(name, Read(offset, memoryview(buffer.numpy())))])
+        return buffer.view(dtype).reshape(shape)
 
-    def read_slice(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Shaped[Tensor, "..."]:
-        """`read(name)[rows, cols]`, contiguous, from the bytes of those rows and columns alone.
+    def read_into(self, reads: Iterable[tuple[UInt8[np.ndarray, " nbytes"], str, slice | None]]) -> None:
+        """The bytes of `read(name, rows)` for each (buffer, name, rows), into memory of the caller's.
 
-        Raises: ValueError as `read`, and if a slice has a step or leaves the tensor.
-        """
-        span, shape = self._span(name, rows, cols)
-        buffer = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu")
-        self._shards[self.tensors[name].file].read([(name, (buffer.numpy(), span))])
-        return buffer.view(self.tensors[name].dtype).reshape(shape)
+        What lies one after another in a file is read in one call. Threads may read at once.
 
-    def read_into(self, slices: Iterable[tuple[UInt8[np.ndarray, " nbytes"], str, slice | None, slice | None]]) -> None:
-        """The bytes of `read_slice(name, rows, cols)` for each (buffer, name, rows, cols), into memory of the caller's.
-
-        Many at once cost little more than one; threads may read at once.
-
-        Raises: ValueError as `read_slice`, and if a buffer is not of that many bytes.
+        Raises:
+            ValueError: as `read`, and if a buffer is not of that many bytes.
         """
         by_file: dict[str, list[tuple[str, Read]]] = {}
-        for buffer, name, rows, cols in slices:
-            span, _ = self._span(name, rows, cols)
-            if buffer.nbytes != span.nbytes:
-                raise ValueError(f"{name}: found a buffer of {buffer.nbytes} bytes, expected {span.nbytes}")
-            by_file.setdefault(self.tensors[name].file, []).append((name, (buffer, span)))
-        for file, reads in by_file.items():
-            self._shards[file].read(reads)
+        for buffer, name, rows in reads:
+            offset, shape = self._locate(name, rows)
+            info = self.tensors[name]
+            expected = math.prod(shape) * info.dtype.itemsize
+            if buffer.nbytes != expected:
+                raise ValueError(f"{name}: found a buffer of {buffer.nbytes} bytes, expected {expected}")
+            by_file.setdefault(info.file, []).append((name, Read(offset, memoryview(buffer))))
+        for file, of_file in by_file.items():
+            self._shards[file].read(of_file)
 
     @property
     def versions(self) -> tuple[tuple[str, int, int], ...]:
@@ -148,22 +149,13 @@ class SafetensorsFolder:
         """Bytes asked of the files so far, headers included."""
         return sum(shard.bytes_read for shard in self._shards.values())
 
-    def _span(self, name: str, rows: slice | None, cols: slice | None) -> tuple[Span, tuple[int, ...]]:
-        """Where the bytes of a slice lie, and its shape."""
+    def _locate(self, name: str, rows: slice | None) -> tuple[int, tuple[int, ...]]:
+        """The first byte in its file, and the shape, of a tensor or of some of its rows."""
         info = self._info(name)
-        shape = list(info.shape)
-        row = math.prod(shape[1:]) * info.dtype.itemsize
-        offset, pitch = info.offset, row
-        if rows is not None:
-            start, stop = _bounds(name, info.shape, 0, rows)
-            offset += start * row
-            shape[0] = stop - start
-        if cols is not None:
-            start, stop = _bounds(name, info.shape, 1, cols)
-            offset += start * math.prod(shape[2:]) * info.dtype.itemsize
-            shape[1] = stop - start
-        nbytes, run = math.prod(shape) * info.dtype.itemsize, math.prod(shape[1:]) * info.dtype.itemsize
-        return Span(offset, nbytes if run == pitch or not shape else run, pitch, nbytes), tuple(shape)
+        if rows is None:
+            return info.offset, info.shape
+        start, stop = _bounds(name, info.shape, rows)
+        return info.offset + start * math.prod(info.shape[1:]) * info.dtype.itemsize, (stop - start, *info.shape[1:])
 
     def _info(self, name: str) -> TensorInfo:
         if name in self.tensors:
@@ -228,20 +220,20 @@ class _Shard:
         }
 
     def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
-        buffer = np.empty(nbytes, np.uint8)
-        self.read([(name, (buffer, Span(offset, nbytes, nbytes, nbytes)))])
-        return buffer.tobytes()
+        buffer = bytearray(nbytes)
+        self.read([(name, Read(offset, memoryview(buffer)))])
+        return bytes(buffer)
 
     def read(self, named: list[tuple[str, Read]]) -> None:
-        """Spans of tensors into buffers. Raises: ValueError if the file is not the one that was opened."""
+        """Fill each buffer with bytes of a tensor. Raises: ValueError if the file is not the one that was opened."""
         reads = [read for _, read in named]
-        whole = read_spans(self._file.fileno(), reads)
+        whole = scatter_read(self._file.fileno(), reads)
         try:
             now = _version(os.stat(self.path))
         except FileNotFoundError:
             now = None
         with self._counting:
-            self.bytes_read += sum(span.nbytes for _, span in reads)
+            self.bytes_read += sum(read.buffer.nbytes for read in reads)
         if not whole or now != self.version:  # looked at after reading: covers a change during it
             first, *others = dict.fromkeys(name for name, _ in named)
             what = f"{first} and {len(others)} more were" if others else f"{first} was"
@@ -307,13 +299,11 @@ def _shared_start(left: str, right: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _bounds(name: str, shape: tuple[int, ...], axis: int, wanted: slice) -> tuple[int, int]:
-    if axis >= len(shape):
-        raise ValueError(f"{name}: shape {shape} has no axis {axis} to take {wanted} of")
-    start = 0 if wanted.start is None else wanted.start
-    stop = shape[axis] if wanted.stop is None else wanted.stop
-    if wanted.step not in (None, 1) or not 0 <= start <= stop <= shape[axis]:
-        raise ValueError(
-            f"{name}: {wanted} on axis {axis} of shape {shape}, expected 0 <= start <= stop <= size, step 1"
-        )
+def _bounds(name: str, shape: tuple[int, ...], rows: slice) -> tuple[int, int]:
+    if not shape:
+        raise ValueError(f"{name}: shape {shape} has no rows to take {rows} of")
+    start = 0 if rows.start is None else rows.start
+    stop = shape[0] if rows.stop is None else rows.stop
+    if rows.step not in (None, 1) or not 0 <= start <= stop <= shape[0]:
+        raise ValueError(f"{name}: rows {rows} of shape {shape}, expected 0 <= start <= stop <= rows, step 1")
     return start, stop

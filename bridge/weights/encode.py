@@ -1,4 +1,4 @@
-"""In which form weights leave a live model: the dtype of each, and float8 with its scales where that is asked for."""
+"""What a checkpoint stores of a running model's weights: each in its dtype on disk, or as float8 codes and scales."""
 
 from functools import cache
 from typing import Literal
@@ -17,9 +17,10 @@ from reference.weights import Row
 
 
 class WeightEncoder:
-    """Weights as a checkpoint of the config `target` stores them; `dtypes` are those of the model's parameters.
+    """Encodes weights as a checkpoint with the config `target` stores them.
 
-    `scales` are those of float8: "source" keeps the source's wherever a block is untouched, "fresh" keeps none.
+    `dtypes` are those of the model's parameters. `scales` says where float8 scales come from: "source" keeps those of
+    the source checkpoint for every block whose values have not changed, "fresh" makes all of them anew.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class WeightEncoder:
         self._is_quantized = cache(lambda name: is_quantized(name, target))
 
     def value_dtype(self, source: Source) -> torch.dtype:
-        """The dtype in which a tensor is collected: the parameter's if it is to be quantised, else its last."""
+        """The dtype in which a tensor is gathered: its parameter's if it is to be quantised, else the one stored."""
         if self._is_quantized(source.name):
             return self._dtypes[source.row]
         stored = self._files.tensors[source.name].dtype
         return torch.bfloat16 if stored == FP8 else stored
 
     def stored(self, values: list[tuple[Source, Tensor]]) -> list[tuple[str, Tensor]]:
-        """What is stored of collected tensors: each as it is, or its codes and then its scales.
+        """What is stored of gathered tensors, by name: each as it is, or its codes and then its scales.
 
         Raises:
             ValueError: a value is not finite, or the source's scales are damaged or changed; names the tensor.
@@ -63,8 +64,8 @@ class WeightEncoder:
         return found
 
     def _quantized(self, group: list[tuple[Source, Tensor]], *, kept: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """Matrices of one shape at once, as a stack."""
-        # One alone is no stack, so that errors say where in the matrix.
+        """(codes, scales) by name, of matrices of one shape, quantised together as a stack."""
+        # A single matrix is not stacked, so that errors say where in the matrix.
         stack = torch.stack([value for _, value in group]) if len(group) > 1 else group[0][1]
         block_size = self._target.quantization.block_size
         name = group[0][0].name
@@ -76,7 +77,7 @@ class WeightEncoder:
             else:
                 codes, scale_inv = fp8.quantize_blockwise(stack, block_size=block_size, name=name)
         except ValueError:
-            if len(group) > 1:  # says which one it is
+            if len(group) > 1:  # one by one, the damaged matrix raises with its own name
                 for one in group:
                     self._quantized([one], kept=kept)
             raise
@@ -84,8 +85,9 @@ class WeightEncoder:
         return {source.name: pair for (source, _), pair in zip(group, pairs, strict=True)}
 
     def _source_scales(self, sources: list[Source]) -> Tensor:
+        """The source checkpoint's scales of matrices of one shape, as a stack."""
         names = [source.name + SCALE_SUFFIX for source in sources]
         scale_inv = torch.empty((len(names), *self._files.tensors[names[0]].shape), dtype=torch.float32)
         places = scale_inv.flatten(1).view(torch.uint8).numpy()
-        self._files.read_into((place, name, None, None) for place, name in zip(places, names, strict=True))
+        self._files.read_into((place, name, None) for place, name in zip(places, names, strict=True))
         return scale_inv

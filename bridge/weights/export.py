@@ -1,7 +1,7 @@
-"""Weights out of a live model under their on-disk names, a round at a time: for saving, and for weight sync in RL.
+"""The weights of a running model under their on-disk names, as a stream: for saving, and for weight sync in RL.
 
-Each round gathers a few tensors where they are wanted (`bridge.weights.gather`), encodes them there as they were asked
-for (`bridge.weights.encode`), and hands them out. Before it does, all ranks make sure that none of them has failed.
+They come in rounds. Each gathers a few tensors on the ranks that want them (`bridge.weights.gather`) and encodes them
+there (`bridge.weights.encode`). If that fails on one rank, every rank raises, and none has yielded the round's tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +30,13 @@ def export_weights(
     device: str | torch.device | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for each tensor that is wanted here; every rank must go through to the end.
+    """Yield (name, tensor), in model order, for each tensor that this rank gets; every rank must iterate to the end.
 
     Args:
         sharded: the model.
-        encoder: the dtypes of what comes out.
-        to: who gets a tensor: "all" ranks; one rank; "spread": one rank each, as many bytes on all, and as far as can
-            be one that holds it; or a rank for each name. Tensors come in model order.
+        encoder: makes of each weight what is stored of it.
+        to: which rank gets a tensor: "all" of them; one rank for every tensor; "spread", a rank that holds a piece of
+            it, so that all get about as many elements; or a rank for each name.
         device: "cpu" for results in host memory; None leaves them where the parameters are.
         progress: shows progress, by rounds.
 
@@ -58,16 +58,17 @@ def _stream(
     encoder: WeightEncoder,
     progress: Progress,
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """A round at a time."""
+    """The (name, tensor) pairs of one round after another."""
     batches = rounds(requests)
     for batch in progress(batches, "export", len(batches)):
-        collected = gather_tensors(batch, sharded)
+        gathered = gather_tensors(batch, sharded)
         with raise_on_all_ranks(), torch.no_grad():
-            stored = encoder.stored(collected)
+            stored = encoder.stored(gathered)
         yield stored
 
 
 def _destination(to: To, shard_map: ShardMap) -> Callable[[Source], int | None]:
+    """The rank that gets a tensor; None for all ranks."""
     world = shard_map.parallelism.world_size
     if to == "all":
         return lambda source: None

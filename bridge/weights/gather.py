@@ -1,9 +1,9 @@
-"""Collecting tensors that ranks hold in pieces: one message a round between any two ranks, however many pieces.
+"""Gathering tensors that ranks hold in pieces: one message a round between any two ranks, however many pieces.
 
-A round is a list of tensors and where each is requests: on one rank, or on all. A piece that several ranks hold is sent
-by one of them, by the one that wants it if that is among them, and else by each in turn. All pieces from one rank to
-another lie in one flat buffer of bytes, which goes by point-to-point; what all ranks want is broadcast by each rank
-that has some of it. A rank that neither has nor wants a piece takes no part in moving it.
+A round is a list of requests: tensors, and for each the rank that wants it, or all ranks. Of the ranks that hold the
+same piece one sends it: the one that wants it where it is among them, and else each in turn. All pieces from one rank
+to another are one flat buffer of bytes, sent point-to-point; what all ranks want is broadcast by each rank that has
+some of it. A rank that neither has nor wants a piece takes no part in moving it.
 """
 
 import math
@@ -21,7 +21,7 @@ _ALIGNMENT = 16
 
 
 class GatherRequest(NamedTuple):
-    """A tensor, the dtype in which it is collected, and the rank that wants it (None: all do)."""
+    """A tensor, the dtype in which it is gathered, and the rank that wants it (None: all do)."""
 
     source: Source
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class GatherRequest(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """A piece of a tensor of the round, and its bytes in the message."""
+    """A piece of the tensor of request `index`; it is bytes `start:stop` of the message."""
 
     index: int
     replicas: Replicas
@@ -38,27 +38,27 @@ class _Segment(NamedTuple):
 
 
 def rounds(requests: list[GatherRequest], limit: int = ROUND_BYTES) -> list[list[GatherRequest]]:
-    """Tensors in rounds of at most `limit` bytes (or one tensor) for each rank; each rank's own come in order.
+    """Requests in rounds: in each, every rank gets at most `limit` bytes (or one tensor), in the order of its requests.
 
-    Ranks' lists go side by side, so that all of them have work in each round.
+    The ranks' requests are served side by side, so that every rank has work in every round.
     """
     lists: dict[int | None, list[list[GatherRequest]]] = {}
     filled: dict[int | None, int] = {}
-    for one in requests:
-        nbytes = math.prod(one.source.shape) * one.dtype.itemsize
-        if filled.get(one.rank, limit) + nbytes > limit:
-            lists.setdefault(one.rank, []).append([])
-            filled[one.rank] = 0
-        lists[one.rank][-1].append(one)
-        filled[one.rank] += nbytes
-    return [[one for part in parts for one in part] for parts in zip_longest(*lists.values(), fillvalue=())]
+    for request in requests:
+        nbytes = math.prod(request.source.shape) * request.dtype.itemsize
+        if filled.get(request.rank, limit) + nbytes > limit:
+            lists.setdefault(request.rank, []).append([])
+            filled[request.rank] = 0
+        lists[request.rank][-1].append(request)
+        filled[request.rank] += nbytes
+    return [[request for part in parts for request in part] for parts in zip_longest(*lists.values(), fillvalue=())]
 
 
 @torch.no_grad()
 def gather_tensors(requests: list[GatherRequest], sharded: ShardedModel) -> list[tuple[Source, Tensor]]:
-    """One round; gives what this rank wants, in order. All ranks must call it with the same list.
+    """One round: the tensors that this rank wants, in order. All ranks must call it with the same requests.
 
-    A tensor that this rank holds whole in the right dtype comes as a view of its parameter.
+    A tensor that this rank holds whole in the right dtype is a view of its parameter.
     """
     exchange = _Exchange(sharded)
     messages = exchange.messages(requests)
@@ -74,20 +74,21 @@ def gather_tensors(requests: list[GatherRequest], sharded: ShardedModel) -> list
     return [(requests[index].source, _assembled(requests[index], pieces[index])) for index in sorted(pieces)]
 
 
-Route = tuple[int, int | None]  # from, to
+Route = tuple[int, int | None]  # the sending rank, the receiving one (None: all)
 
 
 class _Exchange:
-    """This rank's side of a round."""
+    """What this rank sends and receives in a round."""
 
     def __init__(self, sharded: ShardedModel):
         self._sharded, self._shard_map = sharded, sharded.shard_map
 
     def moves(self, route: Route) -> bool:
+        """Whether anything goes from one rank to another."""
         return route[0] != route[1] and distributed.get_world_size() > 1
 
     def messages(self, requests: list[GatherRequest]) -> dict[Route, list[_Segment]]:
-        """What each message has in it that this rank sends or receives."""
+        """The segments of each message that this rank sends or receives."""
         found: dict[Route, list[_Segment]] = {}
         for index, (source, dtype, to) in enumerate(requests):
             for replicas in self._shard_map.replicas(source):
@@ -101,18 +102,20 @@ class _Exchange:
         return found
 
     def buffer(self, route: Route, segments: list[_Segment], requests: list[GatherRequest]) -> Tensor:
+        """A message's bytes: filled if this rank sends it, else room to receive them."""
         buffer = torch.empty(segments[-1].stop, dtype=torch.uint8, device=self._sharded.device)
         if route[0] == self._sharded.rank:
             for segment in segments:
-                one = requests[segment.index]
-                _view(buffer, segment, one.dtype).copy_(self._held(one.source, segment.replicas))
+                request = requests[segment.index]
+                _view(buffer, segment, request.dtype).copy_(self._held(request.source, segment.replicas))
         return buffer
 
-    def received(self, segment: _Segment, one: GatherRequest, route: Route, buffer: Tensor | None) -> Tensor:
+    def received(self, segment: _Segment, request: GatherRequest, route: Route, buffer: Tensor | None) -> Tensor:
+        """A piece that this rank wants: of its own parameter, or from a message that has arrived."""
         if route[0] == self._sharded.rank:
-            return self._held(one.source, segment.replicas)
+            return self._held(request.source, segment.replicas)
         assert buffer is not None
-        return _view(buffer, segment, one.dtype)
+        return _view(buffer, segment, request.dtype)
 
     def _held(self, source: Source, replicas: Replicas) -> Tensor:
         value = self._sharded.state[self._shard_map.parameter(source)].detach()
@@ -133,13 +136,13 @@ def _move(buffers: dict[Route, Tensor], me: int) -> None:
             work.wait()
 
 
-def _assembled(one: GatherRequest, pieces: list[tuple[Replicas, Tensor]]) -> Tensor:
+def _assembled(request: GatherRequest, pieces: list[tuple[Replicas, Tensor]]) -> Tensor:
     if len(pieces) == 1:
-        return pieces[0][1].to(one.dtype)
-    whole = torch.empty(one.source.shape, dtype=one.dtype, device=pieces[0][1].device)
+        return pieces[0][1].to(request.dtype)
+    whole = torch.empty(request.source.shape, dtype=request.dtype, device=pieces[0][1].device)
     for replicas, piece in pieces:
-        place = whole[slice(*replicas.rows)]
-        (place if replicas.cols is None else place[:, slice(*replicas.cols)]).copy_(piece)
+        band = whole[slice(*replicas.rows)]
+        (band if replicas.cols is None else band[:, slice(*replicas.cols)]).copy_(piece)
     return whole
 
 

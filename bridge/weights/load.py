@@ -1,17 +1,19 @@
-"""A checkpoint into a live model: each rank reads the bytes of its own slices, and nothing else, from the files.
+"""Loading a checkpoint into a running model: each rank reads the rows that its own slices are in, and nothing else.
 
-    files --threads--> pinned memory --one copy a batch--> device --decode--> rows of the parameter
+    files --threads--> pinned memory --one copy a batch--> device --cut, decode--> rows of the parameter
 
-`bridge.weights.read_plan` plans what is read. A batch is read in one go and decoded in a launch for each group of alike
-slices, for Python's time, not the bytes, is what there is little of: every call of it waits for the lock that the other
-threads hold.
+`bridge.weights.read_plan` plans what is read. Rows are read and copied whole; where a slice has only some of their
+columns, the decoding kernel is given a view of these.
 
-A few threads read batches ahead of the decoding, at most `WINDOW` of them; float8 goes to the device as it is, and is
-decoded into its place there. Beyond the model a rank needs WINDOW + COPYING batches of host memory and COPYING of the
-device's, whatever the model's size.
+A batch is read and copied as a whole and decoded by one kernel launch for each group of alike slices, because the
+bottleneck is Python, not the bytes: each of its calls waits for the interpreter lock, which other threads hold.
 
-Scales are checked on the host as they are read. NaN codes become NaN weights, which one look at the finished
-parameters finds: the device is waited for once.
+A few threads read up to `WINDOW` batches ahead of the decoding. Float8 codes are copied to the device as they are, and
+decoded there straight into the parameters. Beyond the model a rank needs WINDOW + COPYING batches of host memory and
+COPYING batches of device memory, whatever the model's size.
+
+Scales are checked on the host as they are read. NaN codes become NaN weights, which are searched for in the finished
+parameters: so the host waits for the device once.
 """
 
 import os
@@ -23,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.huggingface import strided_reads
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
@@ -43,8 +44,8 @@ def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, pr
     """Fill this rank's parameters, each value rounded once to its parameter's dtype; padding is zero.
 
     Raises:
-        ValueError: a scale or a float8 code is damaged, or a file changed; the same on all ranks. The parameters have
-            been written to by then.
+        ValueError: a scale or a float8 code is damaged, or a file changed. All ranks raise the same error; by then
+            parameters may have been overwritten.
     """
     with raise_on_all_ranks():
         files, block_size = checkpoint.files, checkpoint.config.block_size
@@ -62,7 +63,7 @@ def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, pr
 
 def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
-    # Always one size, so that torch's allocator of pinned memory hands the same few buffers out again.
+    # Always the same size, so that torch's allocator of pinned memory hands out the same few buffers again.
     largest = max((batch.nbytes for batch in batches), default=0)
 
     def read(batch: Batch) -> Tensor:
@@ -70,7 +71,7 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
         buffer = whole[: batch.nbytes]
         files.read_into(_reads(batch, buffer.numpy()))
         if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
-            for name in dict.fromkeys(part.source for group in batch.groups if group.grid for part in group.slices):
+            for name in dict.fromkeys(part.source for group in batch.groups for part in group.slices if part.grid):
                 check_scale_values(files.read(name + SCALE_SUFFIX), name=name)
         return buffer
 
@@ -86,7 +87,7 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
                     ahead.append(pool.submit(read, batches[i + WINDOW]))
                 yield batch, buffer
                 del buffer
-                if on_gpu:  # else a slow device would have pinned memory grow
+                if on_gpu:  # without this wait, pinned memory would grow where the device is slow
                     copying.append(torch.cuda.Event())
                     copying[-1].record()
                     if len(copying) == COPYING:
@@ -94,20 +95,19 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
         finally:
             for future in ahead:
                 future.cancel()
-            strided_reads.release()
 
 
-def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, slice, slice | None]]:
-    """Which bytes of a batch's buffer each slice, and its scales, are read into."""
+def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, slice]]:
+    """The rows of each slice, and the scales of their blocks, with the bytes of the buffer that they are read into."""
     for group in batch.groups:
-        nbytes, scales = group.slices[0].nbytes, group.scale_bytes
+        nbytes, scale_bytes = group.slices[0].nbytes, group.slices[0].scale_bytes
         at, scales_at = group.start, batch.scales_at + group.scales
         for part in group.slices:
-            yield buffer[at : at + nbytes], part.source, part.rows, part.cols
+            yield buffer[at : at + nbytes], part.source, part.rows
             at += nbytes
-            if group.grid:
-                yield buffer[scales_at : scales_at + scales], part.source + SCALE_SUFFIX, *part.blocks
-                scales_at += scales
+            if part.grid:
+                yield buffer[scales_at : scales_at + scale_bytes], part.source + SCALE_SUFFIX, part.blocks[0]
+                scales_at += scale_bytes
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -116,16 +116,18 @@ def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, 
 def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None:
     parts, first = group.slices, group.slices[0]
     values = buffer[group.start : group.start + len(parts) * first.nbytes].view(first.dtype).view(-1, *first.shape)
-    scales = scales[group.scales : group.scales + len(parts) * group.scale_bytes].view(torch.float32)
+    if first.cols is not None:
+        values = values[..., first.cols]
     targets = [part.parameter.detach()[part.at : part.at + first.shape[0]] for part in parts]
-    if not group.grid:
+    if not first.grid:
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
         return
+    scales = scales[group.scales : group.scales + len(parts) * first.scale_bytes].view(torch.float32)
     row_offset, col_offset = first.offsets
     fp8.dequantize_blockwise(
         values,
-        scales.view(-1, *group.grid),
+        scales.view(-1, *first.grid)[..., first.blocks[1]],
         block_size=block_size,
         dtype=targets[0].dtype,
         out=targets,
@@ -137,10 +139,10 @@ def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None
 
 
 def _check_codes(sharded: ShardedModel, files: SafetensorsFolder) -> None:
-    """No float8 code was NaN: the greatest value of a parameter is NaN if one of them is.
+    """Search the parameters that were float8 for NaN: a parameter's greatest value is NaN if any of its values is.
 
     Raises:
-        ValueError: one was; names the tensor and the position.
+        ValueError: a code was NaN; names the tensor and the position.
     """
     quantized = [
         mapping.parameter

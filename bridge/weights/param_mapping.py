@@ -19,7 +19,7 @@ from reference.weights import Dialect, Layout, Row
 class ParamMapping:
     """One parameter of a rank and the on-disk tensors it is made of, in both directions.
 
-    `roles` says what each of those tensors is to it.
+    `roles` says what each of those tensors is in the parameter, such as "q".
     """
 
     roles: ClassVar[tuple[str, ...]] = ("weight",)
@@ -51,7 +51,7 @@ class ParamMapping:
         return shard(self.parameter, tensors)
 
     def megatron_to_hf(self, value: Tensor) -> dict[str, Tensor]:
-        """The parameter's share of each on-disk tensor: all of it where one rank holds it whole.
+        """The parameter's piece of each on-disk tensor, by the tensor's name: all of it at one rank.
 
         Raises:
             ValueError: the value's shape is not the parameter's.
@@ -62,19 +62,19 @@ class ParamMapping:
 
 
 class QKVMapping(ParamMapping):
-    """Query, key and value projections in one matrix: per key/value group its query heads, its key, its value."""
+    """Query, key and value projections in one matrix: for each key/value group its query heads, its key, its value."""
 
     roles = ("q", "k", "v")
 
 
 class GatedMLPMapping(ParamMapping):
-    """An expert's gate and up projection, one over the other; so on every expert-tensor-parallel rank."""
+    """An expert's gate projection above its up projection; an expert-tensor-parallel rank has its rows of both."""
 
     roles = ("gate", "up")
 
 
 class FullDimQKNormMapping(ParamMapping):
-    """A norm's weight over all heads at once; a rank has its own heads' part, ranks that share a key head the same."""
+    """The weight of a norm over all heads; a rank has that of its heads, and ranks that share a key head the same."""
 
 
 MAPPINGS: dict[Layout, type[ParamMapping]] = {
@@ -121,7 +121,7 @@ class MappingRegistry:
         return self._by_source[name]
 
     def bind(self, states: Sequence[dict[str, Tensor]]) -> dict[tuple[int, str], Tensor]:
-        """The `model_state` of each of this rank's chunks by chunk and name: exactly the parameters of the registry.
+        """Values by (chunk, name), from the `model_state` of each of this rank's chunks.
 
         Raises:
             ValueError: the model has another parameter, lacks one, or has one of another shape.
@@ -140,16 +140,16 @@ class MappingRegistry:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under their own names; megatron-core's `_extra_state` entries are left out."""
+    """Parameters and persistent buffers by name; megatron-core's `_extra_state` entries are left out."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
 def model_rows(names: Sequence[str]) -> dict[Dialect, tuple[Row, ...]]:
-    """The layer specs that the parameters of these names can be of, and which kind each is there.
+    """The row of `reference.weights.TABLE` of each name, for each dialect that has all the names.
 
     Raises:
-        ValueError: neither the Transformer Engine nor the local spec of MiniMax-M2.
+        ValueError: some name belongs neither to the Transformer Engine nor to the local layer spec of MiniMax-M2.
     """
     found = {}
     for dialect in (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL):

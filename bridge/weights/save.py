@@ -1,8 +1,8 @@
-"""A live model as a Hugging Face checkpoint, written by all ranks at once.
+"""Saving a running model as a Hugging Face checkpoint; all ranks write files at once.
 
-The files are planned first, by names and shapes. Each has one rank that writes it, one that holds some of what is in it
-where that can be; its tensors are collected there as they leave the model, and written one after the other. When every
-rank is done, the first one adds config and index and puts the folder in place.
+The files are planned first, from names and shapes. Each is written by one rank, which holds a piece of the file's first
+tensor if the model has it: tensors are gathered there one after another and written as they come. When every rank has
+finished, rank 0 adds config and index and publishes the folder.
 """
 
 from collections import deque
@@ -40,10 +40,11 @@ def save_weights(
     max_shard_bytes: int,
     progress: Progress = no_progress,
 ) -> None:
-    """Write a model and what its source carries along, whole or not at all; all ranks must call it.
+    """Write the model, and its source's MTP layers and other files, whole or not at all; all ranks must call it.
 
     Raises:
-        ValueError: `out` is not fit, or a weight is not finite. All ranks raise the same, also for a full disk.
+        ValueError: `out` cannot be written to or replaced, a weight is not finite, or a source file changed.
+        OSError: a file cannot be written, as when the disk is full. All ranks raise the same error.
     """
     files = _files(sharded.shard_map, checkpoint, target, max_shard_bytes)
     owners = _owners(sharded.shard_map, files)
@@ -81,20 +82,20 @@ def _files(
 
 
 def _owners(shard_map: ShardMap, files: list[FilePlan]) -> dict[str, int]:
-    """The rank that writes each file: as many bytes on all, on a rank that holds the file's first tensor."""
+    """The rank that writes each file: one that holds a piece of its first tensor, with the fewest bytes so far."""
     sources = {source.name: source for source in shard_map.sources}
     load = [0] * shard_map.parallelism.world_size
     owners = {}
     for file in files:
         first = next((sources[name] for name in file.tensors if name in sources), None)
-        held = range(len(load)) if first is None else {rank for one in shard_map.replicas(first) for rank in one.ranks}
-        owners[file.file] = min(held, key=lambda rank: (load[rank], rank))
+        ranks = range(len(load)) if first is None else {rank for one in shard_map.replicas(first) for rank in one.ranks}
+        owners[file.file] = min(ranks, key=lambda rank: (load[rank], rank))
         load[owners[file.file]] += sum(tensor.nbytes for tensor in file.tensors.values())
     return owners
 
 
 def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) -> Exception | None:
-    """This rank's files. If that fails it still takes its part in what the others collect, who wait for it."""
+    """Write this rank's files. If that fails, go on gathering: the other ranks wait for this one's pieces."""
 
     def write() -> None:
         for file in mine:
@@ -110,7 +111,7 @@ def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) ->
 
 
 def _with_mtp(mine: list[FilePlan], stream: Named, checkpoint: HuggingFaceCheckpoint) -> Named:
-    """The tensors of this rank's files: from the model, and for MTP layers from the source."""
+    """The tensors of this rank's files in order: those of MTP layers from the source, all others from the stream."""
     for file in mine:
         for name in file.tensors:
             yield (name, checkpoint.files.read(name)) if is_mtp(name, checkpoint.config) else next(stream)

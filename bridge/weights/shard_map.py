@@ -1,9 +1,9 @@
-"""Which ranks hold which piece of an on-disk tensor: for the whole model at once, from one layer and one expert.
+"""Which ranks hold which piece of every on-disk tensor, worked out from one layer and one expert.
 
-`reference.sharding.placements` answers that from what every rank holds, which for 62 layers, 256 experts and 512 ranks
-is too much to list. But every layer is cut alike, and so is every expert: `parameters` of a model of one layer, on a
-grid of tensor-parallel ranks where the first has expert 0 to itself, is the pattern. Pipeline stage, expert rank and
-replica only say on which ranks it lies.
+`reference.sharding.placements` says the same, but from a list of what every rank holds, which is too long for 62
+layers, 256 experts and 512 ranks. All layers are cut alike, and so are all experts. So the pieces, and the
+tensor-parallel ranks that hold them, are taken from the `parameters` of a model of one layer whose expert 0 is on ranks
+of its own; pipeline stage, expert-parallel rank and data-parallel replica only shift them to other ranks.
 """
 
 import math
@@ -20,9 +20,10 @@ from reference.weights import Dialect, Row, Scope, instances
 
 
 class Source(NamedTuple):
-    """An on-disk tensor of the model: its kind, and which pipeline stage and expert-parallel rank hold it.
+    """An on-disk tensor of the model, and which pipeline stage and expert-parallel rank hold it.
 
-    `layer` and `expert` are counted on the ranks that hold it, as in the parameter's name there.
+    It is number `part` of the tensors of `row`. `stage` counts virtual stages too: chunk * pp + pipeline rank. `layer`
+    and `expert` are the local ones, as in the name of its parameter on the ranks that hold it.
     """
 
     name: str
@@ -36,7 +37,10 @@ class Source(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """`source[rows, cols]` is rows `start` and on of a parameter on each of `ranks`."""
+    """A piece of an on-disk tensor and the ranks that hold it.
+
+    `source[rows, cols]` is in the tensor's parameter, from row `start` on, on each of `ranks`.
+    """
 
     rows: tuple[int, int]
     cols: tuple[int, int] | None
@@ -54,7 +58,7 @@ class ShardMap:
     def __init__(self, config: ModelConfig, parallelism: Parallelism, dialect: Dialect):
         parallelism.check(config)
         self.config, self.parallelism, self.dialect = config, parallelism, dialect
-        self._holders = cache(self._place)
+        self._cached_replicas = cache(self._replicas)
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -76,31 +80,31 @@ class ShardMap:
                 yield Source(name, shape, row, part, stage, expert_rank, local_layer, local_expert)
 
     def replicas(self, source: Source) -> tuple[Replicas, ...]:
-        """The pieces of a tensor, by their position in it."""
-        return self._holders(source.row, source.part, source.stage % self.parallelism.pp, source.expert_rank)
+        """The pieces of a tensor, in the order of their positions in it."""
+        return self._cached_replicas(source.row, source.part, source.stage % self.parallelism.pp, source.expert_rank)
 
     def parameter(self, source: Source) -> tuple[int, str]:
-        """The chunk and the name of the parameter that a tensor is part of, where it is held."""
+        """The chunk and the name of the parameter that a tensor is part of, on the ranks that hold it."""
         (name,) = source.row.format(self.dialect, source.layer, source.expert)
         return source.stage // self.parallelism.pp, name
 
-    def _place(self, row: Row, part: int, pp: int, expert_rank: int) -> tuple[Replicas, ...]:
+    def _replicas(self, row: Row, part: int, pp: int, expert_rank: int) -> tuple[Replicas, ...]:
         sizes = self.parallelism
-        stage, apart, first = sizes.tp * sizes.cp * sizes.dp, sizes.tp, 0
+        ranks_of_stage, stride, first = sizes.tp * sizes.cp * sizes.dp, sizes.tp, 0
         if row.scope is Scope.EXPERT:
-            apart, first = sizes.expert_tp * sizes.ep, expert_rank * sizes.expert_tp
-        starts = [pp * stage + replica + first for replica in range(0, stage, apart)]
+            stride, first = sizes.expert_tp * sizes.ep, expert_rank * sizes.expert_tp
+        groups = [pp * ranks_of_stage + replica + first for replica in range(0, ranks_of_stage, stride)]
         return tuple(
-            Replicas(rows, cols, start, tuple(at + rank for at in starts for rank in ranks))
+            Replicas(rows, cols, start, tuple(group + rank for group in groups for rank in ranks))
             for (rows, cols, start), ranks in self._pattern[row, part].items()
         )
 
     @cached_property
     def _pattern(self) -> dict[tuple[Row, int], dict[tuple, list[int]]]:
-        """For each kind of tensor its pieces (rows, cols, start), and the (expert-)tensor ranks that hold each."""
+        """For (row, part) the pieces (rows, cols, start), and the tensor- or expert-tensor-parallel ranks of each."""
         sizes, experts = self.parallelism, self.config.num_local_experts
-        apart = {"ep": experts, "dp": experts * sizes.expert_tp}
-        grid = Parallelism(tp=sizes.tp, etp=sizes.expert_tp, vocab_divisor=sizes.vocab_divisor, **apart)
+        one_expert_a_rank = {"ep": experts, "dp": experts * sizes.expert_tp}
+        grid = Parallelism(tp=sizes.tp, etp=sizes.expert_tp, vocab_divisor=sizes.vocab_divisor, **one_expert_a_rank)
         one_layer = replace(self.config, num_hidden_layers=1)
         found: dict[tuple[Row, int], dict[tuple, list[int]]] = {}
         for rank in range(max(sizes.tp, sizes.expert_tp)):
@@ -119,7 +123,7 @@ class ShardMap:
 
 
 def spread(shard_map: ShardMap, sources: list[Source]) -> dict[str, int]:
-    """A rank for each tensor: one that holds some of it, and so that all ranks get about as many elements."""
+    """Give each tensor to one of the ranks that hold a piece of it, and each rank about as many elements."""
     load = [0] * shard_map.parallelism.world_size
     found = {}
     candidates = cache(lambda replicas: tuple(dict.fromkeys(rank for replicas in replicas for rank in replicas.ranks)))

@@ -1,9 +1,9 @@
-"""Where a live megatron-core model stands: its parallel layout, read from the process groups and from the model itself.
+"""How a megatron-core model is sharded over the ranks, read from its process groups and from the model itself.
 
-Nothing is asked of the user that the program knows already. The sizes are megatron-core's, the layers of each stage are
-those that the chunks hold, the padded vocabulary is the embedding's. What `reference.sharding` assumes of a layout is
-checked on the way: the order of ranks, layers that follow one another from stage to stage, experts that do from rank to
-rank. Every rank learns what all ranks found, so all come to the same answer or the same error.
+The user is asked for nothing: the parallel sizes are those of megatron-core's process groups, the layers of each stage
+those that the chunks hold, the padded vocabulary size that of the embedding. What `reference.sharding` assumes is
+checked: the order of the ranks, layers in order over the stages, experts in order over the expert-parallel ranks. The
+ranks exchange what they find, so all of them come to the same layout or raise the same error.
 """
 
 from collections.abc import Iterable
@@ -27,8 +27,9 @@ from reference.weights import TABLE, Dialect, Row
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model that ranks share: this rank's tensors by (chunk, name), and how the whole model lies on the ranks.
+    """This rank's shard of a model, and how the whole model is laid out over the ranks.
 
+    `registry` says what each of this rank's parameters is made of, and `state` has their values by (chunk, name).
     `dtypes` are those of the whole model's parameters, by row of `reference.weights.TABLE`.
     """
 
@@ -55,7 +56,12 @@ class ShardedModel:
 
 
 class _Facts(NamedTuple):
-    """What one rank knows. Layers and experts are counted over the model, from 0; kinds by their place in `TABLE`."""
+    """What one rank finds out about itself, sent to all ranks.
+
+    `at` is the rank's index along each axis of parallelism, `layers` has a list for each chunk, and `vocabulary` the
+    padded sizes that the embedding and the head here imply. Layers and experts are numbered over the whole model, from
+    0. Rows of `TABLE`, the keys of `dtypes`, are sent as their index.
+    """
 
     sizes: dict[str, int]
     at: dict[str, int]
@@ -70,8 +76,8 @@ def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> Sh
     """Read the layout of a model; all ranks must call it. `model` is one chunk, or the list of a rank's chunks.
 
     Raises:
-        ValueError: megatron-core is not set up; the ranks, layers or experts lie in another order than
-            `reference.sharding` has them; or a chunk is not this config's. All ranks raise the same.
+        ValueError: megatron-core is not set up; the ranks, layers or experts are not in the order that
+            `reference.sharding` assumes; or the model is not of this config. All ranks raise the same error.
     """
     if not (distributed.is_initialized() and parallel_state.model_parallel_is_initialized()):
         raise ValueError(
@@ -87,18 +93,18 @@ def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> Sh
         parallelism = _parallelism(everyone, config)
         registry = MappingRegistry(config, _dialect(everyone), parallelism, distributed.get_rank())
         found = (
-            (kind, dtype, f"{TABLE[kind].names[registry.dialect][0]} of rank {rank}")
+            (index, dtype, f"{TABLE[index].names[registry.dialect][0]} of rank {rank}")
             for rank, facts in enumerate(everyone)
-            for kind, dtype in facts.dtypes.items()
+            for index, dtype in facts.dtypes.items()
         )
-        dtypes = {TABLE[kind]: dtype for kind, dtype in _dtypes(found).items()}
+        dtypes = {TABLE[index]: dtype for index, dtype in _dtypes(found).items()}
         return ShardedModel(registry, registry.bind(states), dtypes)
 
 
 def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
     named = [(name, value.dtype) for state in states for name, value in state.items()]
     rows = model_rows([name for name, _ in named])
-    of_either = next(iter(rows.values()))  # where both dialects have all the names, their rows are the same
+    of_either = next(iter(rows.values()))  # names that are in both dialects have the same rows in both
     layers = [list(chunk.decoder.layers) for chunk in chunks]
     sizes = group_sizes(len(chunks))
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -172,7 +178,7 @@ def _layers_per_stage(everyone: list[_Facts], config: ModelConfig) -> tuple[int,
 
 
 def _dialect(everyone: list[_Facts]) -> Dialect:
-    """A stage without layers may have names of either dialect; all together do not."""
+    """The one that fits the parameter names of every rank; those of a stage without layers fit both."""
     common = [dialect for dialect in Dialect if all(dialect in facts.dialects for facts in everyone)]
     if not common:
         raise ValueError(f"ranks have different layer specs: {sorted({facts.dialects for facts in everyone})}")
@@ -180,12 +186,16 @@ def _dialect(everyone: list[_Facts]) -> Dialect:
 
 
 def _dtypes(found: Iterable[tuple[int, torch.dtype, str]]) -> dict[int, torch.dtype]:
-    """By kind, of (kind, dtype, name): one for all layers, experts and ranks."""
+    """The dtype of each row of `TABLE`, from (index of the row, dtype, name) of every parameter.
+
+    Raises:
+        ValueError: layers, experts or ranks have different ones.
+    """
     dtypes: dict[int, torch.dtype] = {}
-    for kind, dtype, name in found:
-        if dtypes.setdefault(kind, dtype) != dtype:
+    for index, dtype, name in found:
+        if dtypes.setdefault(index, dtype) != dtype:
             raise ValueError(
-                f"{name}: found {dtype}, expected {dtypes[kind]} as on the others of its kind; build all layers and "
+                f"{name}: found {dtype}, expected {dtypes[index]} as on the others of its kind; build all layers and "
                 "ranks with the same params_dtype"
             )
     return dtypes

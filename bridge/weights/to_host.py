@@ -1,9 +1,9 @@
-"""Tensors of a GPU into ordinary host memory, at the speed of the bus.
+"""Copying tensors from a GPU into ordinary, pageable host memory at the speed of the bus.
 
-The bus is fast only into pinned memory, and pinned memory is scarce: a few pinned buffers take turns, and threads move
-the contents of each on into memory of the tensors' own while the next ones are under way. Tensors that lie one after
-another on the GPU, as the matrices and the scales of a stack do, are copied as one: what Python does for each copy
-costs more than the bytes of a matrix of scales.
+The bus is fast only into pinned memory, which is scarce. So a few pinned buffers are used in turn: while the GPU fills
+one, threads copy the contents of others into the tensors' own memory. Tensors that are adjacent on the GPU, as the
+matrices of a stack and its scales are, are copied together: a copy costs Python more time than the bytes of a matrix of
+scales do.
 """
 
 from collections import deque
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 BUFFER_BYTES, BUFFERS, THREADS = 16 << 20, 16, 8
-AHEAD = 12  # buffers on the way or being emptied while the caller uses a tensor: more than there are threads
+AHEAD = 12  # buffers being filled or emptied while the caller uses a tensor: more than there are threads
 
 Named = tuple[str, Tensor]
 
 
 def to_host(rounds: Iterable[list[Named]]) -> Iterator[Named]:
-    """The same tensors on the host, in order; those of a round may lie together on the GPU."""
+    """The same tensors in host memory, in the same order. Tensors are copied together only within a round."""
     rounds = iter(rounds)
     first = next((tensors for tensors in rounds if tensors), [])
     rounds = chain([first], rounds)
@@ -31,43 +31,48 @@ def to_host(rounds: Iterable[list[Named]]) -> Iterator[Named]:
         yield from chain.from_iterable(rounds)
         return
     with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(first[0][1].device,)) as pool:
-        under_way: deque[tuple[Future, list[Named]]] = deque()
+        in_flight: deque[tuple[Future, list[Named]]] = deque()
         for started in _Buffers(pool).fill(rounds):
-            under_way.append(started)
-            if len(under_way) > AHEAD:
-                yield from _finished(*under_way.popleft())
-        while under_way:
-            yield from _finished(*under_way.popleft())
+            in_flight.append(started)
+            if len(in_flight) > AHEAD:
+                yield from _finished(*in_flight.popleft())
+        while in_flight:
+            yield from _finished(*in_flight.popleft())
 
 
-def _finished(moved: Future, whole: list[Named]) -> list[Named]:
-    moved.result()
-    return whole
+def _finished(emptied: Future, complete: list[Named]) -> list[Named]:
+    emptied.result()
+    return complete
 
 
 class _Buffers:
-    """Pinned memory, and threads that empty it."""
+    """Pinned buffers, filled from the GPU one after another and emptied by threads.
+
+    Of the current one `_used` bytes are filled. `_parts` says where in host memory they go, and `_complete` which
+    tensors have their last bytes in it.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool, self._free = pool, SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put(torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True))
-        self._buffer, self._used, self._parts, self._whole = self._free.get(), 0, [], []
+        self._buffer, self._used, self._parts, self._complete = self._free.get(), 0, [], []
 
     def fill(self, rounds: Iterable[list[Named]]) -> Iterator[tuple[Future, list[Named]]]:
-        """For each buffer: when it is emptied, and the tensors that are whole then (and were not before)."""
+        """For each buffer, a future that is done when it is emptied, and the tensors that are complete from then on."""
         for tensors in rounds:
             results = [(name, torch.empty(tensor.shape, dtype=tensor.dtype)) for name, tensor in tensors]
             targets = [result.view(-1).view(torch.uint8).numpy() for _, result in results]
             for run, members in _runs([tensor for _, tensor in tensors]):
                 yield from self._copy(run, [targets[index] for index in members])
-            self._whole += results
+            self._complete += results
         yield self._send()
 
     def _copy(self, run: Tensor, targets: list[np.ndarray]) -> Iterator[tuple[Future, list[Named]]]:
-        """Start copying a run, which is then cut into its targets.
+        """Start copying a run of adjacent tensors; `targets` is the host memory of each.
 
-        Byte i of the run lies at `shift` + i of the buffer; `copied` bytes are under way, `start` is where a target is.
+        So far `copied` bytes of the run are in buffers, and the current target begins at byte `start` of the run. Byte
+        i of the run is byte `shift` + i of the current buffer.
         """
         copied, start, shift = 0, 0, 0
         for target in targets:
@@ -86,18 +91,19 @@ class _Buffers:
             start += done
 
     def _send(self) -> tuple[Future, list[Named]]:
+        """Have the current buffer emptied once the GPU has filled it, and take a free one."""
         arrived = torch.cuda.Event()
         arrived.record()
-        sent = self._pool.submit(_empty, self._buffer, self._parts, arrived, self._free), self._whole
-        self._buffer, self._used, self._parts, self._whole = self._free.get(), 0, [], []
+        sent = self._pool.submit(_drain, self._buffer, self._parts, arrived, self._free), self._complete
+        self._buffer, self._used, self._parts, self._complete = self._free.get(), 0, [], []
         return sent
 
 
 def _runs(tensors: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-    """The bytes of tensors that lie one after another in a storage, and which tensors they are; none that is empty."""
+    """Tensors that are adjacent in a storage as one run of bytes, and the indices of its members; no empty tensors."""
     tensors = [tensor.contiguous() for tensor in tensors]
-    held = [index for index, tensor in enumerate(tensors) if tensor.numel()]
-    order = deque(sorted(held, key=lambda index: tensors[index].data_ptr()))
+    filled = [index for index, tensor in enumerate(tensors) if tensor.numel()]
+    order = deque(sorted(filled, key=lambda index: tensors[index].data_ptr()))
     while order:
         members = [order.popleft()]
         first = tensors[members[0]]
@@ -110,11 +116,12 @@ def _runs(tensors: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
         yield run.set_(storage, begin - storage.data_ptr(), (end - begin,)), members
 
 
-def _empty(
+def _drain(
     buffer: Tensor, parts: list[tuple[np.ndarray, int]], arrived: torch.cuda.Event, free: SimpleQueue[Tensor]
 ) -> None:
+    """Wait until the buffer is filled, copy each part (target, its first byte in the buffer), and free the buffer."""
     arrived.synchronize()
     host = buffer.numpy()
     for target, start in parts:
-        np.copyto(target, host[start : start + len(target)])  # torch's would start threads of its own in each of these
+        np.copyto(target, host[start : start + len(target)])  # torch's copy would start threads of its own
     free.put(buffer)

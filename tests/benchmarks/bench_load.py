@@ -1,9 +1,10 @@
 """Loading and exporting a live model: FP8 files of true width into a Transformer Engine `GPTModel`, and to the host.
 
-Bytes: a rank reads its share of the files once (7.4 GB at two layers and one rank), moves them to its GPU as they are
-and writes twice as many there; an export moves 14.7 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The
-first load of a process also makes the pinned buffers and compiles; the median of the others is what a second one costs.
-Memory is what the process holds beyond what it held before, page cache not counted: its own (sampled), and pinned.
+Bytes: a rank reads its share of the files once (7.4 GB at two layers and one rank; of w2 and o_proj, which are cut by
+columns, whole rows: 4/3 of its share of the experts at etp 2), moves what it read to its GPU and writes twice its share
+there; an export moves 14.7 GB of bfloat16 or 7.4 GB of FP8 to the host. Page cache warm. The first load of a process
+also makes the pinned buffers and compiles; the median of the others is what a second one costs. Memory is what the
+process holds beyond what it held before, page cache not counted: its own (sampled), and pinned.
 
     python tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]                              one GPU
     torchrun --nproc-per-node 2 tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]         TP 2: etp 2, and EP 2
@@ -32,10 +33,10 @@ from bridge import MiniMaxM2Bridge
 from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
 from bridge.jobs.ranks import all_gather_objects
 from bridge.model.process_groups import model_parallel
-from bridge.weights.gather import Wanted, rounds
+from bridge.weights.gather import GatherRequest, rounds
 from bridge.weights.param_mapping import MappingRegistry
 from bridge.weights.read_plan import plan_batches
-from bridge.weights.shard_map import Plan
+from bridge.weights.shard_map import ShardMap
 from bridge.weights.sharded_model import ShardedModel, sharded_model
 from reference.checkpoint import SCALE_SUFFIX, expected_tensors
 from reference.config import ModelConfig
@@ -177,11 +178,10 @@ def planning() -> dict[str, float]:
         state = {(m.parameter.chunk, m.megatron_param): torch.empty(m.parameter.shape, device="meta") for m in registry}
         plan_batches(ShardedModel(registry, state, {}), files, config.block_size)
         own = time.perf_counter()
-        plan = Plan(config, layout, Dialect.MEGATRON_TE)
-        wanted = [Wanted(source, torch.bfloat16, None) for source in plan.sources]
-        rounds(wanted)
-        for source in plan.sources:
-            plan.holders(source)
+        shard_map = ShardMap(config, layout, Dialect.MEGATRON_TE)
+        rounds([GatherRequest(source, torch.bfloat16, None) for source in shard_map.sources])
+        for source in shard_map.sources:
+            shard_map.replicas(source)
         found |= {
             f"load, etp {etp} ep {ep}, s": own - start,
             f"export, etp {etp} ep {ep}, s": time.perf_counter() - own,

@@ -18,7 +18,7 @@ from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
 from reference.config import ModelConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")]
 
 CONFIG = ModelConfig(
     num_hidden_layers=1,

@@ -303,6 +303,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(GPUS < CONTEXT, reason="context parallelism needs Transformer Engine's attention and two GPUs")
 def test_context_parallel_attention_is_that_of_one_rank(tmp_path: Path):
     """bfloat16: Transformer Engine has no context parallelism for float32."""

@@ -19,7 +19,7 @@ from support.ranks import run_ranks
 from torch import Tensor, distributed
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
-from reference.fp8 import dequantize_blockwise, scale_grid
+from reference.fp8 import dequantize_blockwise
 from reference.parallelism import spread_layers
 from reference.sharding import Parallelism, parameters, shard
 from reference.weights import Dialect
@@ -128,30 +128,33 @@ def _check_loading(rank: int, layout: Parallelism, bridge, model, disk: dict[str
         slices = sum(len(group.slices) for batch in batches for group in batch.groups)
         assert slices > sum(len(mapping.hf_params) for mapping in live.registry)
         assert len(batches) > 10
+        before = bridge.checkpoint.files.bytes_read
         bridge.load_hf_weights(model)
+        planned = sum(
+            part.nbytes + part.scale_bytes for batch in batches for group in batch.groups for part in group.slices
+        )
+        assert bridge.checkpoint.files.bytes_read - before == planned
     assert all(torch.equal(value, loaded[key]) for key, value in live.state.items()), "in small pieces"
     found, at = live.parallelism, layout.coordinates(rank)
     assert (found.coordinates(rank), found.stages(bridge.config)) == (at, layout.stages(bridge.config))
     held = parameters(bridge.config, layout, rank, Dialect.MEGATRON_LOCAL)
     assert live.state.keys() == {(parameter.chunk, parameter.name) for parameter in held}
-    share = 0
+    expected = 0
     whole = _dequantized(disk)
     for parameter in held:
         value = live.state[parameter.chunk, parameter.name]
         assert torch.equal(value, shard(parameter, whole).to(value.dtype)), (layout, rank, parameter.name)
-        share += sum(_bytes_of(piece, disk) for piece in parameter.pieces if piece.source)
-    assert share <= read <= 1.02 * share, f"{layout}, rank {rank}: read {read} bytes for a share of {share}"
+        expected += sum(_bytes_of_rows(piece, disk) for piece in parameter.pieces if piece.source)
+    assert read == expected, (layout, rank)
 
 
-def _bytes_of(piece, disk: dict[str, Tensor]) -> int:
-    """Of the values, and of the scales of the blocks touched."""
-    weight = disk[piece.source]
-    if piece.source + SCALES not in disk:
-        return weight[slice(*piece.rows)].nbytes
-    ends = [(first // 128 * 128, last) for first, last in (piece.rows, piece.cols)]
-    blocks = scale_grid(tuple(last - first for first, last in ends))
-    values = (piece.rows[1] - piece.rows[0]) * (piece.cols[1] - piece.cols[0])
-    return values + 4 * blocks[0] * blocks[1]
+def _bytes_of_rows(piece, disk: dict[str, Tensor]) -> int:
+    """Of the rows that a piece has elements of, and of the rows of scales whose blocks these touch: all whole."""
+    nbytes = disk[piece.source][slice(*piece.rows)].nbytes
+    if piece.source + SCALES in disk:
+        first, last = piece.rows
+        nbytes += disk[piece.source + SCALES][first // 128 : -(-last // 128)].nbytes
+    return nbytes
 
 
 def _dequantized(disk: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,9 @@
-"""An export's plan is what `reference.sharding` says; column slices are the same bytes by either way of reading."""
-
-from pathlib import Path
+"""An export's plan is what `reference.sharding` says."""
 
 import numpy as np
 import pytest
 import torch
 
-from bridge.huggingface import strided_reads
 from bridge.weights.gather import GatherRequest, rounds
 from bridge.weights.shard_map import ShardMap, spread
 from reference.config import ModelConfig
@@ -67,36 +64,3 @@ def test_rounds_are_bounded_complete_and_in_order_for_each_rank() -> None:
         own = [[one for one in batch if one.rank == rank] for batch in batches]
         assert [one for part in own for one in part] == [one for one in wanted if one.rank == rank]
         assert all(len(part) <= 1 or sum(2 * np.prod(one.source.shape) for one in part) <= 20_000 for part in own)
-
-
-@pytest.mark.parametrize("queue", [True, False], ids=["queue", "preadv"])
-def test_runs_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: bool) -> None:
-    if not queue:
-        monkeypatch.setattr(strided_reads, "_take", lambda: None)
-    elif (taken := strided_reads._take()) is None:
-        pytest.skip("this kernel gives no queue (io_setup)")
-    else:
-        strided_reads._idle.put(taken)
-    data = np.random.default_rng(0).integers(0, 256, (2500, 300), dtype=np.uint8)
-    (tmp_path / "data").write_bytes(data.tobytes())
-    with (tmp_path / "data").open("rb") as file:
-        spans = [
-            strided_reads.Span(300, 4000, 300, 4000),  # one run
-            strided_reads.Span(110, 70, 300, 2500 * 70),  # more runs than the queue takes at once
-            strided_reads.Span(0, 0, 300, 0),
-            strided_reads.Span(295, 5, 300, 10),
-        ]
-        buffers = [np.zeros(span.nbytes, np.uint8) for span in spans]
-        reads = list(zip(buffers, spans, strict=True))
-        assert strided_reads.read_spans(file.fileno(), reads)
-        if queue:
-            assert strided_reads._read_queued(file.fileno(), [read for read in reads if read[1].nbytes]), (
-                "without preadv"
-            )
-        assert np.array_equal(buffers[0], data.reshape(-1)[300:4300])
-        assert np.array_equal(buffers[1].reshape(2500, 70), data[:, 110:180])
-        assert np.array_equal(buffers[3].reshape(2, 5), data[:2, 295:])
-        beyond = strided_reads.Span(110 + 300, 70, 300, 2500 * 70)
-        assert not strided_reads.read_spans(file.fileno(), [(buffers[1], beyond)]), "one run is past the end"
-        beyond = strided_reads.Span(749_000, 4000, 300, 4000)
-        assert not strided_reads.read_spans(file.fileno(), [(buffers[0], beyond)] * 4), "the end of each is"
