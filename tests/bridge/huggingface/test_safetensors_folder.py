@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_names_dtypes_shapes_and_order_come_from_the_index(folder: Path):
     with SafetensorsFolder(folder) as checkpoint:
-        assert checkpoint.config == {"rotary_dim": 64, "unknown_key": [1, 2]}
+        assert checkpoint.config_json == {"rotary_dim": 64, "unknown_key": [1, 2]}
         assert checkpoint.metadata == {"total_size": 12345}
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert list(checkpoint.tensors) == list(index["weight_map"])
