@@ -17,7 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -99,10 +99,8 @@ def _build_once(source: Path, path: Path) -> ModuleType:
 
 
 def _wait_for(file: TextIO) -> None:
-    try:
+    with suppress(OSError):  # a file system without locks: each process builds
         fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: each process builds
-        pass
 
 
 def _build(source: Path, path: Path) -> ModuleType:

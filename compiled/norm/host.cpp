@@ -225,7 +225,8 @@ class Norm {
     table_and_terms(cos, sin, rstd, arguments);
     if (dw) arguments.kind.push_back(static_cast<int64_t>(dw->scalar_type()));
     auto* kernels = known_or_kept(arguments, [&] {
-      return fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs, dw, coupling);
+      return fill_gradients(grads, py::make_tuple(inputs, weights, rstd, cos, sin), spec,
+                            py::make_tuple(dxs, dw, coupling));
     });
     if (!kernels) return;
     if (!dw) return kernels->front().launch(tokens(rstd), arguments);

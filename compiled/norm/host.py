@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,10 +19,6 @@ from compiled.norm.spec import NormSpec
 from compiled.triton_launch import Launch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-WHAT, INSTEAD = (
-    "the norms' C++ host code",
-    "Python launches their kernels, which is slower for few tokens and otherwise the same",
-)
 
 # What Triton's metadata says of a kernel that wants more than the driver's plain launch.
 EXTRAS = (
@@ -39,11 +36,23 @@ def head_norm(spec: NormSpec, ranks: ProcessGroupInfo, replicas: tuple[int, ...]
 
     None: it could not be built.
     """
-    module = cpp_build.load_or_build(SOURCE, WHAT, INSTEAD)
+    module = _built()
     if module is None:
         return None
-    fill = (launches.fill_sums, launches.fill_outputs, launches.fill_gradients)
+    fill = (launches.fill_sums, launches.fill_outputs, _fill_gradients)
     return module.Norm(spec, ranks, list(replicas), *map(_telling, fill))
+
+
+def _fill_gradients(
+    grads: list[Tensor], saved: tuple[Any, ...], spec: NormSpec, targets: tuple[Any, ...]
+) -> list[Launch]:
+    """C++ has plain tuples."""
+    return launches.fill_gradients(grads, launches.Saved(*saved), spec, launches.Targets(*targets))
+
+
+def _built() -> ModuleType | None:
+    instead = "Python launches their kernels, which is slower for few tokens and otherwise the same"
+    return cpp_build.load_or_build(SOURCE, "the norms' C++ host code", instead)
 
 
 # -------------------------------------------------------------------------------------------------------- what is kept

@@ -70,24 +70,33 @@ def fill_outputs(
     return [forward_kernel((tokens, 1, 1), arguments, sizes, free=(tokens,), warps=warps)]
 
 
-def fill_gradients(
-    grads: list[Tensor],
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    rstd: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    spec: NormSpec,
-    dxs: list[Tensor] | None,
-    dw: Tensor | None,
-    coupling: Tensor | None,
-) -> list[Launch]:
-    """Fill `dxs` and `dw`, as far as they are asked for; without `dxs` fill `coupling`, and without `dw` read it.
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    rstd: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+class Targets(NamedTuple):
+    """What a step of the backward pass fills; it reads `coupling` (C) if it makes `dxs` alone."""
+
+    dxs: list[Tensor] | None
+    dw: Tensor | None
+    coupling: Tensor | None
+
+
+def fill_gradients(grads: list[Tensor], saved: Saved, spec: NormSpec, targets: Targets) -> list[Launch]:
+    """The whole backward pass (without `coupling`), its sums (without `dxs`), or its last step (without `dw`).
 
     The first launch tells how many programs it would have had for very many tokens.
     """
     from compiled.norm.kernels import add_partials_kernel, backward_kernel
 
+    inputs, weights, rstd, cos, sin = saved
+    dxs, dw, coupling = targets
     tokens, batch = _tokens(rstd)
     if not tokens:
         if dw is not None:

@@ -70,6 +70,53 @@ class FullDimRMSNorm(nn.Module):
         return sharded_weights(self, {"weight": self.replicas}, self.ranks, prefix, sharded_offsets, metadata)
 
 
+class ReplicatedFullDimRMSNorm(nn.Module):
+    """RMSNorm over all heads of all ranks, with the weight of all heads on every rank: a rank uses its own heads' part.
+
+    For trainers that sum a norm weight's gradient over the tensor-parallel ranks. On each rank it is zero outside the
+    rank's part, and of ranks that share a head each has its share, so that the sum is the whole gradient. x's gradient
+    is this replica's share, as with `FullDimRMSNorm`.
+
+    Args:
+        num_heads: of all ranks; where there are more ranks, neighbours share a head.
+        tp_group_getter: called once, now; a process group, or None for one process.
+
+    Raises:
+        ValueError: the heads cannot be spread evenly over the ranks.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        tp_group_getter: GroupGetter,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = process_group_info(tp_group_getter())
+        replicas = max(1, self.ranks.size // num_heads)
+        if num_heads * replicas % self.ranks.size:
+            raise ValueError(
+                f"each rank must get whole heads, or one that equally many ranks share: found {num_heads} heads on "
+                f"{self.ranks.size} ranks; choose a tensor-parallel size that divides the heads, or a multiple of them"
+            )
+        local_dim = num_heads * replicas // self.ranks.size * head_dim
+        first = self.ranks.rank // replicas * local_dim
+        self.own = slice(first, first + local_dim)
+        self.spec = NormSpec((num_heads * head_dim * replicas,), eps, head_dim, ())
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm this rank's heads, `[seq, batch, heads, head_dim]`."""
+        weight = self.weight[self.own]
+        check_channels(x, weight)
+        # One replica: the caller sums the weight's gradient over those that there are.
+        (y,) = head_norm(self.spec, self.ranks, (1,), None, None, [weight], [x])
+        return y
+
+
 class FullDimQKNorm(nn.Module):
     """The query norm and the key norm in one step, and on request the fused qkv's split and RoPE in the same step.
 

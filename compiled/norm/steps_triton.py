@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from compiled.norm.launches import fill_gradients, fill_outputs, fill_sums
+from compiled.norm.launches import Saved, Targets, fill_gradients, fill_outputs, fill_sums
 from compiled.norm.spec import NormSpec
 
 
@@ -114,7 +114,7 @@ def backward(
     spec: NormSpec,
 ) -> list[Tensor]:
     dxs, dw = _input_gradients(inputs, spec), _weight_gradient(weights, weights[0].dtype)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=dxs, dw=dw, coupling=None)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(dxs, dw, None))
     return [*dxs, dw]
 
 
@@ -136,7 +136,7 @@ def backward_sums(
     spec: NormSpec,
 ) -> list[Tensor]:
     coupling, dw = _sums(inputs, spec), _weight_gradient(weights, torch.float32)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=None, dw=dw, coupling=coupling)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(None, dw, coupling))
     return [coupling, dw]
 
 
@@ -156,5 +156,5 @@ def backward_apply(
     spec: NormSpec,
 ) -> list[Tensor]:
     dxs = _input_gradients(inputs, spec)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=dxs, dw=None, coupling=coupling)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(dxs, None, coupling))
     return dxs
