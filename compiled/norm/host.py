@@ -1,6 +1,6 @@
-"""`host.cpp`, which makes the norms' eager calls on a GPU cheap for the processor: how it makes first calls.
+"""The norms in C++ (`host.cpp`), for eager calls on a GPU, and what Python does in the first of them.
 
-Where it cannot be built there is a warning, and the norms are called from Python.
+Where it cannot be built there is a warning, and `HeadNorm` runs in Python.
 """
 
 import struct
@@ -20,7 +20,7 @@ from compiled.triton_launch import Launch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-# What Triton's metadata says of a kernel that wants more than the driver's plain launch.
+# Fields of Triton's metadata that are not zero for a kernel that needs more than a plain launch by the driver.
 EXTRAS = (
     "global_scratch_size",
     "profile_scratch_size",
@@ -32,9 +32,9 @@ EXTRAS = (
 
 @cache
 def head_norm(spec: NormSpec, ranks: ProcessGroupInfo, replicas: tuple[int, ...]) -> Callable[..., list[Tensor]] | None:
-    """`HeadNorm.apply` with the first three arguments given: takes cos, sin, the weights and the inputs, as lists.
+    """`HeadNorm.apply` in C++, its first three arguments given; it takes cos, sin, a list of weights, a list of inputs.
 
-    None: it could not be built.
+    None if it could not be built.
     """
     module = _built()
     if module is None:
@@ -46,7 +46,7 @@ def head_norm(spec: NormSpec, ranks: ProcessGroupInfo, replicas: tuple[int, ...]
 def _fill_gradients(
     grads: list[Tensor], saved: tuple[Any, ...], spec: NormSpec, targets: tuple[Any, ...]
 ) -> list[Launch]:
-    """C++ has plain tuples."""
+    """For C++, which has plain tuples."""
     return launches.fill_gradients(grads, launches.Saved(*saved), spec, launches.Targets(*targets))
 
 
@@ -59,23 +59,23 @@ def _built() -> ModuleType | None:
 
 
 class Relaunch(NamedTuple):
-    """What the driver needs to launch a compiled kernel again. Arguments are counted with tuples flattened."""
+    """What the driver needs to launch a compiled kernel again. Arguments are numbered with tuples flattened."""
 
     compiled: Any
-    """Triton's; the function is gone when this is."""
+    """Triton's, which unloads the function when it is freed."""
     function: int
     warps: int
     shared: int
     """Bytes of shared memory."""
     taken: list[int]
-    """Which arguments the kernel takes: the others were compiled into it."""
+    """The numbers of the arguments that the kernel takes; the others were compiled into it."""
     values: list[int | None]
     """The arguments, each as the low bits of 64."""
     programs: int
 
 
 def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Relaunch] | None]:
-    """`fill`, with what it launched in the driver's terms: None if not all of it can be launched so."""
+    """`fill`, which then returns what it launched in the driver's terms; None if not all of it can be launched so."""
 
     @wraps(fill)
     def told(*args: Any) -> list[Relaunch] | None:
@@ -86,7 +86,7 @@ def _telling(fill: Callable[..., list[Launch]]) -> Callable[..., list[Relaunch] 
 
 
 def _is_plain(launch: Launch) -> bool:
-    """Compiled at all, and wants no scratch memory, clusters or instrumentation."""
+    """Whether it is compiled at all and needs no scratch memory, clusters or instrumentation."""
     if launch.compiled is None:
         return False
     metadata = launch.compiled.metadata

@@ -138,9 +138,7 @@ def test_file_systems_that_lack_something(lacking, quick, tmp_path, monkeypatch)
     """It is built all the same, and is what the next process loads."""
     folder = tmp_path / "built"
     folder.mkdir()
-    quick.write_text(
-        f"{QUICK}// without {lacking}"
-    )  # in one process, torch builds what it has built under another name
+    quick.write_text(f"{QUICK}// without {lacking}")  # torch renames what this process has built before
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
 
     def refuse(*args, **kwargs):
