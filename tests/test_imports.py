@@ -24,8 +24,9 @@ SPEAKS_MEGATRON = "compiled/norm/sharded_state.py"
 # Which folders of ours each folder (or file on top) may import; a folder may always import itself.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reference": (),
+    "compiled.cpp_build": (),
     "compiled.triton_launch": (),
-    "compiled.norm": ("compiled.triton_launch", "reference"),
+    "compiled.norm": ("compiled.cpp_build", "compiled.triton_launch", "reference"),
     "compiled.fp8": ("compiled.triton_launch", "reference"),
     "compiled": ("compiled.norm",),
     "bridge.jobs": (),

@@ -15,13 +15,14 @@ from support.ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiled import FullDimQKNorm, FullDimRMSNorm
+from compiled import FullDimQKNorm, FullDimRMSNorm, ReplicatedFullDimRMSNorm
 from compiled.norm import function, host, modules, steps_torch
 from reference.norm import full_dim_rms_norm
 from reference.rope import apply_rotary, rotary_tables
 
 WORLDS = (1, 2, 4, 8)
 KV_HEADS = (8, 4, 2, 1)
+COLLECTIVES = ("collectives", "collectives in C++")
 FORMS = ("fused", "two parts", "one part")  # forward_fused with RoPE; FullDimQKNorm; two FullDimRMSNorm
 HEADS, DIM, ROTARY = 24, 8, 4  # 8 ranks: an odd number of heads each
 SEQ, BATCH, EPS, DTYPE = 5, 2, 1e-6, torch.float64
@@ -95,21 +96,39 @@ class Case:
         if backend:
             step = torch.compile(step, fullgraph=True, backend=backend)
         mixed = self.mixed[:, :, self.groups].clone().requires_grad_()
-        query, key, value = step(mixed)
-        grads = [self.gq[:, :, self.heads], *(g[self.replica][:, :, self.groups] for g in (self.gk, self.gv))]
+        outputs = step(mixed)
         all_reduce = function.sum_over_ranks
         if drop:
             function.sum_over_ranks = lambda x, ranks: x
-        torch.autograd.backward([query, key, value], grads)
+        torch.autograd.backward(outputs, self.grads())
         function.sum_over_ranks = all_reduce
+        return self.results(mixed, outputs, *(weight.grad for weight in weights))
 
+    def with_all_weights(self) -> dict[str, Tensor]:
+        """Two ReplicatedFullDimRMSNorm, whose weights' gradients are summed over the ranks."""
+        norms = [ReplicatedFullDimRMSNorm(heads, DIM, world, EPS, self.dtype) for heads in (HEADS, self.kv_heads)]
+        with torch.no_grad():
+            for norm, value in zip(norms, (self.wq, self.wk), strict=True):
+                norm.weight.copy_(value)
+        mixed = self.mixed[:, :, self.groups].clone().requires_grad_()
+        query, key, value = self.split(mixed, self.own)
+        outputs = norms[0](query), norms[1](key), value
+        torch.autograd.backward(outputs, self.grads())
+        dwq, dwk = (norm.weight.grad for norm in norms)
+        for dw in (dwq, dwk):
+            dist.all_reduce(dw)
+        return self.results(mixed, outputs, channels(dwq, self.heads), channels(dwk, self.groups))
+
+    def grads(self) -> list[Tensor]:
+        """What reaches this rank's query, key and value heads."""
+        return [self.gq[:, :, self.heads], *(g[self.replica][:, :, self.groups] for g in (self.gk, self.gv))]
+
+    def results(self, mixed: Tensor, outputs: tuple[Tensor, ...], dwq: Tensor, dwk: Tensor) -> dict[str, Tensor]:
         dmixed = torch.zeros_like(self.mixed)  # each rank's share in its place: together they are the whole
         dmixed[:, :, self.groups] = mixed.grad
         dist.all_reduce(dmixed)
-        return {
-            "query": query, "key": key, "value": value,
-            "dmixed": dmixed, "dwq": weights[0].grad, "dwk": weights[1].grad,
-        }  # fmt: skip
+        query, key, value = outputs
+        return {"query": query, "key": key, "value": value, "dmixed": dmixed, "dwq": dwq, "dwk": dwk}
 
 
 def world() -> dist.ProcessGroup:
@@ -170,7 +189,8 @@ def in_cpp[Result](run: Callable[[], Result]) -> Result:
     def fill_outputs(inputs, weights, sums, cos, sin, spec, ys, rstd):
         fill([*ys, rstd], steps_torch.forward(inputs, weights, sums, cos, sin, spec))
 
-    def fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs, dw, coupling):
+    def fill_gradients(grads, saved, spec, targets):
+        (inputs, weights, rstd, cos, sin), (dxs, dw, coupling) = saved, targets
         common = (grads, inputs, weights, rstd)
         if coupling is None:
             fill([*dxs, dw], steps_torch.backward(*common, cos, sin, spec))
@@ -195,11 +215,13 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     cases = {kv_heads: Case(kv_heads, rank, size) for kv_heads in KV_HEADS}
-    report = {part: {} for part in ("errors", "compiled", "dropped", "collectives", "collectives in C++", "C++")}
+    report = {part: {} for part in ("errors", "all weights", "compiled", "dropped", *COLLECTIVES, "C++")}
     for (kv_heads, case), form in product(cases.items(), FORMS):
         truth, ours = case.unsharded(form == "fused"), case.sharded(form)
         report["errors"][kv_heads, form] = distances(ours, truth)
         report["dropped"][kv_heads, form] = distances(case.sharded(form, drop=True), truth)
+    for kv_heads, case in cases.items():
+        report["all weights"][kv_heads, "two parts"] = distances(case.with_all_weights(), case.unsharded(False))
     for kv_heads, form, backend in COMPILED[size]:
         case = cases[kv_heads]
         compiled = case.sharded(form, backend=backend)
@@ -257,8 +279,10 @@ def test_outputs_and_gradients_equal_the_unsharded_ones(reports):
             assert largest <= BOUND, f"{name} of {case}"
 
 
-def test_torch_compile_agrees(reports):
-    errors = worst(reports, "compiled")
+@pytest.mark.parametrize("part", ["all weights", "compiled"])
+def test_other_ways_agree(reports, part):
+    """The weights of all heads on every rank; torch.compile."""
+    errors = worst(reports, part)
     show(reports, errors)
     assert errors
     for case, names in errors.items():
@@ -275,7 +299,7 @@ def test_a_dropped_backward_all_reduce_is_seen(reports):
         assert wrong == expected, f"{kv_heads} key heads, {form}"
 
 
-@pytest.mark.parametrize("by", ["collectives", "collectives in C++"])
+@pytest.mark.parametrize("by", COLLECTIVES)
 def test_one_all_reduce_each_way(reports, by):
     size, tokens = len(reports), SEQ * BATCH
     for report in reports:
