@@ -6,10 +6,10 @@ The GPU half of each test needs an NVIDIA GPU of compute capability 8.9 and is s
 import numpy as np
 import pytest
 import torch
-from support.checks import NO_GPU
 from torch import Tensor
 
 from reference.fp8 import FP8, scale_grid
+from support.checks import NO_GPU
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
