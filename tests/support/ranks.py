@@ -29,7 +29,7 @@ SLOW_IMPORTS = [
     "bridge.minimax_m2_bridge",
     "bridge.proof.roundtrip",
 ]
-SECONDS = 240.0  # of a call, where an idle machine takes a few
+SECONDS = 300.0  # of a call, where an idle machine takes a few
 AFTERMATH = 10.0  # that the others get once a rank has failed: those that wait for it never end
 STACK_SECONDS = 1.0  # to write down where it stands
 
@@ -76,18 +76,21 @@ class RankPool:
                 rank.pipe.send_bytes(work)
         answers = self._answers(time.monotonic() + seconds)
         if any(answer.value is None for answer in answers):
+            for rank in self._ranks:
+                rank.process.kill()
             self.end()
             reports = [f"rank {number}: {answer.error}" for number, answer in enumerate(answers)]
             raise RankError("\n\n".join([f"{function.__name__} failed", *reports]))
         return [pickle.loads(answer.value) for answer in answers]
 
     def end(self) -> None:
-        """Kill the ranks."""
+        """The ranks leave, with what they have started; those that cannot, because they are at work, are killed."""
         for rank in self._ranks:
-            rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join()
             rank.pipe.close()
+        for rank in self._ranks:
+            rank.process.join(AFTERMATH)
+            rank.process.kill()
+            rank.process.join()
         if self._folder is not None:
             self._folder.cleanup()
         self._ranks, self._folder = [], None
@@ -105,7 +108,7 @@ class RankPool:
         for number in range(self.world):
             ours, theirs = context.Pipe()
             arguments = (number, self.world, self.backend, Path(self._folder.name), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments)
             process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours, _stack_file(Path(self._folder.name), number)))
@@ -152,6 +155,7 @@ def _serve(rank: int, world: int, backend: str, folder: Path, pipe: Connection) 
         with suppress(EOFError):
             while True:
                 pipe.send(_do(pipe.recv_bytes()))
+        distributed.destroy_process_group()
 
 
 def _do(work: bytes) -> Answer:

@@ -10,6 +10,7 @@ The oracle is `MiniMaxM2ForCausalLM`; the truth that both are measured against i
 """
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from support.oracles import (
     settled_tokens,
     to_disk_names,
 )
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import Tensor
 
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
@@ -49,7 +50,8 @@ LAYOUTS = {
 }
 GPUS = torch.cuda.device_count()
 DIALECT = Dialect.MEGATRON_TE if GPUS else Dialect.MEGATRON_LOCAL
-WORLDS = sorted({layout.world_size for layout in LAYOUTS.values() if not GPUS or layout.world_size <= GPUS})
+BACKEND = "nccl" if GPUS else "gloo"
+RUNNABLE = [name for name, layout in LAYOUTS.items() if not GPUS or layout.world_size <= GPUS]
 DTYPES = [FLOAT32, BFLOAT16] if GPUS else [FLOAT32]
 
 
@@ -100,35 +102,19 @@ def run_transformers(weight_dtype: torch.dtype, dtype: torch.dtype, batches: Ten
 # ----------------------------------------------------------------------------------------------------- one rank of many
 
 
-def _rank(rank: int, world: int, folder: str, dtype: torch.dtype, sabotage: bool) -> None:
-    torch.set_num_threads(1)
-    if GPUS:
-        torch.cuda.set_device(rank)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("nccl" if GPUS else "gloo", init_method=store, rank=rank, world_size=world)
-    batches = torch.load(Path(folder, "batches.pt"))
-    if sabotage:
-        _leave_out_the_backward_all_reduce(rank, folder)
-    for name, layout in LAYOUTS.items():
-        if layout.world_size == world:
-            results = _train(rank, layout, dtype, batches, drop_in="drop-in" in name)
-            torch.save(results, Path(folder, f"{name}.{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def _leave_out_the_backward_all_reduce(rank: int, folder: str) -> None:
+def _leave_out_the_backward_all_reduce(folder: str) -> None:
     """What the peer's backward does, from Python and in the C++ that eager calls on a GPU go through."""
     from compiled.norm import function, host
 
     function._summed = lambda coupling, dws, *_: (coupling, dws)
     source, line = host.SOURCE.read_text(), "coupling = summed(coupling, dws, norm);"
     assert source.count(line) == 1
-    host.SOURCE = Path(folder, f"host.{rank}.cpp")
+    host.SOURCE = Path(folder, f"host.{torch.distributed.get_rank()}.cpp")
     host.SOURCE.write_text(source.replace(line, ""))
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
-def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, drop_in: bool) -> dict[str, Any]:
+def _train(layout: Parallelism, dtype: torch.dtype, batches: Tensor, drop_in: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
@@ -145,7 +131,7 @@ def _train(rank: int, layout: Parallelism, dtype: torch.dtype, batches: Tensor, 
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
     }
-    config = CASE.model_config()
+    config, rank = CASE.model_config(), torch.distributed.get_rank()
     with model_parallel(**sizes):
         megatron = transformer_config(
             config,
@@ -258,33 +244,25 @@ def _gradient_norm(model: torch.nn.Module) -> float:
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
-def run_megatron(
-    world: int, folder: Path, dtype: torch.dtype, batches: Tensor, *, sabotage: bool = False
-) -> dict[str, Run]:
-    """All layouts of a world size; gradients and weights put together under on-disk names."""
-    torch.save(batches, folder / "batches.pt")
-    run_ranks(_rank, (world, str(folder), dtype, sabotage), world)
-    runs = {}
-    for name, layout in LAYOUTS.items():
-        if layout.world_size != world:
-            continue
-        ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
-        held = {rank: parameters(CASE.model_config(), layout, rank, DIALECT) for rank in range(world)}
-        placed = placements(held)
+def run_megatron(pool: RankPool, name: str, dtype: torch.dtype, batches: Tensor) -> Run:
+    """Training at one layout; gradients and weights put together under on-disk names."""
+    layout = LAYOUTS[name]
+    ranks = pool.call(_train, layout, dtype, batches, "drop-in" in name)
+    held = {rank: parameters(CASE.model_config(), layout, rank, DIALECT) for rank in range(layout.world_size)}
+    placed = placements(held)
 
-        def whole(what: str, ranks=ranks, placed=placed) -> dict[str, Tensor]:
-            values = {(rank, 0, key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
-            return {
-                source: unshard(places, values)
-                for source, places in placed.items()
-                if all((p.rank, 0, p.name) in values for p in places)  # the expert bias has no gradient
-            }
+    def whole(what: str) -> dict[str, Tensor]:
+        values = {(rank, 0, key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
+        return {
+            source: unshard(places, values)
+            for source, places in placed.items()
+            if all((p.rank, 0, p.name) in values for p in places)  # the expert bias has no gradient
+        }
 
-        on_last_stage = [r["losses"] for r in ranks if r["losses"][0] is not None]
-        losses = torch.tensor(on_last_stage, dtype=FLOAT64).mean(0).tolist()  # over data-parallel ranks
-        assert len({tuple(r["norms"]) for r in ranks}) == 1, "ranks disagree on the gradient norm"
-        runs[name] = Run(losses, ranks[0]["norms"], whole("grads"), whole("weights"))
-    return runs
+    on_last_stage = [r["losses"] for r in ranks if r["losses"][0] is not None]
+    losses = torch.tensor(on_last_stage, dtype=FLOAT64).mean(0).tolist()  # over data-parallel ranks
+    assert len({tuple(r["norms"]) for r in ranks}) == 1, "ranks disagree on the gradient norm"
+    return Run(losses, ranks[0]["norms"], whole("grads"), whole("weights"))
 
 
 class Oracle(NamedTuple):
@@ -305,9 +283,10 @@ def oracle(request) -> Oracle:
         return Oracle(dtype, batches, theirs, run_transformers(dtype, FLOAT64, batches))
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
-def runs(request, oracle, tmp_path_factory) -> dict[str, Run]:
-    return run_megatron(request.param, tmp_path_factory.mktemp("ranks"), oracle.dtype, oracle.batches)
+@pytest.fixture(scope="module")
+def pool(request) -> Iterator[RankPool]:
+    with RankPool(request.param, BACKEND) as ranks:
+        yield ranks
 
 
 def excess(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor], unit: float) -> dict:
@@ -326,26 +305,29 @@ def excess(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, 
 ALLOWED = 2.5
 
 
-def test_training_equals_transformers(runs: dict[str, Run], oracle: Oracle) -> None:
+@pytest.mark.parametrize(("pool", "layout"), [(LAYOUTS[name].world_size, name) for name in RUNNABLE], indirect=["pool"])
+def test_training_equals_transformers(pool: RankPool, layout: str, oracle: Oracle) -> None:
+    run = run_megatron(pool, layout, oracle.dtype, oracle.batches)
     trained, unit = set(oracle.truth.grads), torch.finfo(oracle.dtype).eps / 2
-    for layout, run in runs.items():
-        assert run.grads.keys() == trained, layout
-        for what, values in (("grads", run.grads), ("weights", {name: run.weights[name] for name in trained})):
-            ratios = excess(values, getattr(oracle.theirs, what), getattr(oracle.truth, what), unit)
-            worst = max(ratios, key=ratios.get)
-            mean = sum(ratios.values()) / len(ratios)
-            print(f"{layout}, {what}: error over transformers' own: mean {mean:.2f}, max {ratios[worst]:.2f} ({worst})")
-            assert ratios[worst] <= ALLOWED, (layout, what, worst)
-        # Losses and norms are sums of many roundings; a wrong gradient shows in the third digit (the test below).
-        numbers = zip((*run.losses, *run.norms), (*oracle.truth.losses, *oracle.truth.norms), strict=True)
-        for ours, exact in numbers:
-            assert ours == pytest.approx(exact, rel=200 * unit), layout
+    assert run.grads.keys() == trained
+    for what, values in (("grads", run.grads), ("weights", {name: run.weights[name] for name in trained})):
+        ratios = excess(values, getattr(oracle.theirs, what), getattr(oracle.truth, what), unit)
+        worst = max(ratios, key=ratios.get)
+        mean = sum(ratios.values()) / len(ratios)
+        print(f"{layout}, {what}: error over transformers' own: mean {mean:.2f}, max {ratios[worst]:.2f} ({worst})")
+        assert ratios[worst] <= ALLOWED, (what, worst)
+    # Losses and norms are sums of many roundings; a wrong gradient shows in the third digit (the test below).
+    numbers = zip((*run.losses, *run.norms), (*oracle.truth.losses, *oracle.truth.norms), strict=True)
+    for ours, exact in numbers:
+        assert ours == pytest.approx(exact, rel=200 * unit)
 
 
-@pytest.mark.skipif(max(WORLDS) < 2, reason="needs two ranks")
+@pytest.mark.skipif("tp2" not in RUNNABLE, reason="needs two ranks")
 def test_without_the_backward_all_reduce_gradients_are_wrong(oracle: Oracle, tmp_path: Path) -> None:
     """The peer's mistake, made on purpose: the proof above must not pass with it."""
-    run = run_megatron(2, tmp_path, oracle.dtype, oracle.batches, sabotage=True)["tp2"]
+    with RankPool(2, BACKEND) as pool:
+        pool.call(_leave_out_the_backward_all_reduce, str(tmp_path))
+        run = run_megatron(pool, "tp2", oracle.dtype, oracle.batches)
     grads = excess(run.grads, oracle.theirs.grads, oracle.truth.grads, torch.finfo(oracle.dtype).eps / 2)
     name = "model.layers.0.self_attn.q_proj.weight"
     exact = oracle.truth.grads[name]

@@ -57,7 +57,7 @@ def _expect(words: str, action: Callable[[], Any], kind: type[Exception] = Value
 
 @contextmanager
 def _copied(setting: Setting, *changes: tuple[str, int, int]) -> Iterator[Any]:
-    """The bridge of a copy; each change is a tensor's name, the position of a byte in it, and what that byte becomes."""
+    """The bridge of a copy; a change is a tensor's name, the position of a byte in it, and what that byte becomes."""
     from bridge import MiniMaxM2Bridge
 
     copy = setting.scratch / "copy"
