@@ -1,7 +1,7 @@
 """Ranks that stay: processes of one process group, which do one call after another while a `with` block lasts.
 
-Without a GPU they start in milliseconds, as forks of one process that has imported what is slow to import. CUDA does
-not survive a fork: where there is a GPU, each rank is a fresh process.
+Without a GPU they are forks (`support.forks`) and start in milliseconds. CUDA does not survive a fork: where there is
+one, each rank is a fresh process.
 """
 
 import faulthandler
@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,16 +20,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import distributed
-from torch.multiprocessing import get_context
 
-SLOW_IMPORTS = [
-    "torch._dynamo",
-    "torch._functorch.aot_autograd",
-    "transformers.models.minimax_m2.modeling_minimax_m2",
-    "compiled.norm.modules",
-    "bridge.minimax_m2_bridge",
-    "bridge.proof.roundtrip",
-]
+from support import forks
+
 SECONDS = 300.0  # of a call, where an idle machine takes a few
 AFTERMATH = 10.0  # that the others get once a rank has failed: those that wait for it never end
 STACK_SECONDS = 1.0  # to write down where it stands
@@ -102,8 +96,7 @@ class RankPool:
         self.end()
 
     def _start(self) -> None:
-        context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(SLOW_IMPORTS)
+        context = get_context("spawn") if torch.cuda.is_available() else forks.context
         self._folder = TemporaryDirectory(prefix="ranks-")
         for number in range(self.world):
             ours, theirs = context.Pipe()

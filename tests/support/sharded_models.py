@@ -10,7 +10,7 @@ from torch import Tensor
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from reference.fp8 import dequantize_blockwise
 from reference.parallelism import Parallelism
-from support.checkpoints import all_tensors
+from support.checkpoints import SCALE, all_tensors
 
 CONFIG = SMALL_CONFIG | {
     "vocab_size": 131,
@@ -24,8 +24,6 @@ CONFIG = SMALL_CONFIG | {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-Q = "model.layers.1.self_attn.q_proj.weight"
-SCALES = "_scale_inv"
 
 
 class Truth(NamedTuple):
@@ -40,9 +38,9 @@ def truth_of(folder: str) -> Truth:
     """By safetensors and `reference.fp8`; a rank reads it once."""
     disk = all_tensors(Path(folder))
     whole = {
-        name: dequantize_blockwise(value, disk[name + SCALES]) if name + SCALES in disk else value
+        name: dequantize_blockwise(value, disk[name + SCALE]) if name + SCALE in disk else value
         for name, value in disk.items()
-        if not name.endswith(SCALES)
+        if not name.endswith(SCALE)
     }
     return Truth(disk, whole)
 

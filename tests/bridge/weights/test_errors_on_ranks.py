@@ -13,15 +13,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from support.checkpoints import SCALE, Q
 from support.ranks import RankPool
-from support.sharded_models import SCALES, Q, groups_of
+from support.sharded_models import groups_of
 from torch import distributed
 
 from reference.parallelism import Parallelism
 
 WORLD = 4
 NAN_CODE = (Q, 200 * 320 + 7, 0x7F)
-W2 = "decoder.layers.{}.mlp.experts.local_experts.1.linear_fc2"
+EXPERT = "decoder.layers.{}.mlp.experts.local_experts.1.linear_fc2"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def nan_code(setting: Setting) -> None:
 
 
 def bad_scale(setting: Setting) -> None:
-    with _copied(setting, (Q + SCALES, 3, 0xFF)) as damaged:  # of rank 0's and 1's rows
+    with _copied(setting, (Q + SCALE, 3, 0xFF)) as damaged:  # of rank 0's and 1's rows
         _expect(rf"{Q}_scale_inv: scale of block \[0, 0\]", lambda: damaged.load_hf_weights(setting.model))
 
 
@@ -93,7 +94,7 @@ def infinite_weight(setting: Setting) -> None:
     bridge.load_hf_weights(model)
     with torch.no_grad():
         if rank == 3:
-            model.get_parameter(f"{W2.format(0)}.weight")[5, 5] = torch.inf
+            model.get_parameter(f"{EXPERT.format(0)}.weight")[5, 5] = torch.inf
     words = r"experts.1.w2.weight: value at \[5, \d+\] is inf"
     _expect(words, lambda: list(bridge.export_hf_weights(model, "fp8")))
     _expect(words, lambda: bridge.save_hf_pretrained(model, scratch / "infinite"))
@@ -133,10 +134,10 @@ def truncated_meanwhile(setting: Setting) -> None:
 
 def another_dtype(setting: Setting) -> None:
     rank, bridge, model, _ = setting
-    name = f"{W2.format(1)}.weight"
+    name = f"{EXPERT.format(1)}.weight"
     weight = model.get_parameter(name)
     wide = torch.nn.Parameter(weight.double() if rank == 2 else weight)
-    with patch.object(model.get_submodule(W2.format(1)), "weight", wide):
+    with patch.object(model.get_submodule(EXPERT.format(1)), "weight", wide):
         words = f"{name}: found torch.float64, expected torch.bfloat16 as on the others"
         _expect(words, lambda: bridge.load_hf_weights(model))
 

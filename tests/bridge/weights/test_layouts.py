@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.checkpoints import all_tensors
+from support.checkpoints import SCALE, Q, all_tensors
 from support.ranks import RankPool
-from support.sharded_models import SCALES, Q, Truth, groups_of, truth_of
+from support.sharded_models import Truth, groups_of, truth_of
 from torch import Tensor, distributed
 
 from reference.parallelism import Parallelism, spread_layers
@@ -101,9 +101,9 @@ def _check_loading(rank: int, layout: Parallelism, bridge, model, truth: Truth) 
 def _bytes_of_rows(piece, disk: dict[str, Tensor]) -> int:
     """Of the rows that a piece has elements of, and of the rows of scales whose blocks these touch: all whole."""
     nbytes = disk[piece.source][slice(*piece.rows)].nbytes
-    if piece.source + SCALES in disk:
+    if piece.source + SCALE in disk:
         first, last = piece.rows
-        nbytes += disk[piece.source + SCALES][first // 128 : -(-last // 128)].nbytes
+        nbytes += disk[piece.source + SCALE][first // 128 : -(-last // 128)].nbytes
     return nbytes
 
 
@@ -129,7 +129,7 @@ def _check_exports(rank: int, layout: Parallelism, bridge, model, truth: Truth) 
             sizes = [sum(disk[name].nbytes for name in names) for names in gathered]
             assert layout.pp > 1 or max(sizes) < 1.2 * min(sizes), f"uneven: {sizes}"
     exported = dict(bridge.export_hf_weights(model, to=2))
-    assert set(exported) == ({name for name in ours if not name.endswith(SCALES)} if rank == 2 else set())
+    assert set(exported) == ({name for name in ours if not name.endswith(SCALE)} if rank == 2 else set())
     for name, value in exported.items():
         assert value.dtype == whole[name].dtype
         assert torch.equal(value, whole[name]), (layout, name)
@@ -141,7 +141,7 @@ def _check_saving(rank: int, bridge, model, truth: Truth, out: Path) -> None:
     bridge.save_hf_pretrained(model, out, max_shard_bytes=400_000)
     bridge.save_hf_pretrained(model, out, max_shard_bytes=1_000_000, overwrite=True, quantization=None)
     plain = all_tensors(out)
-    assert not any(name.endswith(SCALES) for name in plain)
+    assert not any(name.endswith(SCALE) for name in plain)
     assert all(torch.equal(plain[name], value) for name, value in whole.items())
     distributed.barrier()
     bridge.save_hf_pretrained(model, out, max_shard_bytes=400_000, overwrite=True)
@@ -184,8 +184,8 @@ def _check_one_changed_weight(rank: int, bridge, model, truth: Truth, out: Path)
         with torch.no_grad():
             model.get_parameter(mapping.megatron_param)[0, 300] += 1
     exported = dict(bridge.export_hf_weights(model, "fp8"))
-    assert {n for n in exported if not torch.equal(_raw(exported[n]), _raw(disk[n]))} == {Q, Q + SCALES}
-    changed = exported[Q + SCALES] != disk[Q + SCALES]
+    assert {n for n in exported if not torch.equal(_raw(exported[n]), _raw(disk[n]))} == {Q, Q + SCALE}
+    changed = exported[Q + SCALE] != disk[Q + SCALE]
     assert changed.nonzero().tolist() == [[1, 2]]
     codes = (_raw(exported[Q]).view(384, 320) != _raw(disk[Q]).view(384, 320)).nonzero()
     assert codes[:, 0].min() >= 128
@@ -193,7 +193,7 @@ def _check_one_changed_weight(rank: int, bridge, model, truth: Truth, out: Path)
     assert codes[:, 1].min() >= 256
     fresh = dict(bridge.export_hf_weights(model, "fp8", scales="fresh", to=0))
     if rank == 0:
-        assert not torch.equal(fresh[Q + SCALES], exported[Q + SCALES])
+        assert not torch.equal(fresh[Q + SCALE], exported[Q + SCALE])
 
 
 def _raw(tensor: Tensor) -> Tensor:
