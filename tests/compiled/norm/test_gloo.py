@@ -6,12 +6,11 @@ the unsharded ones, which `reference.norm`, autograd and float64 give; the tests
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,10 +209,9 @@ def in_cpp[Result](run: Callable[[], Result]) -> Result:
         modules.head_norm = python
 
 
-def run_rank(rank: int, size: int, folder: Path) -> None:
-    """One rank's work, in its own process; the report goes to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def report_of_rank() -> dict[str, dict]:
+    """One rank's work, in its own process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
     cases = {kv_heads: Case(kv_heads, rank, size) for kv_heads in KV_HEADS}
     report = {part: {} for part in ("errors", "all weights", "compiled", "dropped", *COLLECTIVES, "C++")}
     for (kv_heads, case), form in product(cases.items(), FORMS):
@@ -234,8 +232,7 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
         case = Case(kv_heads, rank, size, torch.float32)
         python, cpp = case.sharded(form), in_cpp(lambda case=case, form=form: case.sharded(form))
         report["C++"][kv_heads, form] = [name for name in python if not torch.equal(python[name], cpp[name])]
-    torch.save(report, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return report
 
 
 # Key heads, form and backend: few, because each costs seconds on every rank.
@@ -248,12 +245,11 @@ COMPILED = {
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def reports(request, tmp_path_factory) -> list[dict]:
+def reports(request) -> list[dict]:
     """What every rank of a world found."""
-    folder = tmp_path_factory.mktemp(f"gloo{request.param}")
     assert host._built() is not None  # by this process, for all ranks
-    run_ranks(run_rank, (request.param, folder), request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+    with RankPool(request.param) as ranks:
+        return ranks.call(report_of_rank)
 
 
 def worst(reports: list[dict], part: str) -> dict[tuple, dict[str, tuple[float, float]]]:

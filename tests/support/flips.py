@@ -15,7 +15,7 @@ from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from reference.names import all_names
 from reference.weights import Dialect
-from support.faults_runs import flip
+from support.faults import flip
 
 
 class Unnoticed(NamedTuple):
