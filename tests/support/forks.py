@@ -3,6 +3,8 @@
 They can be killed at any moment, fail, or hang; what became of them is an `Outcome`.
 """
 
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,6 +13,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import _forkserver
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from support.checks import ROOT
 
 TIMEOUT = 120.0  # of what takes a fraction of a second on an idle machine
 SINGLE_THREAD = "support.single_thread"  # the first that a server imports
@@ -26,6 +31,12 @@ WARM = [SINGLE_THREAD, *SLOW_IMPORTS, "support.warm"]
 
 context = get_context("forkserver")
 context.set_forkserver_preload(WARM)
+
+
+def start_server() -> None:
+    """Unless it runs. It finds what it imports by PYTHONPATH alone: Python 3.12 hands it no other path."""
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"):
+        _forkserver.ensure_running()
 
 
 @contextmanager
@@ -90,6 +101,7 @@ class Fork(NamedTuple):
 
 def fork(function: Callable[..., Any], *arguments: Any) -> Fork:
     """`function(*arguments)`, a function of a module, has begun in another process when this returns."""
+    start_server()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_do, args=(theirs, function, arguments))
     process.start()
@@ -104,6 +116,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Outcome:
 
 
 def _do(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+    assert SINGLE_THREAD in sys.modules, "the server of forks has not imported what it should have"
     pipe.send("begun")
     try:
         pipe.send((function(*arguments), None))

@@ -96,7 +96,11 @@ class RankPool:
         self.end()
 
     def _start(self) -> None:
-        context = get_context("spawn") if torch.cuda.is_available() else forks.context
+        if torch.cuda.is_available():
+            context = get_context("spawn")
+        else:
+            context = forks.context
+            forks.start_server()
         self._folder = TemporaryDirectory(prefix="ranks-")
         for number in range(self.world):
             ours, theirs = context.Pipe()
