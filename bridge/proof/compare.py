@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
@@ -159,7 +160,7 @@ def _differs(name: str, what: str) -> _Verdict:
 
 def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[int, list[Difference]]:
     """config.json and what is carried along, by bytes; tensors that one side has alone."""
-    names = [{str(path) for path in side.carried_files()} | {CONFIG_NAME} for side in (left, right)]
+    names = [{str(path) for path in carried_files(side.folder)} | {CONFIG_NAME} for side in (left, right)]
     weights = [{name for name in side.tensors if not name.endswith(SCALE_SUFFIX)} for side in (left, right)]
     differences = [*_one_sided("file", *names), *_one_sided("tensor", *weights)]
     shared = sorted(names[0] & names[1])
