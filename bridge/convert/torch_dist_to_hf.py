@@ -25,7 +25,7 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.resumable import Work, run_resumable
 from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
-from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry
 from reference.fp8 import FP8
@@ -176,6 +176,11 @@ def _group(
     """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
     group: dict[str, TensorPlan] = {}
     for name in entry.parameter.sources:
+        if (dtype := megatron.dtype(name)) not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{entry.key}: found {dtype} in {megatron.files.folder}, expected one of "
+                f"{', '.join(map(str, PLAIN_DTYPES))}; save the model's weights as floating-point numbers"
+            )
         group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
     return group
 

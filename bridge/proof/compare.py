@@ -19,7 +19,7 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
 from bridge.proof.checkpoint import Checkpoint, open_checkpoint
 from bridge.proof.reference_logits import random_tokens, reference_logits
-from reference.checkpoint import SCALE_SUFFIX
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
 from reference.names import all_names
@@ -126,6 +126,9 @@ def _compare(name: str, left: Checkpoint, right: Checkpoint) -> _Verdict:
     if left.shape(name) != right.shape(name):
         return _differs(name, f"shape {list(left.shape(name))} against {list(right.shape(name))}")
     dtypes = left.dtype(name), right.dtype(name)
+    for side, dtype in zip((left, right), dtypes, strict=True):
+        if not isinstance(side, HuggingFaceCheckpoint) and dtype not in PLAIN_DTYPES:  # the other kind is checked
+            return _differs(name, f"{dtypes[0]} against {dtypes[1]}, expected bfloat16, float16 or float32 weights")
     quantized = [dtype == FP8 for dtype in dtypes]
     if all(quantized):
         stored = left.stored(name), right.stored(name)

@@ -9,6 +9,7 @@ import errno
 import io
 import math
 import os
+import pickle
 import re
 from argparse import Namespace
 from collections.abc import Buffer
@@ -61,9 +62,8 @@ class TorchDistFolder:
         Raises:
             ValueError: the stored chunks do not cover it, or a file is damaged or missing.
         """
-        found = [
-            (chunk, overlap) for chunk in self._near(key, start, shape) if (overlap := _overlap(chunk, start, shape))
-        ]
+        near = [(chunk, _overlap(chunk, start, shape)) for chunk in self._near(key, start, shape)]
+        found = [(chunk, overlap) for chunk, overlap in near if overlap is not None]
         if sum(math.prod(b - a for a, b in overlap) for _, overlap in found) != math.prod(shape):
             raise ValueError(f"{self.folder}: the chunks of {key} do not cover {list(shape)} from {list(start)}")
         out = torch.empty(shape, dtype=self.dtype(key))
@@ -75,7 +75,7 @@ class TorchDistFolder:
         except Exception as error:  # reading damaged bytes can raise anything
             self._check_unchanged(key, files)
             raise ValueError(
-                f"{self.folder}: {key} cannot be read from {', '.join(sorted(files))} ({_first_line(error)}); the "
+                f"{self.folder}: {key} cannot be read from {', '.join(sorted(files))} ({_reason(error)}); the "
                 "checkpoint is damaged"
             ) from error
         self._check_unchanged(key, files)
@@ -132,7 +132,7 @@ class TorchDistFolder:
                 state = self._load(span)
         except Exception as error:  # as above
             raise ValueError(
-                f"{self.folder / span.file}: the common state cannot be read ({_first_line(error)}); save the "
+                f"{self.folder / span.file}: the common state cannot be read ({_reason(error)}); save the "
                 "checkpoint again"
             ) from error
         return state if span.file == LEGACY_COMMON_STATE else state[0]
@@ -167,8 +167,11 @@ class _View(io.RawIOBase):
         return done
 
 
-def _first_line(error: Exception) -> str:
-    """torch's errors go on to advise the caller of torch.load."""
+def _reason(error: Exception) -> str:
+    """What torch says, without its advice to the caller of torch.load, which is to run what the file names."""
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"\bGLOBAL (\S+)", str(error))
+        return f"names {named[1]}, which is no part of a tensor" if named else "holds something other than tensors"
     return str(error).partition("\n")[0] or type(error).__name__
 
 
