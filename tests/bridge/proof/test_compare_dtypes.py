@@ -1,4 +1,4 @@
-"""A distributed checkpoint whose weights are no floating-point numbers: a difference to `verify`, an error to `export`."""
+"""Weights that are no floating-point numbers, in a distributed checkpoint: found by `verify`, refused by `export`."""
 
 import pickle
 import shutil
