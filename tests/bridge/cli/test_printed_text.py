@@ -139,7 +139,9 @@ def test_what_the_command_prints(copy: Path, source: str, text: str) -> None:
     status, said = run(*words)
     assert status in (0, 1, 2)
     assert_harmless(said)
-    if source in ("tensor name", "file name", "folder name", "difference", "module that is not quantised"):
+    in_an_error = source == "file name" and text == "newline"  # whose lines are said one by one
+    quoted = ("tensor name", "file name", "folder name", "difference", "module that is not quantised")
+    if source in quoted and not in_an_error:
         assert escaped(HOSTILE[text]).replace("/", "_") in said.replace("/", "_")
 
 
