@@ -1,13 +1,10 @@
 """A distributed checkpoint's `.metadata`: read without running any of it, and true before it is used.
 
 torch.distributed.checkpoint pickles its `Metadata` there, and reads it with `pickle.load`, which runs whatever the file
-says. Here it is read as data (`bridge.torch_dist.unpickle`), by the names that such metadata consists of. What it says
-is then held against the folder: every span lies in a regular file of it, no byte is claimed twice, and the chunks of a
-tensor fit into it, do not overlap and together cover it. So nothing can be asked of the checkpoint that takes more
-memory than its files have bytes.
-
-Source: torch.distributed.checkpoint.metadata and .filesystem (torch 2.0 to 2.14); megatron-core writes the same classes
-and, in older versions, an attribute `mcore_data` of plain values.
+says. Here it is read as data (`bridge.torch_dist.unpickle`), by the names of `metadata_classes`. What it says is then
+held against the folder: every span lies in a regular file of it, no byte is claimed twice, and the chunks of a tensor
+fit into it, do not overlap and together cover it. So nothing can be asked of the checkpoint that takes more memory than
+its files have bytes.
 """
 
 import math
@@ -20,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bridge.huggingface.regular_files import file_inside, stays_inside
-from bridge.torch_dist.unpickle import Class, Function, Items, Record, unpickle
+from bridge.torch_dist.metadata_classes import KNOWN, whole_numbers
+from bridge.torch_dist.unpickle import Items, Record, unpickle
 
 METADATA_NAME = ".metadata"
 MOST_BYTES = 2**30  # 100 times what a MiniMax-M2 of full size has
@@ -91,61 +89,6 @@ def read_metadata(folder: Path) -> Metadata:
     return Metadata(tensors, objects, files | {METADATA_NAME: (stat.st_size, stat.st_mtime_ns)})
 
 
-# --------------------------------------------------------------------------------------------------- names that it uses
-
-
-def _size(*arguments: Any) -> tuple[int, ...]:
-    (sizes,) = arguments
-    return _sizes("torch.Size", sizes)
-
-
-def _memory_format(*arguments: Any) -> str:
-    if arguments not in ((0,), (1,), (2,)):
-        raise ValueError("unknown memory format; expected one of torch's three")
-    return _MEMORY_FORMATS[arguments[0]]
-
-
-def _memory_format_by_name(*arguments: Any) -> str:
-    """Python 3.11 pickled a member of an enum as `getattr(enum, name)`; of anything else it is refused."""
-    if len(arguments) != 2 or arguments[0] is not _ENUM or arguments[1] not in _MEMORY_FORMATS:
-        raise ValueError("calls builtins.getattr, which is no part of a checkpoint's metadata")
-    return arguments[1]
-
-
-def _layout(*arguments: Any) -> str:
-    if arguments != ("torch.strided",):
-        raise ValueError("found a tensor that is not dense, expected the layout torch.strided")
-    return arguments[0]
-
-
-_MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
-_ENUM = Function("_MEM_FORMAT_ENCODING", _memory_format)
-_PATH = Function("Path", lambda *parts: None)  # the folder that the checkpoint was saved to, which nothing needs
-_CHECKPOINT, _SHARDED = "torch.distributed.checkpoint", "torch.distributed._shard.sharded_tensor.metadata"
-KNOWN: dict[tuple[str, str], Any] = {
-    **{
-        (f"{_CHECKPOINT}.metadata", name): Class(name)
-        for name in (
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
-            "ChunkStorageMetadata", "TensorProperties",
-        )
-    },
-    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): _ENUM,
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"): Class("_StorageInfo"),
-    (_SHARDED, "TensorProperties"): Class("TensorProperties"),  # torch 2.0 to 2.2
-    (_SHARDED, "MEM_FORMAT_ENCODING"): _ENUM,
-    ("builtins", "getattr"): Function("builtins.getattr", _memory_format_by_name),
-    ("collections", "OrderedDict"): Function("collections.OrderedDict", lambda *_: Items()),
-    ("pathlib", "PosixPath"): _PATH,
-    ("pathlib", "WindowsPath"): _PATH,
-    ("pathlib._local", "PosixPath"): _PATH,  # Python 3.13
-    ("pathlib._local", "WindowsPath"): _PATH,
-    ("torch", "Size"): Function("torch.Size", _size),
-    ("torch.serialization", "_get_layout"): Function("torch.layout", _layout),
-    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-}  # fmt: skip
-
-
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
@@ -181,14 +124,6 @@ def _kind(value: Any) -> str:
     return f"a {value.kind if isinstance(value, Record) else type(value).__name__}"
 
 
-def _sizes(what: str, value: Any) -> tuple[int, ...]:
-    if type(value) not in (tuple, list) or any(type(size) is not int for size in value):
-        raise ValueError(f"{what}: found {_kind(value)}, expected whole numbers")
-    if any(not 0 <= size < 2**63 for size in value):
-        raise ValueError(f"{what}: found a size of {min(value)} to {max(value)}, expected 0 to 2**63 - 1")
-    return tuple(value)
-
-
 def _spans(root: _Fields) -> dict[tuple[str, tuple[int, ...] | None], Span]:
     """Where everything lies, by key and, for a chunk, where it begins."""
     spans: dict[tuple[str, tuple[int, ...] | None], Span] = {}
@@ -196,7 +131,7 @@ def _spans(root: _Fields) -> dict[tuple[str, tuple[int, ...] | None], Span]:
         at, where = _Fields(index, "MetadataIndex"), _Fields(info, "_StorageInfo")
         key, start = at.get("fqn", str), at.get("offset", tuple, type(None))
         if start is not None:
-            start = _sizes(key, start)
+            start = whole_numbers(key, start)
         if where.get("transform_descriptors", list, tuple, type(None)):
             raise ValueError(f"{key}: is stored compressed or encrypted, which is not read here")
         file = where.get("relative_path", str)
@@ -214,13 +149,13 @@ def _tensor(key: str, entry: Record, spans: dict[tuple[str, tuple[int, ...] | No
         raise ValueError(f"{key}: found {_kind(properties)} without a dtype, expected torch's TensorProperties")
     for part in fields.get("chunks", list):
         chunk = _Fields(part, "ChunkStorageMetadata")
-        start, shape = (_sizes(key, chunk.get(name, tuple)) for name in ("offsets", "sizes"))
+        start, shape = (whole_numbers(key, chunk.get(name, tuple)) for name in ("offsets", "sizes"))
         if 0 in shape:
             continue  # a rank that holds nothing of it
         if (key, start) not in spans:
             raise ValueError(f"{key}: a chunk begins at {list(start)} and is stored nowhere")
         chunks.append(StoredChunk(start, shape, spans[key, start]))
-    return StoredTensor(state[0], _sizes(key, fields.get("size", tuple)), chunks)
+    return StoredTensor(state[0], whole_numbers(key, fields.get("size", tuple)), chunks)
 
 
 # ----------------------------------------------------------------------------------------------------- whether it is so

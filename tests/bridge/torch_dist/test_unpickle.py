@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorPropertie
 from typer.testing import CliRunner
 
 from bridge.cli import app
-from bridge.torch_dist.metadata import KNOWN, read_metadata
+from bridge.torch_dist.metadata import read_metadata
+from bridge.torch_dist.metadata_classes import KNOWN
 from bridge.torch_dist.unpickle import Class, Function, Items, Record, unpickle
 
 ITERATION = "iter_0000001"
