@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.conversions import export, imported_from
 from support.folders import contents
-from support.offline_jobs import export, imported_from
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge

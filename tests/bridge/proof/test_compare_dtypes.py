@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.offline_jobs import export
+from support.conversions import export
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 

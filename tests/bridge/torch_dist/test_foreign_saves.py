@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import Tensor, distributed
 
 from bridge.model.cpu import megatron_on_cpu
@@ -74,21 +74,20 @@ SAVES: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def save_all(folder: Path) -> None:
+    """On every rank."""
     with megatron_on_cpu():
         for name, save in SAVES.items():
             (folder / name).mkdir(exist_ok=True)
             distributed.barrier()
-            save(folder / name, rank)
-    distributed.destroy_process_group()
+            save(folder / name, distributed.get_rank())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    run_ranks(run_rank, (folder,), WORLD)
+    with RankPool(WORLD) as ranks:
+        ranks.call(save_all, folder)
     return folder
 
 
