@@ -8,7 +8,6 @@ layers are left out, so the way back takes them from the source.
 """
 
 import math
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
-from bridge.jobs.durable import sync, write_bytes
+from bridge.jobs.durable import copy_file, write_bytes
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.resumable import Work, run_resumable
 from bridge.torch_dist.checkpoint import HF_FOLDER
@@ -63,10 +63,11 @@ class _Part(NamedTuple):
 
 
 class _Import(NamedTuple):
-    """An import that is open: the source, and the chunks of each unit."""
+    """An import that is open: the source, what is carried along, and the chunks of each unit."""
 
     job: ImportJob
     source: HuggingFaceCheckpoint
+    carried: list[Path]
     units: list[list[_Part]]
 
     @property
@@ -128,7 +129,8 @@ def _open(job: ImportJob) -> _Import:
                 room = job.unit_bytes
             units[-1].append(part)
             room -= part.chunk.nbytes
-    return _Import(job._replace(source_versions=source.files.versions), source, units)
+    versions, carried = source.files.versions, carried_files(source.files.folder)
+    return _Import(job._replace(source_versions=versions), source, carried, units)
 
 
 def _summary(opened: _Import) -> ImportSummary:
@@ -186,11 +188,10 @@ def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
     job, files = opened.job, opened.source.files
     finish(folder / _iteration_folder(job), opened.chunks, [Stored(*item) for stored in results for item in stored])
-    for path in (Path(CONFIG_NAME), *files.carried_files()):
+    for path in (Path(CONFIG_NAME), *opened.carried):
         target = folder / HF_FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files.folder / path, target)
-        sync(target)
+        copy_file(files.folder / path, target)
     write_bytes(folder / TRACKER, str(job.iteration).encode())
 
 
