@@ -246,10 +246,10 @@ class MiniMaxM2Bridge:
         source = {"source": self.checkpoint.files.versions, "config.json": self.checkpoint.files.config_json}
         check_same_on_all_ranks(source | arguments)
 
-    def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | bytes]:
-        """The config of what is written: the source's own bytes, unless it gains or loses its quantisation."""
+    def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | Path]:
+        """The config of what is written: the source's own file, unless it gains or loses its quantisation."""
         raw = self.checkpoint.files.config_json
         written = target_config(raw, quantization or "none")
         if written == raw:
-            return self.config, (self.checkpoint.files.folder / CONFIG_NAME).read_bytes()
+            return self.config, self.checkpoint.files.folder / CONFIG_NAME
         return ModelConfig.from_hf(written), written

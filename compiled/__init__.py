@@ -1,5 +1,5 @@
 """Fast modules with the semantics of `reference`; they import its constants and configs, no Megatron and no files."""
 
-from compiled.norm.modules import FullDimQKNorm, FullDimRMSNorm, RMSNorm
+from compiled.norm.modules import FullDimQKNorm, FullDimRMSNorm, ReplicatedFullDimRMSNorm, RMSNorm
 
-__all__ = ["FullDimQKNorm", "FullDimRMSNorm", "RMSNorm"]
+__all__ = ["FullDimQKNorm", "FullDimRMSNorm", "RMSNorm", "ReplicatedFullDimRMSNorm"]

@@ -1,4 +1,4 @@
-"""A Triton kernel whose compiled forms are remembered here, which makes a launch cheaper for the processor."""
+"""Triton kernels whose compiled forms are looked up here, which takes less processor time than Triton's own launch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """A launch that was made. `compiled` is Triton's; None in its interpreter, which compiles nothing."""
+    """A launch that was made. `compiled` is Triton's; None in Triton's interpreter, which compiles nothing."""
 
     compiled: Any
     arguments: tuple[Any, ...]
@@ -17,8 +17,8 @@ class Launch(NamedTuple):
 class Launcher:
     """Calls `kernel(*free, *arguments, *constants)`; `free` are integers that the kernel is not specialized on.
 
-    What Triton compiles a kernel for, beside its constants, depends on the arguments' types, on which pointers are
-    multiples of 16, and on the integers: these are the key here. A launch by Triton works all of it out, and more.
+    Triton compiles a kernel anew for other constants, types of arguments, integers, and addresses that are or are not
+    multiples of 16; these are the key here. Triton's own launch works out the same and more, each time.
     """
 
     def __init__(self, kernel: Callable) -> None:
@@ -45,7 +45,7 @@ class Launcher:
 
 
 def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with what matters of each tensor in its place."""
+    """The arguments, each tensor replaced by what Triton compiles for: dtype, alignment and device."""
     return tuple([
         x if type(x) is int
         else _described(x) if type(x) is tuple

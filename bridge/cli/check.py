@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from bridge.cli.common import (
     AsJson,
@@ -12,11 +11,11 @@ from bridge.cli.common import (
     Workers,
     default_workers,
     is_rank_zero,
-    output,
     progress_bars,
     reporting,
     say,
     say_json,
+    say_line,
 )
 
 
@@ -34,9 +33,9 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     else:
         say(str(path), found.facts)
         for line in found.problems:
-            output.print(f"[red]problem[/red] {escape(line)}", soft_wrap=True)
+            say_line(line, label="problem")
         whole = "whole: every tensor is there, as expected"
-        output.print(f"{len(found.problems)} problems" if found.problems else whole)
+        say_line(f"{len(found.problems)} problems" if found.problems else whole)
     if found.problems:
         raise typer.Exit(1)
 
@@ -138,6 +137,6 @@ def plan(
             headings, rows = report.advice_rows(advice)
             say("", rows, columns=tuple(headings))
         for line in report.summary(found, advice):
-            output.print(escape(line), soft_wrap=True, highlight=False)
+            say_line(line)
     if advice:
         raise typer.Exit(1)

@@ -1,4 +1,8 @@
-"""What the verbs of the command share: options, how errors end a run, progress, and how results are said."""
+"""What the verbs of the command share: options, how errors end a run, progress, and how results are said.
+
+Whatever is printed goes through `printable`: names of tensors and files, config values and errors that quote them are
+text from files, which must neither steer the terminal nor fail to be printed.
+"""
 
 import json
 import logging
@@ -14,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -57,9 +60,10 @@ def reporting(*, models: bool = False) -> Iterator[None]:
         with TorchrunRanks(models=models):
             yield
     except (ValueError, OSError) as error:
-        if is_rank_zero():
-            text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-            errors.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False)
+        first, *others = "\n".join([str(error), *getattr(error, "__notes__", [])]).split("\n")
+        say_line(first, label="error:", console=errors)
+        for line in others:  # set in: a name with a newline must not look like another message
+            say_line(f"       {line}", console=errors)
         raise typer.Exit(2) from error
 
 
@@ -98,23 +102,45 @@ def progress_bars() -> Iterator:
         yield progress
 
 
-def say(title: str, rows: Iterable[tuple[str, ...]], *, columns: tuple[str, ...] = ()) -> None:
-    """A table on stdout, on rank 0; without `columns` it has no header."""
+def printable(text: str, console: Console) -> str:
+    r"""Text of any origin, in one line that does nothing to a terminal: what `repr` would escape is escaped.
+
+    That is control characters (\x1b), newlines, marks that turn the writing direction, lone surrogates and the like,
+    and what the console's encoding lacks.
+    """
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return shown.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+def say_line(text: str, *, label: str = "", console: Console | None = None) -> None:
+    """One line, however long, after a red label; on rank 0, on stdout by default."""
+    if not is_rank_zero():
+        return
+    console = console or output
+    console.print(Text.assemble((f"{label} " if label else "", "red"), printable(text, console)), soft_wrap=True)
+
+
+def say(title: str, rows: Iterable[tuple[str | Text, ...]], *, columns: tuple[str, ...] = ()) -> None:
+    """A table on stdout, on rank 0; without `columns` it has no header. A cell that is a `Text` has its own style."""
     if not is_rank_zero():
         return
     rows = list(rows)
-    table = Table(title=escape(title), title_justify="left", show_header=bool(columns))
+    table = Table(title=_cell(title), title_justify="left", show_header=bool(columns))
     for name in columns or ("" for _ in rows[0]):
         table.add_column(name, overflow="fold")  # names of tensors are long, and are copied from here
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_cell, row))
     output.print(table)
 
 
+def _cell(text: str | Text) -> Text:
+    return text if isinstance(text, Text) else Text(printable(text, output))
+
+
 def say_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout, on rank 0; what is not a number there is null."""
+    """One JSON object on stdout, on rank 0; what is not a number there is null, what is not ASCII is escaped."""
     if is_rank_zero():
-        print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+        print(json.dumps(_plain(value), indent=2).replace("\x7f", "\\u007f"))
 
 
 def _plain(value: Any) -> Any:

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from bridge.cli.common import (
     AsJson,
     CheckpointPath,
     Overwrite,
     folder,
-    is_rank_zero,
-    output,
     progress_bars,
     reporting,
+    say,
     say_json,
 )
 from bridge.jobs.ranks import launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
@@ -167,11 +165,9 @@ def _conclude(title: str, findings: list, as_json: bool) -> None:
     """Say what was proven; leave with status 1 if anything does not hold."""
     if as_json:
         say_json({"findings": findings})
-    elif is_rank_zero():
-        marks = {True: "[green]holds[/green]", False: "[red]FAILS[/red]", None: "[yellow]skipped[/yellow]"}
-        table = Table("claim", "found", "", title=escape(title), title_justify="left")
-        for finding in findings:
-            table.add_row(escape(finding.claim), escape(finding.found), marks[finding.holds])
-        output.print(table)
+    else:
+        marks = {True: ("holds", "green"), False: ("FAILS", "red"), None: ("skipped", "yellow")}
+        rows = [(finding.claim, finding.found, Text(*marks[finding.holds])) for finding in findings]
+        say(title, rows, columns=("claim", "found", ""))
     if any(finding.holds is False for finding in findings):
         raise typer.Exit(1)

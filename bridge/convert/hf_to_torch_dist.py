@@ -9,7 +9,6 @@ an iteration, which has `hugging_face/` inside it.
 """
 
 import math
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
-from bridge.jobs.durable import json_bytes, sync, write_bytes
+from bridge.jobs.durable import copy_file, json_bytes, write_bytes
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
@@ -80,10 +80,11 @@ class _Part(NamedTuple):
 
 
 class _Import(NamedTuple):
-    """An import that is open: the source, and the chunks of each unit."""
+    """An import that is open: the source, what is carried along, and the chunks of each unit."""
 
     job: ImportJob
     source: HuggingFaceCheckpoint
+    carried: list[Path]
     units: list[list[_Part]]
 
     @property
@@ -174,7 +175,8 @@ def _open(job: ImportJob) -> _Import:
                 room = job.unit_bytes
             units[-1].append(part)
             room -= part.chunk.nbytes
-    return _Import(job._replace(source_versions=source.files.versions), source, units)
+    versions, carried = source.files.versions, carried_files(source.files.folder)
+    return _Import(job._replace(source_versions=versions), source, carried, units)
 
 
 def _summary(opened: _Import) -> ImportSummary:
@@ -226,14 +228,13 @@ def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
 
 def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
-    target, files = opened.job.staged_iteration(folder), opened.source.files
+    target, source = opened.job.staged_iteration(folder), opened.source.files.folder
     finish(target, opened.chunks, [Stored(*item) for stored in results for item in stored])
     write_bytes(target / WRITTEN_BY, json_bytes({"written_by": "minimax-m2 import", "dtype": opened.job.dtype}))
-    for path in (Path(CONFIG_NAME), *files.carried_files()):
+    for path in (Path(CONFIG_NAME), *opened.carried):
         copy = folder / HF_FOLDER / path
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files.folder / path, copy)
-        sync(copy)
+        copy_file(source / path, copy)
     if not opened.job.adds:
         write_bytes(folder / TRACKER, str(opened.job.iteration).encode())
 

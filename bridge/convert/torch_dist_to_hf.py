@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
 from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_object
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
@@ -27,7 +28,7 @@ from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
-from reference.checkpoint import SCALE_SUFFIX, is_mtp
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry
 from reference.fp8 import FP8
@@ -73,7 +74,7 @@ class _Export(NamedTuple):
     megatron: MegatronCheckpoint
     source: HuggingFaceCheckpoint | None
     config: ModelConfig  # of what is written
-    config_json: dict[str, Any] | bytes
+    config_json: dict[str, Any] | Path
     carried: dict[str, Path]
     entries: dict[str, Entry]  # by the first on-disk tensor
     files: list[FilePlan]
@@ -165,8 +166,8 @@ def _open(job: ExportJob) -> _Export:
         megatron,
         source,
         config,
-        (folder / CONFIG_NAME).read_bytes() if written == raw else written,
-        _carried(folder),
+        folder / CONFIG_NAME if written == raw else written,
+        {str(path): folder / path for path in carried_files(folder)},
         {entry.parameter.sources[0]: entry for entry in megatron.entries},
         plan_files(groups, max_shard_bytes=job.max_shard_bytes),
     )
@@ -185,16 +186,13 @@ def _group(
     """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
     group: dict[str, TensorPlan] = {}
     for name in entry.parameter.sources:
+        if (dtype := megatron.dtype(name)) not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{entry.key}: found {dtype} in {megatron.files.folder}, expected one of "
+                f"{', '.join(map(str, PLAIN_DTYPES))}; save the model's weights as floating-point numbers"
+            )
         group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
     return group
-
-
-def _carried(folder: Path) -> dict[str, Path]:
-    """What a checkpoint has besides its weights, config and index; not what lies in hidden folders."""
-    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts[:-1]))
-    own = (CONFIG_NAME, INDEX_NAME)
-    return {str(path): folder / path for path in shown if str(path) not in own and path.suffix != SHARD_SUFFIX}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,6 +27,7 @@ from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bridge.huggingface.regular_files import file_inside, regular_file, stays_inside
 from bridge.huggingface.scatter_read import Read, scatter_read
 
 CONFIG_NAME = "config.json"
@@ -75,16 +76,16 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self._config_version = _version(file_inside(self.folder, CONFIG_NAME))
         self.config_json = read_object(self.folder / CONFIG_NAME)
-        self._config_version = _version((self.folder / CONFIG_NAME).stat())
         index_path = self.folder / INDEX_NAME
         with ExitStack() as stack:
-            if index_path.is_file():
+            if os.path.lexists(index_path):
                 index = read_object(index_path)
                 weight_map = _weight_map(index_path, index)
                 files = dict.fromkeys(weight_map.values())
                 self._shards = {file: stack.enter_context(_Shard(self.folder / file, file)) for file in files}
-            elif (self.folder / SINGLE_NAME).is_file():
+            elif os.path.lexists(self.folder / SINGLE_NAME):
                 index = {}
                 shard = stack.enter_context(_Shard(self.folder / SINGLE_NAME, SINGLE_NAME))
                 weight_map = dict.fromkeys(shard.tensors, SINGLE_NAME)
@@ -166,18 +167,6 @@ class SafetensorsFolder:
 
         raise ValueError(f"{self.folder}: no tensor {name!r}; did you mean {max(self.tensors, key=likeness)!r}?")
 
-    def carried_files(self) -> list[Path]:
-        """Every other file, relative to the folder and sorted: what a converted checkpoint takes along unchanged.
-
-        Left out: config.json, the index, *.safetensors, and folders whose name starts with a dot.
-        """
-        found = []
-        for root, folders, names in self.folder.walk():
-            folders[:] = [folder for folder in folders if not folder.startswith(".")]
-            found += [(root / name).relative_to(self.folder) for name in names if (root / name).is_file()]
-        own = {Path(CONFIG_NAME), Path(INDEX_NAME)}
-        return sorted(path for path in found if path not in own and path.suffix != SHARD_SUFFIX)
-
     def close(self) -> None:
         self._open_files.close()
 
@@ -192,8 +181,7 @@ class _Shard:
     """One open safetensors file, its header, and the size and time it had when opened."""
 
     def __init__(self, path: Path, file: str):
-        if not os.path.isfile(path):  # also False of a name that no file can have
-            raise ValueError(f"{path}: {INDEX_NAME} names this file and it is not there; download it again")
+        regular_file(path, named_by="" if file == SINGLE_NAME else INDEX_NAME)
         self.path = path
         self.bytes_read, self._counting = 0, threading.Lock()
         with ExitStack() as stack:
@@ -249,19 +237,12 @@ class _Shard:
         self._file.close()
 
 
-def stays_inside(relative: str) -> bool:
-    """Whether a relative path names something below the folder it starts from, by its text (hub caches hold links)."""
-    path = PurePosixPath(relative)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
 def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: not there; give a folder that holds a Hugging Face checkpoint")
+    regular_file(path)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +18,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import (
-    CONFIG_NAME,
-    DTYPES,
-    INDEX_NAME,
-    SHARD_SUFFIX,
-    SINGLE_NAME,
-    stays_inside,
-)
-from bridge.jobs.durable import json_bytes, sync, write_bytes
+from bridge.huggingface.regular_files import stays_inside
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SHARD_SUFFIX, SINGLE_NAME
+from bridge.jobs.durable import copy_file, json_bytes, write_bytes
 
 SHARD_BYTES = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -137,15 +130,15 @@ def replaces(names: Iterable[str]) -> Callable[[str], bool]:
 def finish_folder(
     folder: Path,
     files: list[FilePlan],
-    config: dict[str, Any] | bytes,
+    config: dict[str, Any] | Path,
     *,
     carried: Mapping[str, Path | bytes] | None = None,
 ) -> None:
-    """Add the `carried` files (name: bytes, or where they are), config.json (bytes verbatim), and last the index.
+    """Add the `carried` files (name: bytes, or where they are), config.json (a path: that file), and last the index.
 
     Raises:
-        ValueError: a carried file's name leaves the folder or is one that is written here; or a planned file is not
-            there with the size that was planned.
+        ValueError: a carried file's name leaves the folder or is one that is written here, or it is no regular file; or
+            a planned file is not there with the size that was planned.
     """
     for plan in files:
         found = (folder / plan.file).stat().st_size if (folder / plan.file).is_file() else 0
@@ -163,11 +156,14 @@ def finish_folder(
             )
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
-            (folder / path).write_bytes(source)
+            write_bytes(folder / path, source)
         else:
-            shutil.copyfile(source, folder / path)
-        sync(folder / path)
-    write_bytes(folder / CONFIG_NAME, config if isinstance(config, bytes) else json_bytes(config))
+            copy_file(source, folder / path)
+    if isinstance(config, Path):
+        copy_file(config, folder / f".{CONFIG_NAME}.tmp")
+        (folder / f".{CONFIG_NAME}.tmp").rename(folder / CONFIG_NAME)
+    else:
+        write_bytes(folder / CONFIG_NAME, json_bytes(config))
     weight_map = {name: plan.file for plan in files for name in plan.tensors}
     total = sum(plan.nbytes for file in files for plan in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,24 @@ def write_bytes(path: Path, data: bytes) -> None:
     unnamed.write_bytes(data)
     sync(unnamed)
     unnamed.rename(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file; the copy has no permission that the original lacks.
+
+    Raises:
+        ValueError: the source is not a regular file.
+    """
+    with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as original:  # opening a FIFO must not wait
+        found = os.fstat(original.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{source}: is not a regular file any more; copy it again and start anew")
+        target.unlink(missing_ok=True)  # what an interrupted run left may not be writable
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IMODE(found.st_mode) & 0o777)
+        with open(handle, "wb") as copy:
+            shutil.copyfileobj(original, copy, 2**20)
+            copy.flush()
+            os.fsync(handle)
 
 
 def json_bytes(value: Any) -> bytes:

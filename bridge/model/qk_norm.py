@@ -10,48 +10,35 @@ zero elsewhere, and the sum is the whole gradient, also where ranks share a key 
 a rank, and the sum mixes different heads.) Prefer `bridge.model.layer_spec`: its attention norms both in one step.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
 
-from compiled.norm.collectives import process_group_info
-from compiled.norm.function import check_channels, head_norm
-from compiled.norm.spec import NormSpec
+from compiled import ReplicatedFullDimRMSNorm
 
 
-class _ReplicatedFullDimNorm(nn.Module):
-    """`weight` has all heads of all ranks; `forward` norms this rank's heads over all of them."""
-
-    heads_field: str
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.ranks = process_group_info(get_tensor_model_parallel_group(check_initialized=False))
-        heads = getattr(config, self.heads_field)
-        replicas = max(1, self.ranks.size // heads)
-        local_dim = heads * hidden_size * replicas // self.ranks.size
-        first = self.ranks.rank // replicas * local_dim
-        self.own = slice(first, first + local_dim)
-        self.spec = NormSpec((heads * hidden_size * replicas,), eps, hidden_size, ())
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight[self.own]
-        check_channels(x, weight)
-        # replicas=(1,): the sum over them is finalize_model_grads'
-        (y,) = head_norm(self.spec, self.ranks, (1,), None, None, [weight], [x])
-        return y
-
-
-class FullDimQNorm(_ReplicatedFullDimNorm):
+class FullDimQNorm(ReplicatedFullDimRMSNorm):
     """The query norm; megatron-core calls it with `hidden_size` = head_dim."""
 
-    heads_field = "num_attention_heads"
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config.num_attention_heads, hidden_size, eps=eps, **_placement(config))
 
 
-class FullDimKNorm(_ReplicatedFullDimNorm):
+class FullDimKNorm(ReplicatedFullDimRMSNorm):
     """The key norm; megatron-core calls it with `hidden_size` = head_dim."""
 
-    heads_field = "num_query_groups"
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        groups = config.num_query_groups
+        heads = config.num_attention_heads if groups is None else groups
+        super().__init__(heads, hidden_size, eps=eps, **_placement(config))
+
+
+def _placement(config: TransformerConfig) -> dict[str, Any]:
+    """Over which ranks, in what dtype and on which device a norm is."""
+    return {
+        "tp_group_getter": lambda: get_tensor_model_parallel_group(check_initialized=False),
+        "dtype": config.params_dtype,
+        "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+    }

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
 from bridge.proof.checkpoint import Checkpoint, open_checkpoint
 from bridge.proof.reference_logits import random_tokens, reference_logits
-from reference.checkpoint import SCALE_SUFFIX
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
 from reference.names import all_names
@@ -125,6 +126,9 @@ def _compare(name: str, left: Checkpoint, right: Checkpoint) -> _Verdict:
     if left.shape(name) != right.shape(name):
         return _differs(name, f"shape {list(left.shape(name))} against {list(right.shape(name))}")
     dtypes = left.dtype(name), right.dtype(name)
+    for side, dtype in zip((left, right), dtypes, strict=True):
+        if not isinstance(side, HuggingFaceCheckpoint) and dtype not in PLAIN_DTYPES:  # the other kind is checked
+            return _differs(name, f"{dtypes[0]} against {dtypes[1]}, expected bfloat16, float16 or float32 weights")
     quantized = [dtype == FP8 for dtype in dtypes]
     if all(quantized):
         stored = left.stored(name), right.stored(name)
@@ -159,7 +163,7 @@ def _differs(name: str, what: str) -> _Verdict:
 
 def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[int, list[Difference]]:
     """config.json and what is carried along, by bytes; tensors that one side has alone."""
-    names = [{str(path) for path in side.carried_files()} | {CONFIG_NAME} for side in (left, right)]
+    names = [{str(path) for path in carried_files(side.folder)} | {CONFIG_NAME} for side in (left, right)]
     weights = [{name for name in side.tensors if not name.endswith(SCALE_SUFFIX)} for side in (left, right)]
     differences = [*_one_sided("file", *names), *_one_sided("tensor", *weights)]
     shared = sorted(names[0] & names[1])

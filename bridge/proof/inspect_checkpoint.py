@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from reference.checkpoint import is_mtp, parameter_count, problems
 from reference.config import ModelConfig
@@ -41,7 +42,7 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         (
             "files",
             f"{files.num_files} safetensors files, {len(files.tensors)} tensors, "
-            f"{files.nbytes:,} bytes; {len(files.carried_files())} other files",
+            f"{files.nbytes:,} bytes; {len(carried_files(files.folder))} other files",
         ),
         *_by_dtype(files),
     ]

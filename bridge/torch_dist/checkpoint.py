@@ -1,12 +1,14 @@
 """A megatron-core distributed checkpoint that has been checked: it holds exactly the weights of a MiniMax-M2."""
 
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bridge.huggingface.regular_files import file_inside
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
 from bridge.torch_dist.reader import TorchDistFolder
 from reference.checkpoint import parameter_count
@@ -79,10 +81,11 @@ def beside(files: TorchDistFolder) -> Path:
     """The folder with the Hugging Face files that belong to a distributed checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or config.json is not a file of the checkpoint.
     """
     for folder in (files.folder, files.folder.parent):
-        if (folder / HF_FOLDER / CONFIG_NAME).is_file():
+        if os.path.lexists(folder / HF_FOLDER / CONFIG_NAME):
+            file_inside(folder, f"{HF_FOLDER}/{CONFIG_NAME}")
             return folder / HF_FOLDER
     raise ValueError(
         f"{files.folder}: no {HF_FOLDER}/{CONFIG_NAME} is there, which `minimax-m2 import` writes, so the model's "

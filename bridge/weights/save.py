@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.quantization import stored_tensors
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
@@ -33,7 +34,7 @@ def save_weights(
     sharded: ShardedModel,
     checkpoint: HuggingFaceCheckpoint,
     target: ModelConfig,
-    config_json: dict[str, Any] | bytes,
+    config_json: dict[str, Any] | Path,
     out: Path | str,
     *,
     overwrite: bool,
@@ -43,15 +44,17 @@ def save_weights(
     """Write the model, and its source's MTP layers and other files, whole or not at all; all ranks must call it.
 
     Raises:
-        ValueError: `out` cannot be written to or replaced, a weight is not finite, or a source file changed.
+        ValueError: `out` cannot be written to or replaced, a file cannot be taken along, a weight is not finite, or a
+            source file changed.
         OSError: a file cannot be written, as when the disk is full. All ranks raise the same error.
     """
     files = _files(sharded.shard_map, checkpoint, target, max_shard_bytes)
     owners = _owners(sharded.shard_map, files)
     leads = sharded.rank == 0
     with raise_on_all_ranks():
-        carried = checkpoint.files.carried_files()
-        replaced = replaces(map(str, carried)) if overwrite else None
+        source = checkpoint.files.folder
+        carried = {str(path): source / path for path in carried_files(source)} if leads else {}
+        replaced = replaces(carried) if overwrite else None
         staging = Staging(out, inputs=None, replaces=replaced) if leads else None
     with staging or Staging.join(out, None) as folder:
         to = {name: owners[file.file] for file in files for name in file.tensors}
@@ -65,9 +68,7 @@ def save_weights(
                 raise failure
         with raise_on_all_ranks():
             if leads:
-                source = checkpoint.files
-                companions = {str(path): source.folder / path for path in carried}
-                finish_folder(folder.folder, files, config_json, carried=companions)
+                finish_folder(folder.folder, files, config_json, carried=carried)
                 folder.publish()
 
 

@@ -1,24 +1,24 @@
-"""FP8 blocks, fast: the law and the bits of `reference.fp8`, also on slices that start inside a block.
+"""FP8 blocks, fast: formulas and results, bit for bit, of `reference.fp8`; also for slices that start inside a block.
 
     value = float8 * scale_inv         formed in float32, rounded once
 
-**Bytes.** A weight of n elements costs n bytes read and n * itemsize written (3 n for bfloat16); the scales are 1/4096
-of that. The speed to reach is a copy that moves as many bytes.
+**Bytes.** Decoding n elements reads n bytes and writes n * itemsize (for bfloat16 3 n together); the scales add 1/4096
+of n. The benchmarks compare with a copy that moves as many bytes.
 
-**Slices.** Tensor parallelism cuts weights where it likes: 1536 rows / 8 ranks = 192 rows, so that rank 1 starts 64
-rows into block 1. A slice comes with the scales of exactly the blocks that it touches, and with where it starts inside
-the first of them, `0 <= offset < block_size`. For rows `start:stop` of a weight:
+**Slices.** Tensor parallelism need not cut weights at block borders: with 1536 rows on 8 ranks each has 192, so rank 1
+starts 64 rows into block 1. A slice comes with the scales of exactly the blocks that it touches, and with where it
+starts inside the first of them, `0 <= offset < block_size`. For rows `start:stop` of a weight:
 
     first, last = start // 128, -(-stop // 128)
     dequantize_blockwise(weight[start:stop], scale_inv[first:last], row_offset=start % 128)
 
-**Checks.** A scale that is not finite and positive, or a NaN code, raises. NaN codes are found while decoding: no
-second pass, but `out` is written before the error is raised, and on CUDA each call waits for the answer. With
-`check_values=False` no call waits, NaN codes become NaN values, and the caller answers for the scales.
+**Checks.** A scale that is not finite and positive, or a NaN code, raises ValueError. NaN codes are found while
+decoding, without a second pass; so `out` is written before the error is raised, and on CUDA each call waits for the
+GPU. With `check_values=False` no call waits, NaN codes become NaN values, and the caller must know the scales to be
+good.
 
-**How.** On the CPU `compiled.fp8.cpu`, the code's bits moved into a float32; on CUDA `compiled.fp8.kernels`, by
-hand in Triton. Both compile at first use, a number of times that does not grow with the number of shapes; each says
-what it specialises on.
+**Where.** On CPUs `compiled.fp8.cpu`, by torch.compile; on CUDA `compiled.fp8.kernels`, in Triton. Both compile at
+first use, and the number of compilations does not grow with the number of shapes; each module says what it depends on.
 """
 
 import math
@@ -47,9 +47,9 @@ def dequantize_blockwise(
 ) -> Float[Tensor, "*experts rows cols"] | Sequence[Float[Tensor, "rows cols"]]:
     """value = float8 * scale_inv of its block, formed in float32 (float64 for a float64 result), rounded once.
 
-    `out` may be any view of `dtype`, or for a stack a list with one for each expert; it is then the result.
-    `row_offset` and `col_offset` are where `weight` starts inside the first block of `scale_inv`. `name` is what errors
-    call the tensor.
+    `out`, if given, receives the values and is returned: any view of `dtype`, or for a stack a list of one for each
+    expert. `row_offset` and `col_offset` are where `weight` starts inside the first block of `scale_inv`. `name` is the
+    tensor's name in errors.
 
     Raises:
         ValueError: the scales do not cover exactly the blocks touched, a dtype, a device or `out` does not fit, a scale
@@ -90,8 +90,8 @@ def quantize_blockwise(
 ) -> tuple[Float8e4m3fn[Tensor, "*experts rows cols"], Float32[Tensor, "*experts row_blocks col_blocks"]]:
     """float8 = round(weight / scale_inv), with scale_inv = amax(block) / 448 where none is given.
 
-    With `scale_inv`, values beyond +-448 scales saturate. A slice that starts inside a block needs given scales, for it
-    does not hold the block whose amax they are. `out` receives the codes.
+    With `scale_inv`, values beyond +-448 * scale saturate. A slice that starts inside a block needs given scales, since
+    it does not have the whole block that an amax is taken of. `out`, if given, receives the codes.
 
     Raises:
         ValueError: as in `dequantize_blockwise`, or the weight holds a value that is not finite.
@@ -131,7 +131,7 @@ def quantize_blockwise(
 
 
 def valid_scales(scale_inv: Float32[Tensor, "..."]) -> bool:
-    """Whether all are finite and positive; waits for a GPU."""
+    """Whether all scales are finite and positive. Waits for the GPU if they are on one."""
     if not scale_inv.numel():
         return True
     least, greatest = scale_inv.aminmax()  # NaN if one is
@@ -171,7 +171,7 @@ def _check_scale_values(scale_inv: Tensor, name: str) -> None:
 
 
 def _holds_infinite(weight: Tensor) -> bool:
-    """Infinite or NaN: the extremes of a tensor that holds NaN are NaN."""
+    """Whether a value is infinite or NaN: the extremes of a tensor that holds NaN are NaN."""
     return weight.numel() > 0 and not all(math.isfinite(extreme.item()) for extreme in weight.detach().aminmax())
 
 
@@ -207,12 +207,12 @@ def _results(
 
 
 def _stack(x: Tensor) -> Tensor:
-    """[experts, rows, cols], sharing memory and unknown to autograd."""
+    """[experts, rows, cols], sharing memory, detached from autograd."""
     return x.detach() if x.ndim == 3 else x.detach()[None]
 
 
 def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
-    """amax / 448, or on CUDA the place where the kernel puts it."""
+    """amax / 448; on CUDA empty, for the kernel to fill."""
     *experts, rows, cols = weight.shape
     grid = scale_grid(weight.shape, block_size)
     if weight.is_cuda:
@@ -239,7 +239,7 @@ def _launch(
     dtype: torch.dtype,
     check: bool,
 ) -> bool:
-    """Run a kernel of `compiled.fp8.kernels`; False if it was to check and found damage."""
+    """Run a kernel of `compiled.fp8.kernels`. False if it checked and found a bad code, value or scale."""
     from compiled.fp8 import kernels  # needs Triton, which needs no GPU but is not everywhere
 
     if not source.numel():

@@ -1,29 +1,32 @@
-"""Block scales on the CPU, by `torch.compile`: what the bits of the codes say, written so that compilers vectorise it.
+"""FP8 blocks on CPUs, by `torch.compile`: arithmetic on the bits of the codes, in loops that compilers can vectorise.
 
-A scale is spread over the columns of its block, which costs 1/32 of a byte an element, and its row is chosen for each
-row of the weight: the inner loop is then one run over the columns, whatever the blocks and offsets.
+The scales of a row of blocks are repeated for each column, which takes 1/32 of a byte for each element, and each row of
+the weight picks its row of them. So the inner loop runs over all columns, whatever the blocks and offsets.
 
-**Decoding.** Sign, exponent and mantissa of a code, shifted into a float32, stand for its value * 2^-120, the subnormal
-codes as subnormal float32. The scales bring 2^120 along, which is exact, so the product has the bits of value * scale.
-(Scales of 256 and more would overflow then, and a thread that flushes subnormals, after `torch.set_flush_denormal`,
-would lose the subnormal codes: like float64 they get plain PyTorch.) The product is rounded to bfloat16 by integers, to
-nearest even. A NaN code becomes some number; each row's greatest code tells of one, in the same pass.
+**Decoding.** Sign, exponent and mantissa of a code, shifted into the bits of a float32, make its value * 2^-120;
+subnormal codes make subnormal float32 numbers. The scales are multiplied by 2^120, which is exact, so the product has
+the bits of value * scale. It is rounded to bfloat16, to nearest even, with integer arithmetic. A NaN code becomes some
+number; the greatest code of each row, found in the same pass, tells whether there is one. Plain PyTorch is used instead
+for float64, for scales of 256 and more, which would overflow, and after `torch.set_flush_denormal`, which would lose
+the subnormal codes.
 
-Where columns come in pairs, as in every weight here, two codes are read as an int16 and two bfloat16 written as an
-int32: to widen bytes and to narrow results is what costs most otherwise (a quarter of a call for 1536 x 3072).
+If the columns come in pairs, as in all of the model's weights, two codes are read as one int16 and two bfloat16 numbers
+written as one int32. Widening single bytes and narrowing single results takes a quarter of a call for 1536 x 3072.
 
-**Encoding.** A normal quotient is rounded where its mantissa is cut, to nearest even; for the subnormal ones, adding
-2^14 leaves units of 2^-9, the spacing of subnormal codes, in the last place of the sum. Beyond 448 it saturates.
-Codes are made as int16 and narrowed by a copy: C++ lets a store of bytes change any other variable, the row of the
-scales too, so a loop that stores bytes is not vectorised (16 ms a matrix of 1536 x 3072 on two cores, this way 4).
+**Encoding.** A normal quotient is rounded to nearest even where its mantissa is cut. To a subnormal one 2^14 is added:
+the last place of the sum is then 2^-9, the spacing of subnormal codes. Beyond 448 it saturates. Codes are made as int16
+and narrowed by a copy, because a loop that stores bytes is not vectorised: in C++ such a store may change any variable,
+so also the scales. That takes 16 ms for 1536 x 3072 on two cores; this way it takes 4.
 
-**Vectors.** Inductor writes these as scalar loops and the compiler vectorises them. Inductor forbids that to GCC
-(`-fno-tree-loop-vectorize`) where it knows GCC by its name, hence `c++`. Its own vectors are slow here: without AVX-512
-its float8 -> float32 is scalar, and its integer loads, as GCC 12 compiles them, go through memory and wait for it.
+**Vectors.** Inductor generates scalar loops here, and the compiler vectorises them. Inductor tells GCC not to
+(`-fno-tree-loop-vectorize`) if it recognises GCC by name, so the compiler is called `c++`. Inductor's own vectors are
+slow here: without AVX-512 its conversion from float8 to float32 is scalar, and its integer loads go through memory as
+GCC 12 compiles them.
 
-Compilations do not grow with the number of shapes: one for each dtype serves every matrix and stack (of bfloat16 two:
-columns in pairs, or not), and strides other than contiguous ones, single rows and single columns cost one more each. So
-does the next matrix where the first has as many columns, or pairs, as rows: its compilation takes them for one number.
+The number of compilations does not grow with the number of shapes. One for each dtype serves all matrices and stacks
+(for bfloat16 two: columns in pairs or not). Strides that are not contiguous, single rows and single columns take one
+more each. So does the second matrix if the first has as many columns, or pairs, as rows: its compilation then assumes
+the two sizes to be equal.
 """
 
 import functools
@@ -41,16 +44,16 @@ _FP8_MAX_BITS = 0x43E00000  # 448 as float32
 _ENCODED_AT_ONCE = 1 << 21  # elements
 _SCALE_LIMIT = 2.0**8  # times 2^120 it is beyond float32
 _LEAST_NORMAL = sys.float_info.min
-_MAX_COMPILATIONS = 64  # of one function; beyond torch's own limit, 8, `fullgraph` is an error
+_MAX_COMPILATIONS = 64  # of one function; torch's own limit is 8, and beyond it `fullgraph` raises
 _OPTIONS = {"cpp.simdlen": 1, "assert_indirect_indexing": False}
 if shutil.which("c++"):
     _OPTIONS["cpp.cxx"] = (None, "c++")
 
 
 def decode(weight: Tensor, scale_inv: Tensor, out: Tensor, block_size: int, row_offset: int, col_offset: int) -> bool:
-    """out = round(weight * scale of its block), for [experts, rows, cols]; True if there is a NaN code.
+    """out = round(weight * scale of its block), for [experts, rows, cols]. True if there is a NaN code.
 
-    In place of NaN codes `out` is left undefined.
+    Where the code is NaN, `out` is undefined.
     """
     plain = out.dtype == torch.float64 or _flushes_subnormals() or not _all_within(scale_inv, _SCALE_LIMIT)
     scales = scale_inv if plain else scale_inv * 2.0**120
@@ -97,10 +100,10 @@ def _matrices(
     col_offset: int,
     columns_a_scale: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Source, result, every column's scale for each row of blocks, and the row of blocks of each of the source's rows.
+    """(source, result, scales, row of blocks): 2-D, the scales one for each column, the last the index of each row's.
 
-    Of columns that are taken in pairs, every pair's scale. A stack is one tall matrix where its strides allow, so that
-    it needs no compilation of its own.
+    With `columns_a_scale` 2 there is one scale for each pair of columns. A stack is taken as one tall matrix if its
+    strides allow that, so that it needs no compilation of its own.
     """
     experts, rows, cols = source.shape
     if not source.numel():
@@ -111,7 +114,7 @@ def _matrices(
         return
     grid = scale_inv.flatten(0, 1)
     if len(grid) == 1:
-        grid = grid.expand(2, -1)  # two rows at least, and contiguous in the end: one compilation less each
+        grid = grid.expand(2, -1)  # a single row would need a compilation of its own
     spread = grid[..., None].expand(-1, -1, block_size // columns_a_scale).flatten(1)
     spread = spread.narrow(1, col_offset // columns_a_scale, cols // columns_a_scale).contiguous()
     row = _row_of_blocks(experts, rows, scale_inv.shape[1], block_size, row_offset)
@@ -125,7 +128,7 @@ def _row_of_blocks(experts: int, rows: int, row_blocks: int, block_size: int, ro
 
 
 def _in_pairs(weight: Tensor, out: Tensor, block_size: int, col_offset: int) -> bool:
-    """Whether two codes beside each other are one int16 in memory, their values one int32, and their scale the same."""
+    """Whether neighbouring codes can be read as int16, their values written as int32, and each pair has one scale."""
     bits = block_size | col_offset | weight.shape[2]
     for x in (weight, out):
         expert, row, col = x.stride()
@@ -147,12 +150,12 @@ def _flushes_subnormals() -> bool:
 
 
 def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """torch.compile at first call: `import torch._inductor` alone takes a second."""
+    """`function`, compiled at its first call: importing torch._inductor alone takes a second."""
     compiled = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True, options=_OPTIONS))
 
     @functools.wraps(function)
     def call(*operands: Tensor) -> Tensor | None:
-        operands = [x.data for x in operands]  # not as views: what is compiled would depend on their bases' shapes
+        operands = [x.data for x in operands]  # no views: compilations would depend on the shapes of their bases
         with torch.no_grad():
             try:
                 return compiled()(*operands)
@@ -164,18 +167,18 @@ def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | 
 
 
 def _small_value(codes: Tensor) -> Tensor:
-    """int8 -> float32, the value * 2^-120."""
+    """The value of each code (int8) * 2^-120, as float32."""
     return ((codes.to(torch.int32) << 20) & ~0x78000000).view(torch.float32)
 
 
 def _round_to_bfloat16(values: Tensor) -> Tensor:
-    """In the upper half of an int32, to nearest even."""
+    """Rounded to nearest even; the bfloat16 is the upper half of the int32."""
     bits = values.view(torch.int32)
     return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
 def _greatest(codes: Tensor) -> Tensor:
-    """Of each row, without sign."""
+    """The greatest code of each row, signs ignored."""
     return (codes & 0x7F).amax(1)
 
 

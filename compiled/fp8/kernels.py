@@ -1,20 +1,26 @@
-"""Triton kernels of the block scales: a program is a strip of one block, so that its scale is one number.
+"""Triton kernels for FP8 blocks. Each program handles a strip of rows of one block, so it needs a single scale.
 
-The grid is (column blocks, strips of row blocks, experts), counted on the grid of the scales: a slice that starts
-inside a block (`row_offset`, `col_offset` elements after its start) only masks off what lies before it. Tensors are
-[experts, rows, cols] of any strides, `*_at`.
+The grid is (column blocks, strips of all row blocks, experts), counted on the grid of the scales. For a slice that
+starts inside a block, `row_offset` rows and `col_offset` columns after its start, the elements before it are masked.
+Tensors are [experts, rows, cols] with any strides; `*_at` are the strides.
 
-**Speed.** On one H200 (torch 2.11), 256 experts of 1536 x 3072, against a copy of as many bytes: decoding 95 %,
-encoding 102 %, with fresh scales too (tests/benchmarks/results/fp8_h200.json). Inductor decodes as fast only with every
-size a constant, at one compilation a shape; with free sizes it comes to 6 %. A thread has 32 elements: with 8, starting
-programs takes longer than their bytes.
+**Speed.** On one H200, 256 experts of 1536 x 3072, as a share of the bandwidth of a copy of as many bytes
+(tests/benchmarks/results/fp8_h200.json):
 
-**Division** took longer than the bytes too: a dozen instructions an element and a branch. A quotient of float32s is at
-least 2^-49 of itself away from where float32 rounding turns over, and never on it; the value times 1 / scale, both
-roundings in float64, is off by at most 2^-52. So rounding that product to float32 gives the division's bits. (Where the
-quotient is a subnormal float32, whose rounding is coarser, the code is 0 either way.)
+    decoding                                       95 %
+    encoding, with given or fresh scales          102 %
+    torch.compile of the formula, sizes constant   95 % decoding, one compilation for each shape
+    torch.compile of the formula, sizes free        6 % decoding
 
-Triton compiles once, and again for each pattern of sizes, strides and offsets that are multiples of 16 or 1. float8
+A thread has 32 elements: with 8, starting the programs takes longer than moving their bytes.
+
+**Division.** float32 division, a dozen instructions and a branch for each element, takes longer than moving the bytes.
+The kernels multiply by 1 / scale in float64 and round to float32, which gives the same bits: a quotient of float32
+numbers differs from every midpoint between neighbouring float32 numbers by at least 2^-49 of itself, and the product,
+rounded twice in float64, is off by at most 2^-52. (Where the quotient is a subnormal float32, whose rounding is
+coarser, the code is 0 either way.)
+
+Triton compiles once, and once more for each pattern of sizes, strides and offsets that are 1 or multiples of 16. float8
 needs compute capability 8.9.
 """
 
@@ -27,12 +33,13 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-STRIP, WARPS = 32, 4  # rows of a program, and its warps
-WHOLE_BLOCK_WARPS = 8  # where a program is a whole block
+STRIP, WARPS = 32, 4  # of a program: rows and warps
+WHOLE_BLOCK_WARPS = 8  # of a program that handles a whole block
 _ELEMENT = {
     torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64,
 }  # fmt: skip
-_ALIGNMENT = 16  # bytes, of tensors of which only the address is passed
+# Bytes. Addresses that are passed in a tensor, which Triton does not look at, must be multiples of it.
+_ALIGNMENT = tl.constexpr(16)
 
 
 def launch(
@@ -46,13 +53,14 @@ def launch(
     col_offset: int,
     wide: torch.dtype,
 ) -> None:
-    """`kernel` from source to result, both [experts, rows, cols]; products and quotients are formed in `wide`.
+    """Launch `kernel` from source to result, both [experts, rows, cols]; it computes in the dtype `wide`.
 
-    `dequantize` may be given a result [rows, cols] for each expert: one launch if they lie alike, else one for each.
+    `result` may be a list of [rows, cols], one for each expert, if `kernel` is `dequantize`. That is one launch if all
+    have the same strides and aligned addresses, else one for each expert.
     """
     each = None
     if not isinstance(result, Tensor):
-        if len({one.stride() for one in result}) > 1 or any(one.data_ptr() % _ALIGNMENT for one in result):
+        if len({one.stride() for one in result}) > 1 or any(one.data_ptr() % _ALIGNMENT.value for one in result):
             for codes, scales, one in zip(source, scale_inv, result, strict=True):
                 launch(kernel, codes[None], scales[None], one[None], damaged, block_size, row_offset, col_offset, wide)
             return
@@ -77,7 +85,7 @@ def launch(
 
 @triton.jit
 def _strip(rows, cols, row_offset, col_offset, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The strip's row block and column block, its rows and columns, and which of its elements exist."""
+    """The strip's row block and column block, its rows, its columns, and the mask of elements inside the tensor."""
     strips: tl.constexpr = (BLOCK + ROWS - 1) // ROWS
     row_block, col_block = tl.program_id(1) // strips, tl.program_id(0)
     in_row, in_col = tl.program_id(1) % strips * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
@@ -104,7 +112,7 @@ def _amax(x):
 
 @triton.jit
 def _report(damaged, scale, amax):
-    """`damaged` becomes 1 unless the elements are finite and the scale finite and positive; None means not asked."""
+    """Set `damaged`, unless it is None, to 1 if an element is not finite or the scale is not finite and positive."""
     if damaged is not None:
         good = (amax < float("inf")) & (scale > 0) & (scale < float("inf"))
         tl.store(damaged, 1, mask=good == 0)
@@ -116,13 +124,13 @@ def dequantize(
     codes, scales, out, damaged, rows, cols, row_offset, col_offset, codes_at, scales_at, out_at,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """out = round(code * scale); with EACH, `out` holds the address of each expert's, of elements EACH."""
+    """out = round(code * scale). With EACH, a dtype, `out` holds the address of each expert's result."""
     row_block, col_block, row, col, here = _strip(rows, cols, row_offset, col_offset, BLOCK, ROWS, COLS)
     scale = tl.load(_at(scales, scales_at, row_block, col_block))
     code = tl.load(_at(codes, codes_at, row, col), mask=here, other=0.0).to(tl.float32)
     value = code.to(WIDE) * scale.to(WIDE)
     if EACH is not None:
-        out = tl.multiple_of(tl.load(out + tl.program_id(2)).to(tl.pointer_type(EACH)), 16)
+        out = tl.multiple_of(tl.load(out + tl.program_id(2)).to(tl.pointer_type(EACH)), _ALIGNMENT)
     tl.store(_at(out, out_at, row, col), value.to(out.dtype.element_ty), mask=here)
     _report(damaged, scale, _amax(code))
 
@@ -149,7 +157,7 @@ def quantize_afresh(
     values, scales, codes, damaged, rows, cols, row_offset, col_offset, values_at, scales_at, codes_at,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The same on scale = amax / 448, which is stored; the strip is the whole block, and is read once."""
+    """The same with scale = amax / 448, which is stored. The strip is a whole block, which is read once."""
     row_block, col_block, row, col, here = _strip(rows, cols, row_offset, col_offset, BLOCK, ROWS, COLS)
     value = tl.load(_at(values, values_at, row, col), mask=here, other=0.0).to(WIDE)
     amax = _amax(value)
@@ -164,6 +172,6 @@ def quantize_afresh(
 @triton.jit
 def _encode(value, scale):
     scale = scale.to(tl.float64)
-    # 1 / scale first: written after the conversion, it costs 40 registers more
+    # 1 / scale is written first: after the conversion of the value it takes 40 registers more.
     quotient = value / scale if value.dtype == tl.float64 else (1.0 / scale) * value.to(tl.float64)
     return tl.clamp(quotient.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)

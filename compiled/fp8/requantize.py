@@ -1,8 +1,8 @@
-"""Back to FP8 on the source's scales: `reference.fp8.requantize_blockwise`, fast.
+"""Back to FP8 with the source's scales where they still fit: `reference.fp8.requantize_blockwise`, fast.
 
-A block whose re-encoding on its old scale decodes to exactly the weight keeps code and scale; every other block gets a
-fresh scale. Mostly all blocks of a weight are untouched, or none is: both cases cost one encoding, and the first one
-decoding more.
+A block keeps its scale if encoding with it and decoding again gives exactly the weight; every other block gets a fresh
+scale. Usually all blocks of a weight are unchanged, or all have changed. The first case takes one encoding and one
+decoding, the second one encoding more.
 """
 
 import torch
@@ -21,7 +21,7 @@ def requantize_blockwise(
     block_size: int = FP8_BLOCK,
     name: str = "weight",
 ) -> tuple[Float8e4m3fn[Tensor, "*experts rows cols"], Float32[Tensor, "*experts row_blocks col_blocks"]]:
-    """Encode on the source's scales where that loses nothing, on fresh scales where the block has changed.
+    """Encode with the source's scale where that is exact, with a fresh scale where the block has changed.
 
     Raises:
         ValueError: as `compiled.fp8.quantize_blockwise`.
@@ -42,7 +42,7 @@ def requantize_blockwise(
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
-    """[..., row_blocks, block, col_blocks, block], edge blocks filled up with zeros."""
+    """[..., row_blocks, block, col_blocks, block], edge blocks padded with zeros."""
     *experts, rows, cols = x.shape
     row_blocks, col_blocks = scale_grid((rows, cols), block_size)
     padded = torch.nn.functional.pad(x, (0, col_blocks * block_size - cols, 0, row_blocks * block_size - rows))

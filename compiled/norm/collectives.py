@@ -1,4 +1,4 @@
-"""What the norms need of a process group: its size, this process's place in it, and a sum over its ranks."""
+"""What the norms need of a process group: its size, this process's rank in it, and a sum over its ranks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ GroupGetter = Callable[[], ProcessGroup | None]
 
 
 class ProcessGroupInfo(NamedTuple):
-    """A process group as plain values, which `torch.compile` takes as constants."""
+    """A process group as plain values, which `torch.compile` treats as constants."""
 
     name: str
     rank: int
@@ -22,17 +22,17 @@ class ProcessGroupInfo(NamedTuple):
 
 
 def process_group_info(group: ProcessGroup | None) -> ProcessGroupInfo:
-    """None is one process by itself."""
+    """Of a process group; None stands for a single process."""
     if group is None:
         return ProcessGroupInfo(name="", rank=0, size=1)
     return ProcessGroupInfo(name=group.group_name, rank=group.rank(), size=group.size())
 
 
 def sum_over_ranks(x: Tensor, ranks: ProcessGroupInfo) -> Tensor:
-    """The sum, which may have taken the place of `x`: the caller gives `x` away.
+    """The sum of `x` over the ranks. It may overwrite `x`: the caller must not use `x` again.
 
-    A functional collective where it is compiled: an in-place one is wrong when torch 2.11 compiles it. In eager mode an
-    in-place one: a functional one costs the processor some ten times as much.
+    Compiled, it is a functional collective: torch 2.11 compiles in-place ones wrongly. In eager mode it is an in-place
+    one: a functional one takes about ten times as much processor time.
     """
     if torch.compiler.is_compiling():
         return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))

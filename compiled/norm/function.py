@@ -4,9 +4,9 @@
     C = all_reduce(sum over local heads of w g x)
     dx = r w g - x r^3 C / (N R)                          dw = sum over tokens of g x r, over all replicas
 
-The function has the whole law (`reference.norm`). S and C are summed for all parts at once (the queries; the keys too).
-It keeps its inputs for the backward pass, and r: 4 bytes a token and part. With R > 1 each replica's dx is its share,
-and dw travels with C, so that it too is complete when the one all-reduce is.
+The formulas and their symbols are `reference.norm`'s. Queries and keys are two parts, whose S and C are summed by the
+same all-reduce. For the backward pass the function keeps its inputs and r: 4 bytes for each token and part. Where R > 1
+ranks hold the same head, each rank's dx is its own share, and dw is summed by the same all-reduce as C.
 
 The five steps between the collectives are computed by `steps_triton` on CUDA and by `steps_torch` elsewhere. Eager
 calls on CUDA go to `host`, which has the same function in C++.
@@ -26,9 +26,9 @@ from compiled.norm.spec import NormSpec
 
 
 class HeadNorm(torch.autograd.Function):
-    """The law above: `apply(spec, ranks, replicas, cos, sin, *weights, *inputs)`, a weight and an R for each part.
+    """`apply(spec, ranks, replicas, cos, sin, *weights, *inputs)`: one weight and one R in `replicas` for each part.
 
-    `steps_torch` says what the inputs, the outputs and cos and sin are.
+    `steps_torch` describes the inputs, the outputs, cos and sin.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ def head_norm(
     weights: list[Tensor],
     inputs: list[Tensor],
 ) -> Sequence[Tensor]:
-    """`HeadNorm`, by the cheapest way to call it: in eager mode on a GPU that is C++."""
+    """`HeadNorm.apply`; in eager mode on a GPU its C++ form, which takes less processor time."""
     if not torch.compiler.is_compiling() and _steps(inputs[0]) is steps_triton:
         call = host.head_norm(spec, ranks, replicas)
         if call is not None:
@@ -95,16 +95,17 @@ def check_channels(x: Tensor, weight: Tensor) -> None:
 
 
 def _steps(x: Tensor) -> ModuleType:
-    """Where the steps between the collectives are computed."""
+    """The module that computes the steps between the collectives."""
     return steps_triton if x.is_cuda and x.dtype != torch.float64 else steps_torch
 
 
 def _summed(
     coupling: Tensor, dws: Sequence[Tensor], ranks: ProcessGroupInfo, replicas: tuple[int, ...]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """C summed over all ranks and dw over those that hold the same heads, who are neighbours, in one all-reduce.
+    """C summed over all ranks, and dw over the ranks that hold the same heads, in one all-reduce.
 
-    Each set of replicas has a place of its own in the buffer, and a rank leaves zeros in the others'.
+    Ranks that hold the same heads are neighbours. In the buffer each such set has a part of its own, and a rank
+    contributes zeros to the parts of the others.
     """
     if max(replicas) == 1:
         return sum_over_ranks(coupling, ranks), dws

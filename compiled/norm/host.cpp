@@ -1,11 +1,16 @@
-// `HeadNorm` of full_dim_norm.py for eager runs on a GPU: the same steps in the same order, without Python.
+// `HeadNorm` of function.py for eager calls on a GPU: the same steps in the same order, without Python.
 //
-// At a few thousand tokens a launch from Python takes longer than the kernel that it launches. Here a step's first
-// call with arguments of a kind goes to norm_launches.py, which has Triton compile the kernels and launches them; what
-// it launched is kept, and later calls with arguments of that kind launch it through the driver. Arguments of a kind
-// have the same dtypes, alignment, strides and sizes; they may differ in values, addresses and the number of tokens.
-// (Where a stride goes with the number of tokens, each number is a kind.) Where norm_launches.py names nothing to keep,
-// as in Triton's interpreter, it gets every call.
+// With a few thousand tokens, launching a kernel from Python takes longer than the kernel. Here a step's first call with
+// arguments of a kind goes to launches.py, which has Triton compile the kernels and launches them. The kernels are kept,
+// and later calls with arguments of that kind launch them through the driver. Arguments of one kind have the same
+// dtypes, alignment, strides and sizes; they may differ in values, addresses and the number of tokens. (Where a stride
+// depends on the number of tokens, each number is a kind of its own.) If launches.py returns no kernels to keep, as in
+// Triton's interpreter, every call goes there.
+//
+// This is the law of function.py a second time, and is kept because it pays: the same kernels through one generic C++
+// launch, with the autograd function in Python alone, took 1.6 times as long for an eager forward and backward pass over
+// 4096 tokens at TP 1 (316 and 508 us on an H200), 2.2 times with the split and RoPE, and 1.6 times at TP 2; over 32768
+// tokens 1.2 to 1.5 times (tests/benchmarks/results/norm_generic_launch_h200.json). The bits were the same.
 
 #include <dlfcn.h>
 
@@ -36,7 +41,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 // ----------------------------------------------------------------------------------------------------------- launches
 
-// The arguments of a kernel as norm_kernels.py lists them, tuples flattened, and what their kind is.
+// The arguments of a kernel in kernels.py's order, tuples flattened, and their kind.
 class Arguments {
  public:
   Arguments(int64_t step, at::Device device) : kind{step, device.index()}, device(device) {}
@@ -53,7 +58,7 @@ class Arguments {
   void integer(int64_t value) {
     add(value, value);
   }
-  void free(int64_t value) {  // compiled for any value
+  void free(int64_t value) {  // the same code serves any value
     add(value, 0);
   }
   void real(float value) {
@@ -87,9 +92,9 @@ Function symbol(const char* library, const char* name) {
   return reinterpret_cast<Function>(found);
 }
 
-// `norm_host.Relaunch`.
+// `host.Relaunch`.
 struct Kernel {
-  py::object compiled;  // whose end would be the function's
+  py::object compiled;  // unloads the function when it is freed
   void* function;
   unsigned warps, shared;
   Sizes taken;
@@ -140,7 +145,7 @@ Tensor empty(const Sizes& sizes, const Tensor& like, at::ScalarType dtype) {
 // A norm's constants, and the kernels that it has launched. It is never deleted: graphs point to it.
 class Norm {
  public:
-  // `spec` is norm_plain.NormSpec, `ranks` collectives.ProcessGroupInfo; the functions are norm_host.py's, for first calls.
+  // `spec` is spec.NormSpec, `ranks` collectives.ProcessGroupInfo; the functions are host.py's, for first calls.
   Norm(py::object spec, py::object ranks, Sizes replicas, py::object fill_sums, py::object fill_outputs,
        py::object fill_gradients)
       : replicas(std::move(replicas)),
@@ -225,7 +230,8 @@ class Norm {
     table_and_terms(cos, sin, rstd, arguments);
     if (dw) arguments.kind.push_back(static_cast<int64_t>(dw->scalar_type()));
     auto* kernels = known_or_kept(arguments, [&] {
-      return fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs, dw, coupling);
+      return fill_gradients(grads, py::make_tuple(inputs, weights, rstd, cos, sin), spec,
+                            py::make_tuple(dxs, dw, coupling));
     });
     if (!kernels) return;
     if (!dw) return kernels->front().launch(tokens(rstd), arguments);
@@ -245,7 +251,7 @@ class Norm {
     return empty({static_cast<int64_t>(terms.size()), x.size(0), x.size(1)}, x, at::kFloat);
   }
 
-  // To be filled; zero from the start where other ranks own some of a group's query heads.
+  // Empty; zeros where other ranks own some of a group's query heads, whose gradients no kernel writes here.
   Tensors empty_gradients(const Tensors& inputs) const {
     Tensors dxs;
     for (const Tensor& x : inputs) {
@@ -268,7 +274,7 @@ class Norm {
     return sums.size(1) * sums.size(2);
   }
 
-  // The first `count` of norm_plain.parts_of.
+  // The first `count` of spec.parts_of.
   void parts(const Tensors& inputs, size_t count, Arguments& arguments) const {
     const Tensor& x = inputs.front();
     Sizes offsets(count);
@@ -297,7 +303,7 @@ class Norm {
     arguments.integer(terms.back());
   }
 
-  // What is to be launched for these arguments; nullptr: it was the first call of their kind, and `fill` launched.
+  // The kernels for these arguments; nullptr after the first call of their kind, in which `fill` has launched them.
   template <typename Fill>
   const std::vector<Kernel>* known_or_kept(const Arguments& arguments, Fill fill) {
     {
@@ -310,7 +316,7 @@ class Norm {
     return nullptr;
   }
 
-  // `launched`: None, or a list of norm_host.Relaunch of which the first had these arguments.
+  // `launched`: None, or a list of host.Relaunch, the first with these arguments.
   void keep(const Arguments& arguments, const py::object& launched) {
     if (launched.is_none()) return;
     std::vector<Kernel> made;
@@ -340,7 +346,7 @@ class Norm {
   std::mutex mutex;
 };
 
-// ------------------------------------------------------------------------------------------------------------ the law
+// ------------------------------------------------------------------------------------------------ the autograd function
 
 Tensor sum_over_ranks(Tensor x, const Norm& norm) {
   Tensors tensors{x};
@@ -361,7 +367,7 @@ Tensors split_weights(const Tensor& dw, const Tensors& weights) {
   return dws;
 }
 
-// full_dim_norm._summed: C over all ranks, and into `dws` the sums over those that hold the same heads.
+// function._summed: returns C summed over all ranks, and puts into `dws` the sums over those that hold the same heads.
 Tensor summed(const Tensor& coupling, Tensors& dws, const Norm& norm) {
   if (*std::max_element(norm.replicas.begin(), norm.replicas.end()) == 1) return sum_over_ranks(coupling, norm);
   Tensors buffer{coupling.flatten()};
@@ -438,8 +444,8 @@ class HeadNorm : public torch::autograd::Function<HeadNorm> {
   }
 
  private:
-  // An error if these are differentiated, instead of no gradient: also, unlike with once_differentiable, where the
-  // graph would only begin here.
+  // Differentiating these is an error and does not silently give no gradient; unlike with once_differentiable, also if
+  // the incoming gradients have no graph.
   static Tensors not_differentiable(Tensors grads) {
     auto error = std::make_shared<torch::autograd::DelayedError>(
         "the norm's backward pass cannot be differentiated: leave out create_graph=True", grads.size());

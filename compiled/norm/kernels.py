@@ -1,15 +1,16 @@
 """Triton kernels of the query and key norms: the query, key and value heads of a token are one tile [heads, head_dim].
 
-Inputs are views `[seq, batch, groups, heads per group * head_dim]` of any strides but the last, which is 1: whole
-tensors, or parts of the fused qkv. The tile's rows are the query heads, then the key heads, then the value heads,
-and where each lies in memory is worked out per head. Value heads pass through: w = 1, r = 1. With RoPE a head is
-three tiles, the two halves that rotate and the channels that do not, so that a channel's partner is in the same thread.
+Inputs are views `[seq, batch, groups, heads per group * head_dim]`, whole tensors or parts of the fused qkv; the last
+stride must be 1, the others may be any. The tile's rows are the query heads, then the key heads, then the value heads,
+and the address of each is computed per head. Value heads are copied: w = 1, r = 1. With RoPE a head is three tiles, the
+two halves that rotate and the channels that do not, so that both channels of a pair are in the same thread.
 
-Forward, one program a token. Backward, a few programs a multiprocessor walk over the tokens, with the weights and their
-gradients in registers and the next tokens' loads in flight; each then writes its part of dw, and a last kernel adds the
-parts. S, C, r, R: `reference.norm`; `terms` is N R, the number of terms in S over all ranks.
+Forward, each program norms one token. Backward, a few programs on each multiprocessor loop over the tokens, with the
+weights and their gradients in registers and the next tokens' loads in flight; each then writes its part of dw, and a
+last kernel adds the parts. S, C, r and R are those of `reference.norm`; `terms` is N R.
 
-Of two passes over the same tokens one goes backwards: it ends, or begins, with what the other left in the cache.
+Where two kernels read the same tokens, one goes from the last token to the first: the other finds in the cache what it
+read last.
 """
 
 # ruff: noqa: N803, N806  (upper case: compile-time constants)
@@ -59,7 +60,7 @@ def _load(address, mask, other):
 
 @triton.jit
 def _angles(table, row, batch, channel, HALF: tl.constexpr):
-    """cos and sin of a token, for each channel of half the rotating ones."""
+    """cos and sin of a token, for each channel of one of the halves that rotate."""
     cos, sin, seq_stride, batch_stride = table
     offset = (row // batch).to(tl.int64) * seq_stride + (row % batch) * batch_stride + channel
     return _load(cos + offset, channel < HALF, 0.0), _load(sin + offset, channel < HALF, 0.0)
@@ -67,7 +68,7 @@ def _angles(table, row, batch, channel, HALF: tl.constexpr):
 
 @triton.jit
 def _rotating(c, s, head, NORMED: tl.constexpr):
-    """The same for each head: value heads do not rotate."""
+    """cos and sin for each head; 1 and 0 for value heads, which do not rotate."""
     return tl.where(head < NORMED, c, 1.0), tl.where(head < NORMED, s, 0.0)
 
 
@@ -78,7 +79,7 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def _sums(by_head, head, Q: tl.constexpr, K: tl.constexpr):
-    """Sum over the query heads and over the key heads, in one pass over the threads."""
+    """The sum over the query heads and the sum over the key heads, in one reduction."""
     query = tl.where(head < Q, by_head, 0.0)
     if K:
         key = tl.where((head >= Q) & (head < Q + K), by_head, 0.0)
@@ -89,7 +90,7 @@ def _sums(by_head, head, Q: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _scale(x, w, r, X: tl.constexpr, Y: tl.constexpr):
-    """w * round(x r), rounded: Hugging Face's two roundings."""
+    """round(w * round(x r)): Hugging Face rounds twice."""
     return (w * (x * r).to(X).to(tl.float32)).to(Y).to(tl.float32)
 
 
@@ -130,7 +131,7 @@ def forward_kernel(
     squares = tl.zeros([BLOCK, 1], tl.float32)
     if HALF:
         xa, xb = _load(source + half, in_half, 0.0), _load(source + HALF + half, in_half, 0.0)
-        c, s = _angles(table, row, batch, half, HALF)  # early: this load, too, comes from afar
+        c, s = _angles(table, row, batch, half, HALF)  # early, to hide this latency too
         squares += tl.sum(xa * xa + xb * xb, 1, keep_dims=True)
     if 2 * HALF < DIM:
         xr = _load(source + rest, in_rest, 0.0)
@@ -164,7 +165,7 @@ def backward_kernel(
     Q: tl.constexpr, PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx and dw (`coupling` is None), or dw and this rank's C (`outputs` is None), or dx (`partials` is None)."""
+    """dx and dw (if `coupling` is None), dw and this rank's C (if `outputs` is None), or dx (if `partials` is None)."""
     head = tl.arange(0, BLOCK)[:, None]
     half, rest = tl.arange(0, HALF_BLOCK)[None, :], 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
     in_half, in_rest = (head < Q + K + V) & (half < HALF), (head < Q + K + V) & (rest < DIM)

@@ -1,6 +1,7 @@
-"""The launches of `norm_kernels` that fill what `norm_ops` returns: in what sizes, and with which arguments.
+"""The launches of `norm.kernels` that fill the results of `steps_triton`: grids, compile-time constants, arguments.
 
-Each function returns what it launched, in order; for no tokens it launches nothing. The first call imports Triton.
+Each function returns the launches that it made, in order; without tokens there are none. Triton is imported at the
+first call.
 """
 
 from functools import cache
@@ -14,10 +15,10 @@ from compiled.triton_launch import Launch
 
 
 class Tuning(NamedTuple):
-    """How many of a tile's elements each warp of a kernel holds, 32 times what a thread does.
+    """The first four: how many elements of a tile each warp of a kernel holds, which is 32 times what a thread holds.
 
-    Of the backward kernel, whose programs stay resident: how many warps a multiprocessor has, and how many tokens each
-    program has loaded or is loading.
+    The last two are for the backward kernel, whose programs stay resident: warps on each multiprocessor, and tokens
+    that a program has loaded or is loading.
     """
 
     square_sums: int
@@ -28,7 +29,7 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# The fastest on one H200 of those tried (tests/benchmarks/results).
+# The fastest of those tried on one H200.
 PLAIN = Tuning(square_sums=1024, forward=1024, apply=512, backward=512, warps_a_multiprocessor=16, stages=4)
 ROTATING = Tuning(square_sums=1024, forward=2048, apply=512, backward=1024, warps_a_multiprocessor=8, stages=4)
 
@@ -70,24 +71,34 @@ def fill_outputs(
     return [forward_kernel((tokens, 1, 1), arguments, sizes, free=(tokens,), warps=warps)]
 
 
-def fill_gradients(
-    grads: list[Tensor],
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    rstd: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    spec: NormSpec,
-    dxs: list[Tensor] | None,
-    dw: Tensor | None,
-    coupling: Tensor | None,
-) -> list[Launch]:
-    """Fill `dxs` and `dw`, as far as they are asked for; without `dxs` fill `coupling`, and without `dw` read it.
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
 
-    The first launch tells how many programs it would have had for very many tokens.
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    rstd: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+class Targets(NamedTuple):
+    """What a step of the backward pass fills; it reads `coupling` (C) if it makes `dxs` alone."""
+
+    dxs: list[Tensor] | None
+    dw: Tensor | None
+    coupling: Tensor | None
+
+
+def fill_gradients(grads: list[Tensor], saved: Saved, spec: NormSpec, targets: Targets) -> list[Launch]:
+    """The whole backward pass (without `coupling`), its sums (without `dxs`), or its last step (without `dw`).
+
+    In the first launch, if there is a second, `programs` is the number for very many tokens: `host.cpp` takes the
+    smaller of it and the tokens of a later call.
     """
     from compiled.norm.kernels import add_partials_kernel, backward_kernel
 
+    inputs, weights, rstd, cos, sin = saved
+    dxs, dw, coupling = targets
     tokens, batch = _tokens(rstd)
     if not tokens:
         if dw is not None:
@@ -117,7 +128,7 @@ def fill_gradients(
 
 
 def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, int, int, int], ...]:
-    """Each tensor with its strides over seq, batch, and groups (or heads); its last axis must be dense."""
+    """Each tensor with its strides over seq, batch, and groups (or heads); copied if its last axis is not dense."""
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in parts]
     return tuple([(x, *x.stride()[:3]) for x in dense])
 
@@ -137,7 +148,11 @@ def _tokens(sums: Tensor) -> tuple[int, int]:
 
 
 class Sizes(NamedTuple):
-    """The kernels' compile-time constants, as `norm_kernels` names them, in that order."""
+    """The kernels' compile-time constants, in their order.
+
+    Query heads, query heads of a group, key heads, value heads, channels of a head, half of the channels that rotate;
+    then powers of two that hold all heads, that half, and the channels that do not rotate.
+    """
 
     Q: int
     PER_GROUP: int
@@ -166,7 +181,7 @@ def _tuning(cos: Tensor | None) -> Tuning:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest that is not less than n."""
+    """The smallest one that is at least n."""
     return 1 << (n - 1).bit_length()
 
 

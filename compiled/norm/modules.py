@@ -1,8 +1,7 @@
 """The norms as modules: over all query heads and all key heads of all tensor-parallel ranks, and over the hidden size.
 
-Outputs and every gradient are right at any tensor-parallel size; `compiled.norm.function` has the law.
-
-Under `torch.compile`, `fullgraph=True`, all sequence lengths together take at most two compilations.
+Outputs and gradients equal those of one process that has all heads, at any tensor-parallel size; the formulas are in
+`compiled.norm.function`. All compile with `fullgraph=True`, at most twice for any number of sequence lengths.
 """
 
 from typing import Any
@@ -27,7 +26,8 @@ def _check(name: str, x: Tensor, *last: int) -> None:
 class FullDimRMSNorm(nn.Module):
     """RMSNorm over all heads of all ranks: `x`, `[seq, batch, heads, head_dim]`, has this rank's heads.
 
-    Every gradient is right without help: x's is this replica's share, and weight's is summed over the replicas.
+    The gradients need no further reduction for the norm's sake: the weight's is already summed over the ranks that hold
+    the same heads, and x's is this rank's share, which the layer before sums as it would without a norm.
 
     Args:
         local_dim: this rank's heads x head_dim, the weight's size.
@@ -66,15 +66,62 @@ class FullDimRMSNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """For megatron-core's checkpoints: the weight of all heads, of which this rank has a part or a copy of one."""
+        """For megatron-core's checkpoints: the weight of all heads; this rank holds a part or a copy of one."""
         return sharded_weights(self, {"weight": self.replicas}, self.ranks, prefix, sharded_offsets, metadata)
 
 
-class FullDimQKNorm(nn.Module):
-    """The query norm and the key norm in one step, and on request the fused qkv's split and RoPE in the same step.
+class ReplicatedFullDimRMSNorm(nn.Module):
+    """RMSNorm over all heads of all ranks, with the weight of all heads on every rank: a rank uses its own heads' part.
 
-    This rank has `num_heads / ranks` query heads. It has `num_kv_heads / ranks` key heads, or one where there are more
-    ranks than key heads; then R neighbouring ranks share one, and each queries it with its part of the group's heads.
+    For trainers that sum a norm weight's gradient over the tensor-parallel ranks. On each rank it is zero outside the
+    rank's part, and of ranks that share a head each has its share, so that the sum is the whole gradient. x's gradient
+    is this replica's share, as with `FullDimRMSNorm`.
+
+    Args:
+        num_heads: of all ranks; where there are more ranks, neighbours share a head.
+        tp_group_getter: called once, now; a process group, or None for one process.
+
+    Raises:
+        ValueError: the heads cannot be spread evenly over the ranks.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        tp_group_getter: GroupGetter,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = process_group_info(tp_group_getter())
+        replicas = max(1, self.ranks.size // num_heads)
+        if num_heads * replicas % self.ranks.size:
+            raise ValueError(
+                f"each rank must get whole heads, or one that equally many ranks share: found {num_heads} heads on "
+                f"{self.ranks.size} ranks; choose a tensor-parallel size that divides the heads, or a multiple of them"
+            )
+        local_dim = num_heads * replicas // self.ranks.size * head_dim
+        first = self.ranks.rank // replicas * local_dim
+        self.own = slice(first, first + local_dim)
+        self.spec = NormSpec((num_heads * head_dim * replicas,), eps, head_dim, ())
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm this rank's heads, `[seq, batch, heads, head_dim]`."""
+        weight = self.weight[self.own]
+        check_channels(x, weight)
+        # One replica: the caller sums the weight's gradient over those that there are.
+        (y,) = head_norm(self.spec, self.ranks, (1,), None, None, [weight], [x])
+        return y
+
+
+class FullDimQKNorm(nn.Module):
+    """The query norm and the key norm in one step; `forward_fused` also splits the fused qkv and applies RoPE.
+
+    Each rank has `num_heads / ranks` query heads and `num_kv_heads / ranks` key heads. Where there are more ranks than
+    key heads, R neighbouring ranks hold the same key head, and each has a part of that group's query heads.
 
     Args:
         num_heads: query heads of all ranks.
@@ -125,11 +172,12 @@ class FullDimQKNorm(nn.Module):
         """Query, key and value, each dense, from the fused qkv; normed, then rotated if `cos` and `sin` are given.
 
         Args:
-            mixed_qkv: `[seq, batch, groups, (heads_per_group + 2) * head_dim]`: of each of this rank's key heads, the
-                query heads that use it, then the key, then the value. It is read in place, and its gradient is written
-                in place. Where ranks share a key head, all the group's query heads are there; a rank norms its own.
-            cos, sin: `[seq, half]` or `[seq, batch, half]`, as `reference.rope.rotary_tables` makes them: the first 2 x
-                `half` channels of each query and key head rotate.
+            mixed_qkv: `[seq, batch, groups, (heads_per_group + 2) * head_dim]`: for each of this rank's key heads, the
+                query heads that use it, then the key, then the value. It is not split into copies first, nor is its
+                gradient put together from parts. Where ranks share a key head, it holds all query heads of the group,
+                and a rank norms its own.
+            cos, sin: `[seq, half]` or `[seq, batch, half]`, as `reference.rope.rotary_tables` makes them; they rotate
+                the first `2 * half` channels of each query and key head.
 
         Raises:
             ValueError: other shapes.
@@ -144,7 +192,7 @@ class FullDimQKNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """For megatron-core's checkpoints: the weights of all heads, of which this rank has parts or copies of them."""
+        """For megatron-core's checkpoints: the weights of all heads; this rank holds parts or copies of parts."""
         held = {"q_weight": 1, "k_weight": self.replicas}
         return sharded_weights(self, held, self.ranks, prefix, sharded_offsets, metadata)
 
@@ -175,11 +223,11 @@ class FullDimQKNorm(nn.Module):
 class RMSNorm(nn.Module):
     """y = w * round(x r), r = (mean(x^2) + eps)^(-1/2), over the last axis of `[seq, batch, hidden]`.
 
-    The same function as the query and key norms, of one head as wide as the hidden state, on one rank.
+    Computed like the query and key norms, as a single head as wide as the hidden state, without collectives.
 
     Args:
-        sequence_parallel: marks the weight: each rank has some of the tokens, and megatron-core then sums the weight's
-            gradients over the tensor-parallel ranks.
+        sequence_parallel: whether each rank has its own part of the tokens. The weight is marked with it, and
+            megatron-core then sums its gradient over the tensor-parallel ranks.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""megatron-core's `sharded_state_dict` of weights spread over tensor-parallel ranks; several may hold the same part.
+"""megatron-core's `sharded_state_dict` for weights that are spread over tensor-parallel ranks, with or without copies.
 
-The one place where this room speaks megatron-core's language; only megatron-core calls it.
+The only module of this package that imports megatron-core, and only when megatron-core calls it.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ def sharded_weights(
     sharded_offsets: tuple[tuple[int, int, int], ...],
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Each named parameter, cut on axis 0: neighbouring ranks, as many as `replicas` says, hold the same part.
+    """A ShardedTensor for each parameter in `replicas`, which says how many neighbouring ranks hold the same part.
 
-    Of these, and of data-parallel ranks, the first writes: the replica id has the rank's place in both.
+    Parts are cut on axis 0. The replica id counts these ranks and the data-parallel ones; the first of all writes.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group

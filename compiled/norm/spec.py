@@ -1,4 +1,4 @@
-"""What a norm is told once: its sizes, and where its parts lie in what it is called with."""
+"""What is fixed for a norm: its sizes, and where its parts lie in the tensors that it is called with."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ from torch import Tensor
 
 
 class NormSpec(NamedTuple):
-    """What does not change from call to call."""
+    """A norm's constants, the same in every call."""
 
     terms: tuple[int, ...]
-    """For each part N R, the number of terms in S: all heads x head_dim, counted as often as ranks hold them."""
+    """For each part (queries, keys) N R: all heads x head_dim, times the number of ranks that hold each head."""
     eps: float
     head_dim: int
     split: tuple[int, ...]
-    """Of a fused qkv, which query heads of each group are this rank's: first, how many. () for one tensor a part."""
+    """Of a fused qkv: the first of this rank's query heads in each group, and how many. () for one tensor a part."""
 
 
 def parts_of(inputs: list[Tensor], spec: NormSpec) -> list[Tensor]:
-    """Views `[seq, batch, groups, heads of a group * head_dim]`: query, key if any; of a fused qkv also the value."""
+    """Query, key (if there is one), value (of a fused qkv): `[seq, batch, groups, heads of a group * head_dim]`."""
     if not spec.split:
         return inputs
     (qkv,), (first, heads), dim = inputs, spec.split, spec.head_dim

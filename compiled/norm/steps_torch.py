@@ -1,11 +1,12 @@
-"""The norms of all query heads together and of all key heads together, in plain torch: for CPUs, and for float64.
+"""The steps of `HeadNorm` between its collectives, in plain torch: for CPUs, and for float64.
 
-Five steps, which `norm_ops` offers too, with Triton kernels, under the same names and with the same arguments; the
-caller puts the collective between them. S, C, r and R: `reference.norm`. The tokens' sums are `[parts, seq, batch]`,
-where the parts are the queries and, if there are any, the keys; gradients of weights are one vector, part after part.
+Five functions. `steps_triton` has the same ones, with the same arguments, as Triton kernels; `HeadNorm` puts the
+collectives between them. S, C, r and R are those of `reference.norm`. Sums over a token's heads are `[parts, seq,
+batch]`, where the parts are the queries and, if given, the keys. The weights' gradients are one vector, all parts in
+order.
 
 `inputs` is one tensor a part, `[seq, batch, heads, head_dim]`, or the fused qkv alone: `NormSpec.split` says which.
-`cos` and `sin`, `[seq, half]` or `[seq, batch, half]`, rotate the outputs (`reference.rope`); None does not.
+`cos` and `sin`, `[seq, half]` or `[seq, batch, half]`, rotate the outputs (`reference.rope`); None: no RoPE.
 """
 
 from math import prod
@@ -31,7 +32,7 @@ def forward(
     sin: Tensor | None,
     spec: NormSpec,
 ) -> list[Tensor]:
-    """y of each part, `[seq, batch, heads, head_dim]` (and of a fused qkv a copy of the value), and at the end r.
+    """y of each part, `[seq, batch, heads, head_dim]`; then, of a fused qkv, a copy of the value; last, r.
 
     `sums` is S R, over all ranks; None means that this rank has all heads.
     """
@@ -44,7 +45,7 @@ def forward(
     outputs = []
     for x, w, r in zip(normed, weights, rstd, strict=True):
         y = w.view(x.shape[2:]) * (_wide(x) * r[..., None, None]).to(x.dtype)
-        # No view: autograd would not let a caller change it in place.
+        # Not a view: autograd would not let the caller change it in place.
         y = torch.ops.aten._unsafe_view(y.contiguous(), _by_head(x, spec))
         outputs.append(y if cos is None else _rotate(y, cos, sin))
     if passed is not None:
@@ -62,7 +63,7 @@ def backward(
     sin: Tensor | None,
     spec: NormSpec,
 ) -> list[Tensor]:
-    """dx of each of `inputs`, and at the end dw: where this rank has all heads."""
+    """dx of each of `inputs`; last, dw. For a rank that has all heads."""
     coupling, dw = backward_sums(grads, inputs, weights, rstd, cos, sin, spec)
     dxs = backward_apply(grads, inputs, weights, rstd, coupling, cos, sin, spec)
     return [*dxs, dw.to(weights[0].dtype)]
@@ -77,7 +78,7 @@ def backward_sums(
     sin: Tensor | None,
     spec: NormSpec,
 ) -> list[Tensor]:
-    """This rank's part of C; and this rank's dw, not rounded."""
+    """This rank's part of C, and its dw in float32 or wider."""
     products, dws = [], []
     for x, w, g, r in zip(parts_of(inputs, spec), weights, _rotated_back(grads, cos, sin), rstd, strict=False):
         gx = g.reshape(x.shape) * _wide(x)
@@ -120,13 +121,13 @@ def _by_head(x: Tensor, spec: NormSpec) -> tuple[int, ...]:
 
 
 def _rotated_back(grads: list[Tensor], cos: Tensor | None, sin: Tensor | None) -> list[Tensor]:
-    """The gradients before RoPE: the rotate's transpose is the rotate by the opposite angle."""
+    """The gradients with respect to RoPE's inputs: a rotation's transpose rotates by the opposite angle."""
     wide = [_wide(g) for g in grads]
     return wide if cos is None else [_rotate(g, cos, -sin) for g in wide]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A new tensor always: torch 2.11 loses the gradient of an output that a traced function has under two names."""
+    """Always a new tensor: torch 2.11 loses the gradient of an output that a traced function has under two names."""
     half = cos.shape[-1]
     c, s = (_wide(t).unsqueeze(-2) for t in (cos, sin))
     if cos.dim() == 2:

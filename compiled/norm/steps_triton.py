@@ -1,7 +1,7 @@
-"""`norm_plain` with the Triton kernels of `norm_kernels`, as operators that `torch.compile` calls as they are.
+"""The steps of `HeadNorm` as Triton kernels, each an operator that `torch.compile` calls without looking inside.
 
-Same functions, arguments and results; `norm_plain` says what each computes. No operator writes to its arguments: a
-fused qkv's gradient is one new buffer, which the backward kernel fills head by head.
+The functions, arguments and results are those of `steps_torch`, which says what each computes. No operator writes to
+its arguments: a fused qkv's gradient is one new buffer, which the backward kernel fills head by head.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from compiled.norm.launches import fill_gradients, fill_outputs, fill_sums
+from compiled.norm.launches import Saved, Targets, fill_gradients, fill_outputs, fill_sums
 from compiled.norm.spec import NormSpec
 
 
 def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """An operator where it is traced; in eager mode the function itself, which is cheaper to call.
+    """A decorator: an operator under `torch.compile`; in eager mode the function itself, which is cheaper to call.
 
-    `arguments` is the schema of those before the spec, whose fields the operator takes one by one.
+    `arguments` is the schema of all arguments but the last, the NormSpec, whose fields the operator takes one by one.
+    `fake` returns empty tensors like the function's results.
     """
     size = len(NormSpec._fields)
 
@@ -60,7 +61,7 @@ def _weight_gradient(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _input_gradients(inputs: list[Tensor], spec: NormSpec) -> list[Tensor]:
-    """To be filled; zero from the start where other ranks own some of a group's query heads."""
+    """Empty; zeros where other ranks own some of a group's query heads, whose gradients no kernel writes here."""
     owns_all = not spec.split or (spec.split[1] + 2) * spec.head_dim == inputs[0].shape[-1]
     return [x.new_empty(x.shape) if owns_all else x.new_zeros(x.shape) for x in inputs]
 
@@ -114,7 +115,7 @@ def backward(
     spec: NormSpec,
 ) -> list[Tensor]:
     dxs, dw = _input_gradients(inputs, spec), _weight_gradient(weights, weights[0].dtype)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=dxs, dw=dw, coupling=None)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(dxs, dw, None))
     return [*dxs, dw]
 
 
@@ -136,7 +137,7 @@ def backward_sums(
     spec: NormSpec,
 ) -> list[Tensor]:
     coupling, dw = _sums(inputs, spec), _weight_gradient(weights, torch.float32)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=None, dw=dw, coupling=coupling)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(None, dw, coupling))
     return [coupling, dw]
 
 
@@ -156,5 +157,5 @@ def backward_apply(
     spec: NormSpec,
 ) -> list[Tensor]:
     dxs = _input_gradients(inputs, spec)
-    fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs=dxs, dw=None, coupling=coupling)
+    fill_gradients(grads, Saved(inputs, weights, rstd, cos, sin), spec, Targets(dxs, None, coupling))
     return dxs

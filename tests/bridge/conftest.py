@@ -10,8 +10,8 @@ import jaxtyping
 import pytest
 import torch
 from support.checkpoints import EDGY_CONFIG, all_tensors
-from support.faults_runs import Conversion, checksums, convert, export_job, import_job, warm_server
-from support.offline_jobs import export, imported_from
+from support.conversions import Conversion, convert, export, export_job, import_job, imported_from
+from support.folders import checksums
 from torch import Tensor
 
 from bridge.huggingface.random_checkpoint import make_checkpoint
@@ -59,19 +59,12 @@ def plain(imported: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def conversions(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
-    """What `test_faults_*` disturb."""
+    """What the tests of faults disturb."""
     folder = tmp_path_factory.mktemp("undisturbed")
     jobs = {"import": partial(import_job, checkpoint), "export": partial(export_job, folder / "import", checkpoint)}
     for direction, job in jobs.items():
         convert(job(folder / direction))
-    return {name: Conversion(job, checksums(folder / name), folder / name) for name, job in jobs.items()}
-
-
-@pytest.fixture(scope="module")
-def warm(checkpoint: Path) -> Iterator[None]:
-    """Runs fork from a server, which takes ten seconds to start and is started for each file that asks for it."""
-    with warm_server(checkpoint):
-        yield
+    return {name: Conversion(job, folder / name, checksums(folder / name)) for name, job in jobs.items()}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import EDGY_CONFIG, all_tensors, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, GATE, Q, all_tensors, edit_config, edit_tensors
 from torch import Tensor
 
 from bridge import MiniMaxM2Bridge
@@ -15,9 +15,6 @@ from bridge.model.process_groups import model_parallel
 from bridge.proof.transformers_logits import transformers_logits
 from reference.fp8 import dequantize_blockwise
 from reference.weights import Dialect
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-GATE = "model.layers.0.block_sparse_moe.gate.weight"
 
 
 @pytest.fixture

@@ -10,6 +10,12 @@ from torch import Tensor
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from bridge.huggingface.safetensors_folder import INDEX_NAME
 
+# Names of weights of each kind, and what makes the name of a weight that of its scales.
+Q = "model.layers.1.self_attn.q_proj.weight"
+W2 = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+GATE = "model.layers.0.block_sparse_moe.gate.weight"
+SCALE = "_scale_inv"
+
 # Sizes that are no multiples of the block: every quantised matrix has edge blocks.
 EDGY_CONFIG = {
     **SMALL_CONFIG,

@@ -1,4 +1,4 @@
-"""A program for `test_norm`: the operators of `steps_triton` in Triton's interpreter against those of `steps_torch`.
+"""A program for `test_modules`: the operators of `steps_triton` in Triton's interpreter against those of `steps_torch`.
 
 And `host` against `HeadNorm`: the same kernels, called from C++ or from Python, give the same bits.
 

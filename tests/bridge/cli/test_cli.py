@@ -50,7 +50,7 @@ def test_packages_that_are_too_old_are_not_compared_with(monkeypatch: pytest.Mon
     assert transformers_logits.missing_packages() == []
 
 
-@pytest.mark.slow  # `test_live_ranks` has the same proof on ranks that need not import everything first
+@pytest.mark.slow  # tests/bridge/weights/test_layouts.py has the same proof on ranks that start at once
 def test_demo_on_torchruns_ranks() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*launcher, *COMMAND, "demo", "--ep", "2"]

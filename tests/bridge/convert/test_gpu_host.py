@@ -1,4 +1,4 @@
-"""On a GPU: a checkpoint made offline loads into Transformer Engine's model, and what that saves comes back offline."""
+"""On a GPU: a checkpoint that we import loads into Transformer Engine's model, and what that saves is exported."""
 
 from pathlib import Path
 

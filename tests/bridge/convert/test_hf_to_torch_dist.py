@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.checkpoints import EDGY_CONFIG, all_tensors
+from support.conversions import UNIT_BYTES, assert_same_tensors, dequantised, export, imported_from
 from support.folders import contents
-from support.offline_jobs import UNIT_BYTES, assert_same_tensors, dequantised, export, imported_from
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 

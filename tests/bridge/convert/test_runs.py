@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.checkpoints import EDGY_CONFIG, all_tensors, edit_tensors
+from support.checkpoints import EDGY_CONFIG, SCALE, W2, all_tensors, edit_tensors
 from support.checks import ROOT
+from support.conversions import SHARD_BYTES, UNIT_BYTES, assert_same_tensors, export, imported_from
 from support.folders import contents
-from support.offline_jobs import SCALE, SHARD_BYTES, UNIT_BYTES, W2, assert_same_tensors, export, imported_from
 
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
@@ -68,7 +68,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(
 # ------------------------------------------------------------------------------------------------------ many processes
 
 
-@pytest.mark.slow  # two workers also run, and are killed, in test_faults_processes
+@pytest.mark.slow  # two workers also run, and are killed, in test_processes_killed
 def test_two_workers_write_the_same_bytes(imported: Path, plain: Path, checkpoint: Path, tmp_path: Path) -> None:
     job = ImportJob(str(checkpoint), str(tmp_path / "megatron"), unit_bytes=UNIT_BYTES)
     import_checkpoint(job, workers=2)

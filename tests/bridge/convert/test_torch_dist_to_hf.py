@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import all_tensors, edit_tensors
+from support.checkpoints import SCALE, W2, Q, all_tensors, edit_tensors
+from support.conversions import assert_same_tensors, bits, dequantised, export, imported_from
 from support.folders import contents
-from support.offline_jobs import SCALE, W2, Q, assert_same_tensors, bits, dequantised, export, imported_from
 from torch import Tensor
 
 from reference.fp8 import FP8, quantize_blockwise, requantize_blockwise

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import edit_config, edit_tensors
+from support.checkpoints import GATE, SCALE, W2, Q, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
@@ -17,10 +17,6 @@ from bridge.cli import app
 from bridge.huggingface.safetensors_folder import INDEX_NAME
 from bridge.proof.reference_logits import random_tokens
 from bridge.proof.roundtrip import roundtrip
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-W2 = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
-GATE = "model.layers.0.block_sparse_moe.gate.weight"
 
 
 def config(**changes) -> Callable[[Path], None]:
@@ -87,13 +83,13 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "wrong shape": (setting(GATE, lambda w: w[:-1]), [GATE, "[4, 160]", "[5, 160]"]),
     "wrong dtype": (setting(GATE, lambda w: w.to(torch.int32)), [GATE, "int32", "float32"]),
     "not quantised where config says so": (setting(Q, torch.Tensor.bfloat16), [Q, "bfloat16", "float8_e4m3fn"]),
-    "missing scales": (tensors(lambda t: t.pop(Q + "_scale_inv")), [Q + "_scale_inv", "missing"]),
-    "scale grid too small": (setting(Q + "_scale_inv", lambda s: s[:, :1]), [Q, "[3, 1]", "[3, 2]"]),
+    "missing scales": (tensors(lambda t: t.pop(Q + SCALE)), [Q + SCALE, "missing"]),
+    "scale grid too small": (setting(Q + SCALE, lambda s: s[:, :1]), [Q, "[3, 1]", "[3, 2]"]),
     "scale grid too large": (
-        setting(Q + "_scale_inv", lambda s: torch.cat([s, s])),
-        [Q + "_scale_inv", "[6, 2]", "[3, 2]"],
+        setting(Q + SCALE, lambda s: torch.cat([s, s])),
+        [Q + SCALE, "[6, 2]", "[3, 2]"],
     ),
-    "scales in bfloat16": (setting(Q + "_scale_inv", torch.Tensor.bfloat16), [Q + "_scale_inv", "bfloat16", "float32"]),
+    "scales in bfloat16": (setting(Q + SCALE, torch.Tensor.bfloat16), [Q + SCALE, "bfloat16", "float32"]),
     "scales without their tensor": (
         tensors(lambda t: t.update({"model.layers.0.mystery.weight_scale_inv": torch.ones(1, 1)})),
         ["model.layers.0.mystery.weight_scale_inv", "without their tensor"],
@@ -124,10 +120,10 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 REFUSED_ON_READING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "NaN scale": (setting(Q + "_scale_inv", one_scale(float("nan"))), [Q + "_scale_inv", "[2, 1]", "nan"]),
-    "infinite scale": (setting(Q + "_scale_inv", one_scale(float("inf"))), [Q + "_scale_inv", "[2, 1]", "inf"]),
-    "zero scale": (setting(W2 + "_scale_inv", one_scale(0.0)), [W2 + "_scale_inv", "[1, 0]", "0.0"]),
-    "negative scale": (setting(W2 + "_scale_inv", one_scale(-0.5)), [W2 + "_scale_inv", "[1, 0]", "-0.5"]),
+    "NaN scale": (setting(Q + SCALE, one_scale(float("nan"))), [Q + SCALE, "[2, 1]", "nan"]),
+    "infinite scale": (setting(Q + SCALE, one_scale(float("inf"))), [Q + SCALE, "[2, 1]", "inf"]),
+    "zero scale": (setting(W2 + SCALE, one_scale(0.0)), [W2 + SCALE, "[1, 0]", "0.0"]),
+    "negative scale": (setting(W2 + SCALE, one_scale(-0.5)), [W2 + SCALE, "[1, 0]", "-0.5"]),
     "NaN code": (setting(Q, nan_code), [Q, "[3, 5]", "NaN"]),
 }
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
@@ -221,7 +222,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "absolute file": (lambda f: remap(f, lambda m: {**m, "scalar": str(f / SECOND)}), ["scalar", "inside"]),
     "empty file name": (lambda f: remap(f, lambda m: {**m, "scalar": ""}), ["scalar", "''"]),
     "missing shard": (lambda f: (f / FIRST).unlink(), [FIRST, "not there"]),
-    "shard is a folder": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), [FIRST, "not there"]),
+    "shard is a folder": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), [FIRST, "is a folder"]),
     "one byte short": (lambda f: rewrite(f / FIRST, lambda d: d[:-1]), [FIRST, "truncated"]),
     "one byte long": (lambda f: rewrite(f / FIRST, lambda d: d + b"\0"), [FIRST, "truncated"]),
     "header cut": (lambda f: rewrite(f / FIRST, lambda d: d[:60]), [FIRST, "truncated"]),
@@ -353,11 +354,9 @@ def test_carried_files_are_all_but_the_checkpoint_itself(folder: Path):
     for name in carried + left:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    os.mkfifo(folder / "pipe")
-    (folder / "dangling").symlink_to(folder / "nothing")
     (folder / "linked.txt").symlink_to(folder / "README.md")
-    with SafetensorsFolder(folder) as checkpoint:
-        assert checkpoint.carried_files() == sorted(Path(name) for name in [*carried, "linked.txt"])
+    (folder / ".venv").symlink_to(folder / "docs")
+    assert carried_files(folder) == sorted(Path(name) for name in [*carried, "linked.txt"])
 
 
 def test_tensor_info_counts_bytes():

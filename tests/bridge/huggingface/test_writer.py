@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.huggingface import writer
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SafetensorsFolder
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
 
@@ -87,10 +88,11 @@ def test_the_data_are_aligned_and_the_header_says_what_safetensors_own_writer_sa
 
 def test_a_checkpoint_read_and_written_again_has_the_same_bytes(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((i + 1,), i, dtype=torch.float8_e4m3fn) for i in range(20)}
-    write_folder(tmp_path / "one", tensors, b'{ "odd":   "spacing" }', max_shard_bytes=64)
+    (tmp_path / "config").write_bytes(b'{ "odd":   "spacing" }')
+    write_folder(tmp_path / "one", tensors, tmp_path / "config", max_shard_bytes=64)
     with SafetensorsFolder(tmp_path / "one") as source:
         again = {name: source.read(name) for name in tensors}
-    write_folder(tmp_path / "two", again, b'{ "odd":   "spacing" }', max_shard_bytes=64)
+    write_folder(tmp_path / "two", again, tmp_path / "one" / CONFIG_NAME, max_shard_bytes=64)
     files = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("one", "two")]
     assert files[0] == files[1]
     assert files[0][CONFIG_NAME] == b'{ "odd":   "spacing" }'
@@ -264,8 +266,7 @@ def test_carried_files(tmp_path: Path) -> None:
     files = plan_files([{"a": planned(MATRIX)}])
     write_file(out, files[0], iter([("a", MATRIX)]))
     finish_folder(out, files, {}, carried={"sub/config.json": source, "tokenizer.json": source})
-    with SafetensorsFolder(out) as checkpoint:
-        assert checkpoint.carried_files() == [Path("sub/config.json"), Path("tokenizer.json")]
+    assert carried_files(out) == [Path("sub/config.json"), Path("tokenizer.json")]
     assert (out / "sub/config.json").read_bytes() == (out / "tokenizer.json").read_bytes() == b"\x00\xff"
 
 
@@ -294,7 +295,9 @@ def test_files_get_the_rights_the_umask_allows(tmp_path: Path) -> None:
         os.umask(umask)
     paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(paths) == 4
-    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o640}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in paths}
+    assert modes.pop("carried") == 0o600
+    assert set(modes.values()) == {0o640}
 
 
 def test_every_file_is_on_the_disk_before_it_has_its_name_and_the_index_comes_last(

@@ -2,10 +2,10 @@
 
 import errno
 import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import distributed
 
 from bridge.jobs.ranks import raise_on_all_ranks
@@ -36,36 +36,38 @@ KINDS = {"full disk": OSError, "missing file": FileNotFoundError, "OSError of on
 BUGS = ("TypeError", "KeyError", "AssertionError")
 
 
-def _fail(rank: int, store: str, out: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    said = {}
-    for name, make in ERRORS.items():
-        try:
-            with raise_on_all_ranks():
-                if rank >= 1:  # the first of those that failed is heard
-                    raise make() if rank == 1 else ValueError("of rank 2")
-        except Exception as error:
-            said[name] = (type(error).__name__, str(error), getattr(error, "errno", None))
-    Path(out, f"{rank}.json").write_text(json.dumps(said))
-    distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(WORLD) as pool:
+        yield pool
 
 
-def test_errors_of_one_rank_are_those_of_all_and_keep_their_kind(tmp_path: Path) -> None:
-    run_ranks(_fail, (str(tmp_path / "store"), str(tmp_path)), WORLD)
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+def _fail(name: str) -> tuple[str, str, int | None]:
+    """What this rank raises when rank 1 meets that error, and rank 2 another one."""
+    rank = distributed.get_rank()
+    try:
+        with raise_on_all_ranks():
+            if rank >= 1:  # the first of those that failed is heard
+                raise ERRORS[name]() if rank == 1 else ValueError("of rank 2")
+    except Exception as error:
+        return type(error).__name__, str(error), getattr(error, "errno", None)
+    return "nothing", "", None
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_of_one_rank_is_that_of_all_and_keeps_its_kind(ranks: RankPool, name: str) -> None:
+    said, error = ranks.call(_fail, name), ERRORS[name]()
     assert said[0] == said[1] == said[2]
-    assert set(said[0]) == set(ERRORS)
-    for name, (kind, text, number) in said[0].items():
-        error = ERRORS[name]()
-        if name in BUGS:
-            assert kind == "RuntimeError"
-            assert text.startswith("rank 1 failed:\nTraceback")
-            assert f"{type(error).__name__}: {error}" in text
-            assert "in _fail" in text, "no traceback"
-        else:
-            assert kind == KINDS.get(name, ValueError).__name__
-            assert text == str(error)
-            assert number == getattr(error, "errno", None)
+    kind, text, number = said[0]
+    if name in BUGS:
+        assert kind == "RuntimeError"
+        assert text.startswith("rank 1 failed:\nTraceback")
+        assert f"{type(error).__name__}: {error}" in text
+        assert "in _fail" in text, "no traceback"
+    else:
+        assert kind == KINDS.get(name, ValueError).__name__
+        assert text == str(error)
+        assert number == getattr(error, "errno", None)
 
 
 def test_one_rank_alone_raises_its_own_error() -> None:

@@ -1,20 +1,21 @@
 """megatron-core's own `dist_checkpointing` on real ranks: it loads what we import, at any layout; what it saves at one
 layout it loads at another, norms included, and we export it back to the source's bytes.
 
-Four gloo ranks work through all layouts. Each compares every parameter with `reference.sharding.shard` of the
-dequantised source and reports what differs.
+On four gloo ranks; each compares every parameter with `reference.sharding.shard` of the dequantised source and reports
+what differs.
 """
 
-import json
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import EDGY_CONFIG, all_tensors
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -60,26 +61,26 @@ def dequantised(folder: Path) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- one rank
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    report: dict[str, Any] = {"imported": {}, "resaved": {}, "shapes": {}, "keys": {}}
-    tensors = torch.load(folder / "tensors.pt")
-    for name, layout in LAYOUTS.items():
-        with in_layout(layout):
-            model = LoadedModel(rank, layout, folder / "imported/iter_0000001")
-            report["imported"][name] = model.wrong(tensors)
-            report["keys"][name] = model.keys
-            for layer_keys in (False, True):
-                if (name, layer_keys) in SAVED:
-                    report["shapes"][name] = model.save(folder / f"{name} {layer_keys}", layer_keys)
-    for (saved, layer_keys), targets in SAVED.items():
-        for name in targets:
-            with in_layout(LAYOUTS[name]):
-                model = LoadedModel(rank, LAYOUTS[name], folder / f"{saved} {layer_keys}")
-                report["resaved"][f"{saved} -> {name}"] = model.wrong(tensors)
-    (folder / f"report{rank}.json").write_text(json.dumps(report))
-    torch.distributed.destroy_process_group()
+def load_imported(name: str, folder: Path) -> dict[str, Any]:
+    """What is wrong after loading at a layout, and the keys; the model is saved where SAVED asks for it."""
+    with in_layout(LAYOUTS[name]):
+        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], folder / "imported/iter_0000001")
+        report = {"wrong": model.wrong(torch.load(folder / "tensors.pt")), "keys": model.keys}
+        for layer_keys in (False, True):
+            if (name, layer_keys) in SAVED:
+                report["shapes"] = model.save(saved_at(folder, (name, layer_keys)), layer_keys)
+    return report
+
+
+def load_saved(saved: tuple[str, bool], name: str, folder: Path) -> list[str]:
+    """What is wrong after loading at one layout what was saved at another."""
+    with in_layout(LAYOUTS[name]):
+        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], saved_at(folder, saved))
+        return model.wrong(torch.load(folder / "tensors.pt"))
+
+
+def saved_at(folder: Path, saved: tuple[str, bool]) -> Path:
+    return folder / f"{saved[0]} {saved[1]}"
 
 
 def in_layout(layout: Parallelism) -> Any:
@@ -156,49 +157,63 @@ class LoadedModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source, what we import of it, and what the ranks saved and reported."""
+    """A source and what we import of it; the ranks save beside them."""
     folder = tmp_path_factory.mktemp("ranks")
     make_checkpoint(folder / "source", DIST_CONFIG, mtp_layers=1, max_shard_bytes=150_000)
     import_checkpoint(ImportJob(str(folder / "source"), str(folder / "imported"), unit_bytes=200_000))
     torch.save(dequantised(folder / "source"), folder / "tensors.pt")
-    run_ranks(run_rank, (folder,), WORLD)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(WORLD)]
+def ranks() -> Iterator[RankPool]:
+    with RankPool(WORLD) as pool:
+        yield pool
+
+
+Reports = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def reports(ranks: RankPool, folder: Path) -> Reports:
+    """What every rank reports of a layout, which loads, and saves, when it is first asked for."""
+    return cache(lambda layout: ranks.call(load_imported, layout, folder))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_megatron_loads_what_we_import(reports: list[dict], layout: str) -> None:
-    assert [report["imported"][layout] for report in reports] == [[]] * WORLD
+def test_megatron_loads_what_we_import(reports: Reports, layout: str) -> None:
+    assert [report["wrong"] for report in reports(layout)] == [[]] * WORLD
 
 
-@pytest.mark.parametrize("pair", [f"{saved} -> {name}" for (saved, _), names in SAVED.items() for name in names])
-def test_what_megatron_saves_at_one_layout_loads_at_another(reports: list[dict], pair: str) -> None:
-    assert [report["resaved"][pair] for report in reports] == [[]] * WORLD
+@pytest.mark.parametrize(
+    ("saved", "layout"), [(saved, name) for saved, names in SAVED.items() for name in names], ids=str
+)
+def test_what_megatron_saves_at_one_layout_loads_at_another(
+    ranks: RankPool, reports: Reports, folder: Path, saved: tuple[str, bool], layout: str
+) -> None:
+    reports(saved[0])
+    assert ranks.call(load_saved, saved, layout, folder) == [[]] * WORLD
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_keys_are_those_that_megatron_asks_for(folder: Path, reports: list[dict], layout: str) -> None:
+def test_the_keys_are_those_that_megatron_asks_for(folder: Path, reports: Reports, layout: str) -> None:
     """And beyond those the common state, and the extra states of Transformer Engine's norms."""
-    asked = {key for report in reports for key in report["keys"][layout]}
+    asked = {key for report in reports(layout) for key in report["keys"]}
     extra = {key for key in extra_state_keys(CONFIG) if any(part in key for part in ONLY_IN_TRANSFORMER_ENGINE)}
     assert len(extra) == CONFIG.num_hidden_layers + 1
     written = FileSystemReader(folder / "imported/iter_0000001").read_metadata().state_dict_metadata
     assert set(written) == asked | extra | {COMMON_STATE}
 
 
-def test_the_norms_have_megatron_bridges_keys_and_shapes(reports: list[dict]) -> None:
+def test_the_norms_have_megatron_bridges_keys_and_shapes(reports: Reports) -> None:
     """Global shapes say nothing of the layout: all heads, also where 4 ranks share 2 key heads."""
     layers, query, key = CONFIG.num_hidden_layers, 8 * CONFIG.head_dim, 2 * CONFIG.head_dim
-    for report in reports:
-        for layout in ("tp2 ep2", "tp4, 2 key heads", "one rank", "pp2"):
-            shapes = report["shapes"][layout]
+    for layout in ("tp2 ep2", "tp4, 2 key heads", "one rank", "pp2"):
+        for report in reports(layout):
+            shapes = report["shapes"]
             assert shapes["decoder.layers.self_attention.q_layernorm.weight"] == [layers, query]
             assert shapes["decoder.layers.self_attention.k_layernorm.weight"] == [layers, key]
-    stages = [reports[rank]["shapes"]["tp2 etp2 pp2"] for rank in (0, 2)]
+    stages = [reports("tp2 etp2 pp2")[rank]["shapes"] for rank in (0, 2)]
     for layer, shapes in enumerate(stages):
         norms = {name: shape for name, shape in shapes.items() if "q_layernorm" in name or "k_layernorm" in name}
         prefix = f"decoder.layers.{layer}.self_attention"
@@ -206,9 +221,13 @@ def test_the_norms_have_megatron_bridges_keys_and_shapes(reports: list[dict]) ->
 
 
 @pytest.mark.parametrize("saved", SAVED, ids=lambda saved: f"{saved[0]}, a key for each layer: {saved[1]}")
-def test_what_megatron_saves_is_exported_to_the_sources_bytes(folder: Path, tmp_path: Path, saved: tuple) -> None:
-    path = folder / f"{saved[0]} {saved[1]}"
-    job = ExportJob(str(path), str(tmp_path / "out"), source=str(folder / "source"), max_shard_bytes=200_000)
+def test_what_megatron_saves_is_exported_to_the_sources_bytes(
+    reports: Reports, folder: Path, tmp_path: Path, saved: tuple[str, bool]
+) -> None:
+    reports(saved[0])
+    job = ExportJob(
+        str(saved_at(folder, saved)), str(tmp_path / "out"), source=str(folder / "source"), max_shard_bytes=200_000
+    )
     summary = export_checkpoint(job)
     source, out = all_tensors(folder / "source"), all_tensors(tmp_path / "out")
     assert source.keys() == out.keys()
@@ -221,11 +240,12 @@ def test_what_megatron_saves_is_exported_to_the_sources_bytes(folder: Path, tmp_
 
 
 @pytest.mark.parametrize("saved", [saved for saved in SAVED if saved[1]], ids=str)
-def test_a_config_of_fewer_layers_is_refused(folder: Path, saved: tuple) -> None:
+def test_a_config_of_fewer_layers_is_refused(reports: Reports, folder: Path, saved: tuple[str, bool]) -> None:
     """With a key for each layer every weight that it describes is there, and more."""
+    reports(saved[0])
     fewer = replace(CONFIG, num_hidden_layers=CONFIG.num_hidden_layers - 1)
     with pytest.raises(ValueError, match=rf"decoder.layers.{fewer.num_hidden_layers}.*no such weight"):
-        MegatronCheckpoint(folder / f"{saved[0]} {saved[1]}", fewer)
+        MegatronCheckpoint(saved_at(folder, saved), fewer)
 
 
 def test_megatron_reads_the_common_state(folder: Path) -> None:

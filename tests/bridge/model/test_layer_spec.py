@@ -4,14 +4,11 @@ import re
 
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.utils import InferenceMode
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.module import Float16Module
+from support.small_model import DEVICE, SMALL, TOKENS, logits_of
 from transformers import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
 
@@ -21,22 +18,7 @@ from bridge.model.config import gpt_model_arguments, transformer_config
 from bridge.model.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
 from bridge.model.process_groups import model_parallel
 from bridge.model.router import Float32Router
-from reference.config import ModelConfig
 
-SMALL = ModelConfig(
-    num_hidden_layers=2,
-    hidden_size=32,
-    vocab_size=64,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=16,
-    rotary_dim=8,
-    intermediate_size=24,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYER_SHAPES = {
     "input_layernorm.weight": (32,),
     "self_attention.linear_qkv.weight": ((6 + 2 + 2) * 16, 32),
@@ -172,14 +154,6 @@ def test_router_chooses_and_weighs_as_transformers(top_k, dtype):
     assert top_k == 4 or not torch.equal(chosen, torch.zeros_like(chosen).scatter(1, unbiased, True))
 
 
-def _logits(model, tokens):
-    positions = torch.arange(tokens.shape[1], device=DEVICE).expand_as(tokens)
-    return model.eval()(tokens, positions, None)
-
-
-TOKENS = torch.randint(0, SMALL.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-
-
 @pytest.mark.parametrize("wrap", [minimax_m2_layer_spec, minimax_m2_block_spec])
 def test_qk_layernorm_may_be_on_or_off(wrap):
     models = {}
@@ -187,7 +161,7 @@ def test_qk_layernorm_may_be_on_or_off(wrap):
         config = _config(qk_layernorm=on, params_dtype=torch.float32, bf16=False)
         models[on] = GPTModel(config, wrap(config), **gpt_model_arguments(SMALL))
     models[False].load_state_dict(models[True].state_dict())
-    assert torch.equal(_logits(models[True], TOKENS), _logits(models[False], TOKENS))
+    assert torch.equal(logits_of(models[True], TOKENS), logits_of(models[False], TOKENS))
 
 
 def test_unknown_backend_is_refused():
@@ -231,7 +205,7 @@ def test_hybrid_model_equals_gpt_model():
     hybrid.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq
     outputs = {}
     for model in (gpt, hybrid):
-        logits = _logits(model, TOKENS)
+        logits = logits_of(model, TOKENS)
         logits.square().mean().backward()
         outputs[model] = logits, {value.shape: value.grad for value in model.parameters()}
     assert torch.equal(outputs[gpt][0], outputs[hybrid][0])
@@ -252,7 +226,7 @@ def test_recomputation_changes_nothing(mode):
     recomputing = build_gpt_model(SMALL, params_dtype=torch.float32, **settings)
     recomputing.load_state_dict(plain.state_dict())
     for model in (plain, recomputing):
-        _logits(model, TOKENS)
+        logits_of(model, TOKENS)
         positions = torch.arange(TOKENS.shape[1], device=DEVICE).expand_as(TOKENS)
         model.train()(TOKENS, positions, None, labels=TOKENS).mean().backward()
     for name, parameter in plain.named_parameters():
@@ -269,69 +243,3 @@ def test_no_tokens():
     norm = layer.self_attention.qk_norm
     for weight in (layer.input_layernorm.weight, norm.q_weight, norm.k_weight, layer.pre_mlp_layernorm.weight):
         assert torch.equal(weight.grad, torch.zeros_like(weight))
-
-
-def _generate(model, *, decode_mode=False):
-    """A prompt, then token by token, with a cache; the last token's logits of each piece."""
-    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=TOKENS.shape[1])
-    pieces = []
-    with torch.no_grad():
-        for start, stop in [(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)]:
-            positions = torch.arange(start, stop, device=DEVICE).expand(2, -1)
-            piece = model(TOKENS[:, start:stop], positions, None, inference_context=context, runtime_gather_output=True)
-            context.increment_sequence_len_offset(stop - start)
-            if decode_mode:
-                context.enable_decode_mode()
-            pieces.append(piece[:, -1:])
-    return torch.cat(pieces, 1)
-
-
-def test_generation_with_a_cache_equals_the_whole_sequence():
-    """megatron-core's static inference; the cache holds normed and rotated keys."""
-    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
-    torch.testing.assert_close(_generate(model), _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)
-
-
-def test_flash_decode_without_an_engine_is_refused():
-    """megatron-core's own attention would leave queries and keys unrotated there."""
-    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
-    with pytest.raises(ValueError, match=r"InferenceMode\.active\(\), or set flash_decode=False"):
-        _generate(model)
-
-
-def test_flash_decode_without_flash_attn_is_refused(monkeypatch):
-    """megatron-core's own attention would rotate the prompt by other angles."""
-    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", None)
-    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
-    with InferenceMode.active(), pytest.raises(ValueError, match="install flash-attn, or set flash_decode=False"):
-        _generate(model)
-
-
-def _rotate(x, cos, sin, interleaved=False):
-    """flash-attn's `apply_rotary_emb` on [batch, seq, heads, head_dim]."""
-    assert not interleaved
-    a, b, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
-def _attend_with_cache(*, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved):
-    """flash-attn's `flash_attn_with_kvcache` for one token of each sample, all at the same position."""
-    (position,) = cache_seqlens.unique().tolist()
-    here = slice(position, position + 1)
-    q, k = (_rotate(x, rotary_cos[here], rotary_sin[here], rotary_interleaved) for x in (q, k))
-    k_cache[:, here], v_cache[:, here] = k, v
-    keys, values = (x[:, : position + 1].repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k_cache, v_cache))
-    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(
-        1, 2
-    )
-
-
-def test_flash_decode_equals_the_whole_sequence(monkeypatch):
-    """With stand-ins for flash-attn's two functions, which are not here: the norm comes before their rotation."""
-    monkeypatch.setattr(rope_utils, "apply_rotary_emb_flash", _rotate)
-    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", _attend_with_cache)
-    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
-    with InferenceMode.active():
-        found = _generate(model, decode_mode=True)
-    torch.testing.assert_close(found, _logits(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)

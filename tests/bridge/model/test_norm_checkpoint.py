@@ -7,7 +7,7 @@ data-parallel ones. Each weight has its own numbers, so a part that is lost or i
 from pathlib import Path
 
 import torch
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch.distributed.checkpoint import FileSystemReader, load
 
 WORLD, HEADS, DIM = 4, 8, 4
@@ -19,9 +19,7 @@ def whole(name: str, heads: int) -> torch.Tensor:
     return torch.arange(heads * DIM).float() + {"q_weight": 100, "k_weight": 200, "weight": 300}[name]
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def save_and_load(folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.transformer.module import MegatronModule
 
@@ -50,7 +48,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
     for tp, kv_heads in LAYOUTS:
         path = folder / f"{tp} {kv_heads}"
-        if rank == 0:
+        if torch.distributed.get_rank() == 0:
             path.mkdir()
         with model_parallel(tensor_model_parallel_size=tp):
             loop = Loop(kv_heads)
@@ -65,11 +63,11 @@ def run_rank(rank: int, folder: Path) -> None:
                 loop = Loop(2)
                 loop.load_state_dict(dist_checkpointing.load(loop.sharded_state_dict(), str(path)))
                 loop.check()
-    torch.distributed.destroy_process_group()
 
 
 def test_saved_whole_and_loaded_at_any_size(tmp_path: Path) -> None:
-    run_ranks(run_rank, (tmp_path,), WORLD)
+    with RankPool(WORLD) as ranks:
+        ranks.call(save_and_load, tmp_path)
     for tp, kv_heads in LAYOUTS:
         path = tmp_path / f"{tp} {kv_heads}"
         expected = {

@@ -6,31 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import all_tensors, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, GATE, all_tensors, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge.cli import app
-from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
-from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
+from bridge.huggingface.random_checkpoint import make_checkpoint
 from bridge.proof.compare import compare_checkpoints
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
-
-
-@pytest.fixture(scope="module")
-def megatron(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("verify") / "megatron"
-    import_checkpoint(ImportJob(str(checkpoint), str(out)))
-    return out
-
-
-@pytest.fixture(scope="module")
-def plain(megatron: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint in bfloat16."""
-    out = tmp_path_factory.mktemp("verify") / "plain"
-    export_checkpoint(ExportJob(str(megatron), str(out), quantization="none", source=str(checkpoint)))
-    return out
 
 
 def test_a_copy_is_the_same(checkpoint: Path, copy: Path) -> None:
@@ -41,12 +24,12 @@ def test_a_copy_is_the_same(checkpoint: Path, copy: Path) -> None:
     assert found.nbytes == sum(tensor.nbytes for tensor in all_tensors(checkpoint).values())
 
 
-def test_formats_are_compared_by_value(checkpoint: Path, megatron: Path, plain: Path) -> None:
+def test_formats_are_compared_by_value(checkpoint: Path, imported: Path, plain: Path) -> None:
     quantized = sum(name.endswith("_scale_inv") for name in all_tensors(checkpoint))
     for left, right, values in (
-        (checkpoint, megatron, quantized),
+        (checkpoint, imported, quantized),
         (checkpoint, plain, quantized),
-        (megatron, plain, 0),
+        (imported, plain, 0),
     ):
         for pair in ((left, right), (right, left)):
             found = compare_checkpoints(*pair)
@@ -55,26 +38,26 @@ def test_formats_are_compared_by_value(checkpoint: Path, megatron: Path, plain: 
             assert found.same_bytes == found.tensors - values
 
 
-@pytest.mark.parametrize("name", [EXPERT, EXPERT + "_scale_inv", ROUTER, "model.norm.weight", "lm_head.weight"])
-def test_one_bit_is_found_and_named(checkpoint: Path, megatron: Path, copy: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [EXPERT, EXPERT + "_scale_inv", GATE, "model.norm.weight", "lm_head.weight"])
+def test_one_bit_is_found_and_named(checkpoint: Path, imported: Path, copy: Path, name: str) -> None:
     """Byte 6 is of a float32's leading ones, so that rounding to bfloat16 does not hide the change."""
     edit_tensors(copy, lambda tensors: tensors[name].view(torch.uint8).view(-1)[6:7].__ixor__(2))
-    for other in (checkpoint, megatron):
+    for other in (checkpoint, imported):
         for pair in ((other, copy), (copy, other)):
             (difference,) = compare_checkpoints(*pair).differences
             assert difference.name == name.removesuffix("_scale_inv")
 
 
 def test_the_error_is_measured(checkpoint: Path, copy: Path) -> None:
-    before = all_tensors(checkpoint)[ROUTER]
+    before = all_tensors(checkpoint)[GATE]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[ROUTER][0, 0] += 0.5
+        tensors[GATE][0, 0] += 0.5
         tensors["model.norm.weight"] *= 2
 
     edit_tensors(copy, change)
     worst, other = compare_checkpoints(checkpoint, copy).differences
-    assert (worst.name, other.name) == ("model.norm.weight", ROUTER)
+    assert (worst.name, other.name) == ("model.norm.weight", GATE)
     assert worst.relative == pytest.approx(1.0)
     assert other.largest == pytest.approx(0.5)
     assert other.relative == pytest.approx(0.5 / before.double().square().sum().sqrt().item())
@@ -96,10 +79,6 @@ def test_files_and_tensors_of_one_side_are_named(checkpoint: Path, copy: Path) -
 
 
 def test_other_sizes_are_an_error(checkpoint: Path, tmp_path: Path) -> None:
-    from support.checkpoints import EDGY_CONFIG
-
-    from bridge.huggingface.random_checkpoint import make_checkpoint
-
     make_checkpoint(tmp_path / "larger", {**EDGY_CONFIG, "num_local_experts": 6})
     with pytest.raises(ValueError, match="different sizes"):
         compare_checkpoints(checkpoint, tmp_path / "larger")
@@ -110,19 +89,19 @@ def run(*words: object) -> tuple[int, str]:
     return result.exit_code, result.stdout + (result.stderr if result.exit_code == 2 else "")
 
 
-def test_the_command(checkpoint: Path, megatron: Path, copy: Path) -> None:
-    status, text = run("verify", checkpoint, megatron, "--logits", "--tokens", "5, 17 3")
+def test_the_command(checkpoint: Path, imported: Path, copy: Path) -> None:
+    status, text = run("verify", checkpoint, imported, "--logits", "--tokens", "5, 17 3")
     assert status == 0
     assert "0.00e+00" in text
-    edit_tensors(copy, lambda tensors: tensors[ROUTER].mul_(1.5))
+    edit_tensors(copy, lambda tensors: tensors[GATE].mul_(1.5))
     status, text = run("verify", checkpoint, copy, "--json", "--logits")
     found = json.loads(text)
     assert status == 1
     assert found["differ"] == 1
-    assert found["differences"][0]["name"] == ROUTER
+    assert found["differences"][0]["name"] == GATE
     assert found["differences"][0]["relative"] == pytest.approx(0.5)
     assert found["logits_error"] > 0
-    assert ROUTER in "".join(run("verify", checkpoint, copy)[1].split())
+    assert GATE in "".join(run("verify", checkpoint, copy)[1].split())
 
 
 def test_the_command_names_bad_tokens_and_paths(checkpoint: Path, tmp_path: Path) -> None:

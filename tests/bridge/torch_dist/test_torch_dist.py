@@ -208,11 +208,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda ck: (ck / ".metadata").write_bytes(pickle.dumps([1, 2])),
         r"\.metadata: cannot be read",
     ),
+    "file cut": (cut_file, r"__2_0.distcp: matrix is said to be \d+ bytes from byte 0, and the file has 100"),
     "file gone": (lambda ck: (ck / "__1_0.distcp").unlink(), r"__1_0.distcp: .metadata names this file"),
 }
 DAMAGES_SEEN_ON_READING: dict[str, tuple[Callable[[Path], object], str]] = {
     "chunk gone": (drop_chunk, r"the chunks of matrix do not cover \[6, 8\] from \[0, 0\]"),
-    "file cut": (cut_file, "matrix cannot be read"),
     "file overwritten": (overwrite_file, "matrix cannot be read"),
 }
 

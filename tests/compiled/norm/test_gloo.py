@@ -6,22 +6,22 @@ the unsharded ones, which `reference.norm`, autograd and float64 give; the tests
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
+from support.ranks import RankPool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiled import FullDimQKNorm, FullDimRMSNorm
+from compiled import FullDimQKNorm, FullDimRMSNorm, ReplicatedFullDimRMSNorm
 from compiled.norm import function, host, modules, steps_torch
 from reference.norm import full_dim_rms_norm
 from reference.rope import apply_rotary, rotary_tables
 
 WORLDS = (1, 2, 4, 8)
 KV_HEADS = (8, 4, 2, 1)
+COLLECTIVES = ("collectives", "collectives in C++")
 FORMS = ("fused", "two parts", "one part")  # forward_fused with RoPE; FullDimQKNorm; two FullDimRMSNorm
 HEADS, DIM, ROTARY = 24, 8, 4  # 8 ranks: an odd number of heads each
 SEQ, BATCH, EPS, DTYPE = 5, 2, 1e-6, torch.float64
@@ -95,21 +95,39 @@ class Case:
         if backend:
             step = torch.compile(step, fullgraph=True, backend=backend)
         mixed = self.mixed[:, :, self.groups].clone().requires_grad_()
-        query, key, value = step(mixed)
-        grads = [self.gq[:, :, self.heads], *(g[self.replica][:, :, self.groups] for g in (self.gk, self.gv))]
+        outputs = step(mixed)
         all_reduce = function.sum_over_ranks
         if drop:
             function.sum_over_ranks = lambda x, ranks: x
-        torch.autograd.backward([query, key, value], grads)
+        torch.autograd.backward(outputs, self.grads())
         function.sum_over_ranks = all_reduce
+        return self.results(mixed, outputs, *(weight.grad for weight in weights))
 
+    def with_all_weights(self) -> dict[str, Tensor]:
+        """Two ReplicatedFullDimRMSNorm, whose weights' gradients are summed over the ranks."""
+        norms = [ReplicatedFullDimRMSNorm(heads, DIM, world, EPS, self.dtype) for heads in (HEADS, self.kv_heads)]
+        with torch.no_grad():
+            for norm, value in zip(norms, (self.wq, self.wk), strict=True):
+                norm.weight.copy_(value)
+        mixed = self.mixed[:, :, self.groups].clone().requires_grad_()
+        query, key, value = self.split(mixed, self.own)
+        outputs = norms[0](query), norms[1](key), value
+        torch.autograd.backward(outputs, self.grads())
+        dwq, dwk = (norm.weight.grad for norm in norms)
+        for dw in (dwq, dwk):
+            dist.all_reduce(dw)
+        return self.results(mixed, outputs, channels(dwq, self.heads), channels(dwk, self.groups))
+
+    def grads(self) -> list[Tensor]:
+        """What reaches this rank's query, key and value heads."""
+        return [self.gq[:, :, self.heads], *(g[self.replica][:, :, self.groups] for g in (self.gk, self.gv))]
+
+    def results(self, mixed: Tensor, outputs: tuple[Tensor, ...], dwq: Tensor, dwk: Tensor) -> dict[str, Tensor]:
         dmixed = torch.zeros_like(self.mixed)  # each rank's share in its place: together they are the whole
         dmixed[:, :, self.groups] = mixed.grad
         dist.all_reduce(dmixed)
-        return {
-            "query": query, "key": key, "value": value,
-            "dmixed": dmixed, "dwq": weights[0].grad, "dwk": weights[1].grad,
-        }  # fmt: skip
+        query, key, value = outputs
+        return {"query": query, "key": key, "value": value, "dmixed": dmixed, "dwq": dwq, "dwk": dwk}
 
 
 def world() -> dist.ProcessGroup:
@@ -170,7 +188,8 @@ def in_cpp[Result](run: Callable[[], Result]) -> Result:
     def fill_outputs(inputs, weights, sums, cos, sin, spec, ys, rstd):
         fill([*ys, rstd], steps_torch.forward(inputs, weights, sums, cos, sin, spec))
 
-    def fill_gradients(grads, inputs, weights, rstd, cos, sin, spec, dxs, dw, coupling):
+    def fill_gradients(grads, saved, spec, targets):
+        (inputs, weights, rstd, cos, sin), (dxs, dw, coupling) = saved, targets
         common = (grads, inputs, weights, rstd)
         if coupling is None:
             fill([*dxs, dw], steps_torch.backward(*common, cos, sin, spec))
@@ -190,16 +209,17 @@ def in_cpp[Result](run: Callable[[], Result]) -> Result:
         modules.head_norm = python
 
 
-def run_rank(rank: int, size: int, folder: Path) -> None:
-    """One rank's work, in its own process; the report goes to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def report_of_rank() -> dict[str, dict]:
+    """One rank's work, in its own process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
     cases = {kv_heads: Case(kv_heads, rank, size) for kv_heads in KV_HEADS}
-    report = {part: {} for part in ("errors", "compiled", "dropped", "collectives", "collectives in C++", "C++")}
+    report = {part: {} for part in ("errors", "all weights", "compiled", "dropped", *COLLECTIVES, "C++")}
     for (kv_heads, case), form in product(cases.items(), FORMS):
         truth, ours = case.unsharded(form == "fused"), case.sharded(form)
         report["errors"][kv_heads, form] = distances(ours, truth)
         report["dropped"][kv_heads, form] = distances(case.sharded(form, drop=True), truth)
+    for kv_heads, case in cases.items():
+        report["all weights"][kv_heads, "two parts"] = distances(case.with_all_weights(), case.unsharded(False))
     for kv_heads, form, backend in COMPILED[size]:
         case = cases[kv_heads]
         compiled = case.sharded(form, backend=backend)
@@ -212,8 +232,7 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
         case = Case(kv_heads, rank, size, torch.float32)
         python, cpp = case.sharded(form), in_cpp(lambda case=case, form=form: case.sharded(form))
         report["C++"][kv_heads, form] = [name for name in python if not torch.equal(python[name], cpp[name])]
-    torch.save(report, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return report
 
 
 # Key heads, form and backend: few, because each costs seconds on every rank.
@@ -226,12 +245,11 @@ COMPILED = {
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def reports(request, tmp_path_factory) -> list[dict]:
+def reports(request) -> list[dict]:
     """What every rank of a world found."""
-    folder = tmp_path_factory.mktemp(f"gloo{request.param}")
     assert host._built() is not None  # by this process, for all ranks
-    run_ranks(run_rank, (request.param, folder), request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+    with RankPool(request.param) as ranks:
+        return ranks.call(report_of_rank)
 
 
 def worst(reports: list[dict], part: str) -> dict[tuple, dict[str, tuple[float, float]]]:
@@ -257,8 +275,10 @@ def test_outputs_and_gradients_equal_the_unsharded_ones(reports):
             assert largest <= BOUND, f"{name} of {case}"
 
 
-def test_torch_compile_agrees(reports):
-    errors = worst(reports, "compiled")
+@pytest.mark.parametrize("part", ["all weights", "compiled"])
+def test_other_ways_agree(reports, part):
+    """The weights of all heads on every rank; torch.compile."""
+    errors = worst(reports, part)
     show(reports, errors)
     assert errors
     for case, names in errors.items():
@@ -275,7 +295,7 @@ def test_a_dropped_backward_all_reduce_is_seen(reports):
         assert wrong == expected, f"{kv_heads} key heads, {form}"
 
 
-@pytest.mark.parametrize("by", ["collectives", "collectives in C++"])
+@pytest.mark.parametrize("by", COLLECTIVES)
 def test_one_all_reduce_each_way(reports, by):
     size, tokens = len(reports), SEQ * BATCH
     for report in reports:

@@ -1,89 +1,21 @@
-"""`host`: what happens where it cannot be built; on a GPU, its launches against those from Python, bit for bit.
+"""`host` on a GPU: its launches against those from Python, bit for bit.
 
 What its C++ does between the launches is tested by `test_modules` (Triton's interpreter) and `test_gloo` (ranks).
 """
 
-import os
-import shutil
 import threading
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from support.checks import NO_GPU, fresh_interpreter
+from support.checks import NO_GPU
 from support.norm_on_gpu import EPS, normal, qk_norm, rotated
 from torch import Tensor, nn
 
 from compiled import FullDimQKNorm, RMSNorm
 from compiled.norm import host
 from compiled.triton_launch import Launcher
-
-QUICK = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}\n"
-
-
-def in_a_fresh_interpreter(folder: Path, source: Path = host.SOURCE, **environment: str) -> str:
-    """What a process says of what it loaded or built in a folder, warnings included."""
-    program = f"from compiled.norm import host; from pathlib import Path; host.SOURCE = Path({str(source)!r}); "
-    program += "print(host.library()); print(host._built())"
-    result = fresh_interpreter(program, TORCH_EXTENSIONS_DIR=str(folder), **environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
-
-
-def test_what_is_built_is_loaded_again():
-    built = host._built()
-    library = host.library()
-    assert library.exists()
-    said = in_a_fresh_interpreter(library.parent, CXX="no such compiler")
-    assert f"<module '{built.__name__}' from '{library}'>" in said
-    assert "could not be built" not in said
-
-
-def test_what_cannot_be_loaded_is_built_anew(tmp_path):
-    """Without ninja on the path: it is found where pip puts it, beside a Python whose environment is not activated."""
-    source, tools, folder = tmp_path / "quick.cpp", tmp_path / "tools", tmp_path / "built"
-    source.write_text(QUICK)
-    tools.mkdir()
-    folder.mkdir()
-    for name in ("c++", "g++", "as", "ld", "which", "sh", "uname"):
-        found = shutil.which(name)
-        if found:
-            (tools / name).symlink_to(found)
-    said = in_a_fresh_interpreter(folder, source, CXX="no such compiler")
-    library = Path(said.splitlines()[0])
-    library.write_bytes(b"from a disk that was full")
-    said = in_a_fresh_interpreter(folder, source, PATH=str(tools))
-    assert f"<module '{library.stem}'" in said
-    assert library.stat().st_size > 10_000
-    assert list(folder.iterdir()) == [library]
-
-
-def test_without_hard_links_what_is_built_is_copied(tmp_path, monkeypatch):
-    source = tmp_path / "quick.cpp"
-    source.write_text(QUICK)
-    monkeypatch.setattr(host, "SOURCE", source)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
-
-    def no_links(*args, **kwargs):
-        raise PermissionError("hard links are not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    assert host._build(host.library()).__name__ == host.library().stem
-    assert host._load(host.library()).__name__ == host.library().stem
-    assert list(host.library().parent.iterdir()) == [host.library()]
-
-
-def test_no_compiler_is_said_and_leaves_nothing(tmp_path):
-    said = in_a_fresh_interpreter(tmp_path, CXX="no such compiler")
-    assert said.splitlines()[1] == "None"
-    assert "could not be built or loaded, so Python launches" in said
-    assert "no such compiler" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------------------------ on a GPU
 
 # heads, key heads, head_dim, channels that rotate, dtype
 SIZES = [

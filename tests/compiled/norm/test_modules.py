@@ -1,7 +1,7 @@
 """The norms on one CPU process against `reference.norm`: outputs and gradients, memory, recompilation, and the kernels.
 
 float64 is compared exactly, up to the order of sums; lower precisions may be off by twice what the reference itself is
-off in that precision. The Triton kernels run here in Triton's interpreter; on a GPU, `test_norm_gpu`.
+off in that precision. The Triton kernels run here in Triton's interpreter; on a GPU, `test_gpu`.
 """
 
 import os
@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from compiled import FullDimQKNorm, FullDimRMSNorm, RMSNorm
+from compiled import FullDimQKNorm, FullDimRMSNorm, ReplicatedFullDimRMSNorm, RMSNorm
+from compiled.norm import modules
+from compiled.norm.collectives import ProcessGroupInfo
 from reference.norm import full_dim_rms_norm, full_dim_rms_norm_backward, rms_norm
 from reference.rope import apply_rotary, rotary_tables
 
@@ -74,15 +76,17 @@ def reference_fused(mixed: Tensor, wq: Tensor, wk: Tensor, tables: tuple[Tensor,
 
 @pytest.mark.parametrize(("heads", "head_dim"), WIDTHS)
 @pytest.mark.parametrize("dtype", [FLOAT64, *LOW])
-def test_one_norm(heads, head_dim, dtype):
-    """FullDimRMSNorm: y, dx, dw; the input is a view with gaps between its tokens and heads, and one token is zero."""
+@pytest.mark.parametrize("module", [FullDimRMSNorm, ReplicatedFullDimRMSNorm])
+def test_one_norm(module, heads, head_dim, dtype):
+    """y, dx, dw; the input is a view with gaps between its tokens and heads, and one token is zero."""
     x, g, w = normal(5, 2, heads, head_dim), normal(5, 2, heads, head_dim, seed=1), normal(heads * head_dim, seed=2)
     x[2, 1] = 0
     x, g, w = x.to(dtype), g.to(dtype), (1 + 0.3 * w).to(dtype)
     wide = torch.zeros(5, 2, heads, head_dim + 8, dtype=dtype)
     wide[..., :head_dim] = x
     view = wide[..., :head_dim].requires_grad_()
-    norm = FullDimRMSNorm(heads * head_dim, heads * head_dim, alone, EPS, dtype)
+    sizes = (heads, head_dim) if module is ReplicatedFullDimRMSNorm else (heads * head_dim, heads * head_dim)
+    norm = module(*sizes, alone, EPS, dtype)
     with torch.no_grad():
         norm.weight.copy_(w)
     y = norm(view)
@@ -190,6 +194,13 @@ def test_no_tokens_and_no_grad():
     assert all(torch.equal(a, b) for a, b in zip(silent, norm.forward_fused(mixed), strict=True))
 
 
+@pytest.mark.parametrize(("kv_heads", "size"), [(8, 12), (3, 4), (4, 6)])
+def test_heads_that_do_not_spread_over_the_ranks_are_refused(kv_heads, size, monkeypatch):
+    monkeypatch.setattr(modules, "process_group_info", lambda group: ProcessGroupInfo("ranks", 0, size))
+    with pytest.raises(ValueError, match=f"found {kv_heads} heads on {size} ranks"):
+        ReplicatedFullDimRMSNorm(kv_heads, 8, alone)
+
+
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="1 ranks of 64 channels do not hold 96"):
         FullDimRMSNorm(64, 96, alone)
@@ -219,6 +230,8 @@ def test_shapes_that_do_not_fit_are_refused():
             norm.forward_fused(x, cos, sin)
     with pytest.raises(ValueError, match=r"the weight's 48 channels: found \(3, 1, 2, 8\)"):
         FullDimRMSNorm(48, 48, alone)(key)
+    with pytest.raises(ValueError, match="48 channels: found"):
+        ReplicatedFullDimRMSNorm(6, 8, alone)(key)
     with pytest.raises(ValueError, match=r"x must be \[seq, batch, 16\], as wide as the weight: found \(3, 1, 8\)"):
         RMSNorm(16)(key[:, :, 0])
 

@@ -10,12 +10,13 @@ from zipfile import ZipFile
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from reference.names import all_names
 from reference.weights import Dialect
-from support.faults_runs import flip
+from support.faults import flip
 
 
 class Unnoticed(NamedTuple):
@@ -98,7 +99,7 @@ def torch_dist_contents(folder: Path) -> dict[str, object]:
 def hf_contents(folder: Path) -> dict[str, object]:
     with SafetensorsFolder(folder) as opened:
         found: dict[str, object] = {"config": (folder / "config.json").read_bytes(), "metadata": opened.metadata}
-        found |= {str(path): (folder / path).read_bytes() for path in opened.carried_files()}
+        found |= {str(path): (folder / path).read_bytes() for path in carried_files(folder)}
         for name, info in opened.tensors.items():
             found[name] = (info.dtype, info.shape, opened.read(name).view(-1).view(torch.uint8).numpy().tobytes())
         return found

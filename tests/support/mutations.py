@@ -1,6 +1,6 @@
 """Mutations of a checkpoint's files, and what opening and reading the mutated ones may do.
 
-This runs in a process without the type checks of test time (`faults_runs`), for they raise errors of their own.
+This runs in a process without the type checks of test time (`support.forks`), for they raise errors of their own.
 
 What cannot be noticed, because the format has nothing to notice it by, is not among the mutations: two tensors of one
 shape that change places in a header, or bfloat16 declared float16.

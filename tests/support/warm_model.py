@@ -1,4 +1,4 @@
-"""Imported once by the server that `test_live_saving` starts: a live model, loaded, on one thread, one rank alone."""
+"""Imported once by the server of `test_save`: a live model, loaded, on one thread, one rank alone."""
 
 import os
 
@@ -10,7 +10,7 @@ from bridge.model.process_groups import model_parallel
 torch.set_num_threads(1)
 _groups = model_parallel()
 _groups.__enter__()  # for as long as the server lives
-bridge = MiniMaxM2Bridge.from_hf_pretrained(os.environ["FAULTS_CHECKPOINT"])
+bridge = MiniMaxM2Bridge.from_hf_pretrained(os.environ["WARM_MODEL_CHECKPOINT"])
 model = bridge.to_megatron_model()
 for _ in bridge.export_hf_weights(model, "fp8"):  # compiles
     pass
