@@ -140,13 +140,6 @@ def finish_folder(
         ValueError: a carried file's name leaves the folder or is one that is written here, or it is no regular file; or
             a planned file is not there with the size that was planned.
     """
-    for plan in files:
-        found = (folder / plan.file).stat().st_size if (folder / plan.file).is_file() else 0
-        expected = len(_header(plan)) + sum(tensor.nbytes for tensor in plan.tensors.values())
-        if found != expected:
-            raise ValueError(
-                f"{folder / plan.file}: found {found:,} bytes, expected the {expected:,} that were planned"
-            )
     for name, source in (carried or {}).items():
         path = Path(name)
         if not stays_inside(name) or name in (CONFIG_NAME, INDEX_NAME) or path.suffix == SHARD_SUFFIX:
@@ -164,10 +157,21 @@ def finish_folder(
         (folder / f".{CONFIG_NAME}.tmp").rename(folder / CONFIG_NAME)
     else:
         write_bytes(folder / CONFIG_NAME, json_bytes(config))
+    _check_sizes(folder, files)
     weight_map = {name: plan.file for plan in files for name in plan.tensors}
     total = sum(plan.nbytes for file in files for plan in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_bytes(folder / INDEX_NAME, json_bytes(index))
+
+
+def _check_sizes(folder: Path, files: list[FilePlan]) -> None:
+    for plan in files:
+        found = (folder / plan.file).stat().st_size if (folder / plan.file).is_file() else 0
+        expected = len(_header(plan)) + sum(tensor.nbytes for tensor in plan.tensors.values())
+        if found != expected:
+            raise ValueError(
+                f"{folder / plan.file}: found {found:,} bytes, expected the {expected:,} that were planned; write again"
+            )
 
 
 def _header(plan: FilePlan) -> bytes:

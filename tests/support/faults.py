@@ -65,7 +65,7 @@ def die_at(number: int, below: Path) -> dict[str, Any]:
 
 def die_before_publishing() -> dict[str, Any]:
     """Everything is written, and nothing is in place."""
-    Staging.publish = lambda self: os._exit(1)
+    Staging.publish = lambda self, then: os._exit(1)
     return {}
 
 

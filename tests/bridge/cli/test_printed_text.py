@@ -133,6 +133,11 @@ CASES = [(source, text) for source in SOURCES for text in ENCODED]
 CASES += [(source, text) for source in ANY_TEXT for text in HOSTILE]
 
 
+def _words(text: str) -> str:
+    """Without what a table's width decides: where lines end."""
+    return "".join(text.replace("/", "_").split())
+
+
 @pytest.mark.parametrize(("source", "text"), CASES)
 def test_what_the_command_prints(copy: Path, source: str, text: str) -> None:
     words = (SOURCES | ANY_TEXT)[source](copy, HOSTILE[text])
@@ -142,7 +147,7 @@ def test_what_the_command_prints(copy: Path, source: str, text: str) -> None:
     in_an_error = source == "file name" and text == "newline"  # whose lines are said one by one
     quoted = ("tensor name", "file name", "folder name", "difference", "module that is not quantised")
     if source in quoted and not in_an_error:
-        assert escaped(HOSTILE[text]).replace("/", "_") in said.replace("/", "_")
+        assert _words(escaped(HOSTILE[text])) in _words(said)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -51,7 +51,7 @@ def test_the_folder_is_one_that_megatron_lm_knows(imported: Path, checkpoint: Pa
     names = set(os.listdir(imported / "iter_0000001"))
     files = {name for name in names if name.endswith(".distcp")}
     assert len(files) > 4, "several units"
-    assert names == {*files, ".metadata", "metadata.json"}
+    assert names == {*files, ".metadata", "metadata.json", "minimax_m2.json"}
     carried = {name: data for name, data in contents(checkpoint).items() if "safetensors" not in name}
     assert contents(imported / "hugging_face") == carried
     assert "chat_template.jinja" in carried

@@ -138,12 +138,17 @@ def test_options_that_make_no_sense(checkpoint: Path, tmp_path: Path, options: d
 def test_an_existing_folder_is_replaced_only_when_asked(imported: Path, checkpoint: Path, tmp_path: Path) -> None:
     job = ExportJob(str(imported), str(tmp_path / "out"), source=str(checkpoint), max_shard_bytes=SHARD_BYTES)
     (tmp_path / "out").mkdir()
+    stale = "model-00007-of-00099.safetensors"
     (tmp_path / "out/config.json").write_text("{}")
-    (tmp_path / "out/stale").write_text("x")
+    (tmp_path / "out" / stale).write_text("x")
     with pytest.raises(ValueError, match="is not empty"):
         export_checkpoint(job)
-    assert contents(tmp_path / "out") == {"config.json": b"{}", "stale": b"x"}
+    (tmp_path / "out/thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which the new checkpoint has not"):
+        export_checkpoint(job, overwrite=True)
+    assert contents(tmp_path / "out") == {"config.json": b"{}", stale: b"x", "thesis.tex": b"x"}
+    (tmp_path / "out/thesis.tex").unlink()
     export_checkpoint(job, overwrite=True)
-    assert "stale" not in contents(tmp_path / "out")
-    with pytest.raises(ValueError, match="holds files and no latest_checkpointed_iteration"):
+    assert stale not in contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty"):
         import_checkpoint(ImportJob(str(checkpoint), str(tmp_path / "out")), overwrite=True)

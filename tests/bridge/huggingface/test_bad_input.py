@@ -176,9 +176,16 @@ def test_output_folder_not_empty(copy: Path, tmp_path: Path) -> None:
 def test_output_folder_replaced_when_asked(copy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(copy, out)
-    (out / "stale.txt").write_text("old")
-    result = CliRunner().invoke(app, ["roundtrip", str(copy), "--out", str(out), "--overwrite", "--tokens", "8"])
+    (out / "thesis.tex").write_text("old")
+    command = ["roundtrip", str(copy), "--out", str(out), "--overwrite", "--tokens", "8"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "thesis.tex" in result.output
+    assert (out / "thesis.tex").read_text() == "old"
+    (out / "thesis.tex").unlink()
+    stale = next(out.glob("model-*.safetensors")).rename(out / "model-00001-of-00099.safetensors")
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert not (out / "stale.txt").exists()
+    assert not stale.exists()
     with MiniMaxM2Bridge.from_hf_pretrained(out):
         pass
