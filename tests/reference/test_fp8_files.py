@@ -15,6 +15,7 @@ from support.oracles import BFLOAT16, FLOAT32, FLOAT64
 from reference.fp8 import (
     FP8,
     FP8_MAX,
+    are_powers_of_two,
     dequantize_blockwise,
     float32_scales,
     possible_roundings,
@@ -145,6 +146,14 @@ def test_powers_of_two_by_float64(dtype):
         quotient = weight.double() / scales.double()
         assert quotient.abs().max() <= FP8_MAX, "nothing saturates"
         assert torch.equal(codes.double(), quotient.to(FLOAT32).to(FP8).double())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.5, -0.5, -1.0, -0.0, 3.0, 2.0**-126 * 1.25, 448.0, math.nan, math.inf])
+def test_scales_that_are_no_powers_of_two(scale):
+    scales = torch.tensor([[1.0, 0.0, 2.0**-126], [2.0**127, scale, 2.0**-127]])
+    assert not are_powers_of_two(scales)
+    scales[1, 1] = 0.5
+    assert are_powers_of_two(scales)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, FLOAT64])
