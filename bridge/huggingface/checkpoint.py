@@ -94,16 +94,20 @@ class HuggingFaceCheckpoint:
         assert piece.cols is not None, "only matrices are float8"
         size = self.config.block_size
         row_blocks, col_blocks = (slice(start // size, -(-stop // size)) for start, stop in (piece.rows, piece.cols))
-        dequantize_blockwise(
-            value,
-            self.read_scales(piece.source, row_blocks)[:, col_blocks],
-            block_size=size,
-            dtype=out.dtype,
-            out=out,
-            row_offset=piece.rows[0] % size,
-            col_offset=piece.cols[0] % size,
-            name=piece.source,
-        )
+        try:
+            dequantize_blockwise(
+                value,
+                self.read_scales(piece.source, row_blocks)[:, col_blocks],
+                block_size=size,
+                dtype=out.dtype,
+                out=out,
+                row_offset=piece.rows[0] % size,
+                col_offset=piece.cols[0] % size,
+                name=piece.source,
+            )
+        except ValueError:
+            self.read_weight(piece.source)  # raises the same error, and says where in the whole weight
+            raise
 
     def close(self) -> None:
         """Close the files."""
