@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from reference.fp8 import FP8
-from support.checkpoints import edit_config, edit_tensors
+from support.checkpoints import SCALE, edit_config, edit_tensors
 
-SCALE = "_scale_inv"
 Tensors = dict[str, Tensor]
 
 

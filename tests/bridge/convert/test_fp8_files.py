@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import EDGY_CONFIG, all_tensors, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, SCALE, W2, Q, all_tensors, edit_config, edit_tensors
+from support.conversions import assert_same_tensors, bits, dequantised, export, imported_from
 from support.fp8_files import KINDS, as_other_tools, claim, powers_of_two, quantized, scales_of, written
-from support.offline_jobs import SCALE, W2, Q, assert_same_tensors, bits, dequantised, export, imported_from
 from torch import Tensor
 
 from bridge.huggingface.random_checkpoint import make_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import GATE, SCALE, W2, Q, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, GATE, SCALE, W2, Q, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge

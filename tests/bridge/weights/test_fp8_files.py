@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.checkpoints import EDGY_CONFIG, all_tensors, edit_tensors
+from support.checkpoints import EDGY_CONFIG, SCALE, W2, Q, all_tensors, edit_tensors
+from support.conversions import assert_same_tensors, dequantised
 from support.fp8_files import KINDS, as_other_tools, claim, powers_of_two, quantized, scales_of, written
-from support.offline_jobs import SCALE, W2, Q, assert_same_tensors, dequantised
 
 from bridge import MiniMaxM2Bridge
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
