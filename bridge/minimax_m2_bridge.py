@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.hub import checkpoint_folder
-from bridge.huggingface.quantization import target_config
+from bridge.huggingface.quantization import target_config, with_true_scale_format
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
@@ -36,7 +36,7 @@ from bridge.weights.sharded_model import sharded_model
 from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
-from reference.fp8 import FP8
+from reference.fp8 import FP8, float32_scales
 from reference.parallelism import Parallelism
 from reference.weights import Dialect
 
@@ -118,9 +118,8 @@ class MiniMaxM2Bridge:
             return weight
         if name + SCALE_SUFFIX not in state:
             raise ValueError(f"{name}: float8 without its scales {name + SCALE_SUFFIX}; it cannot be dequantised")
-        return dequantize_blockwise(
-            weight, state[name + SCALE_SUFFIX], block_size=self.config.block_size, dtype=dtype, name=name
-        )
+        scale_inv = float32_scales(state[name + SCALE_SUFFIX], name=name)
+        return dequantize_blockwise(weight, scale_inv, block_size=self.config.block_size, dtype=dtype, name=name)
 
     def to_megatron_model(
         self,
@@ -230,6 +229,9 @@ class MiniMaxM2Bridge:
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
         check_apart(out, [self.checkpoint.files.folder])  # its scales are still needed
         target, config_json = self._target_config(quantization)
+        if quantization:
+            with raise_on_all_ranks():
+                config_json = with_true_scale_format(config_json, self.checkpoint, "source")
         save_weights(
             sharded_model(model, self.config),
             self.checkpoint,
@@ -247,7 +249,7 @@ class MiniMaxM2Bridge:
         check_same_on_all_ranks(source | arguments)
 
     def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | Path]:
-        """The config of what is written: the source's own file, unless it gains or loses its quantisation."""
+        """The config of what is written: the source's own file, unless what it says of the weights is to change."""
         raw = self.checkpoint.files.config_json
         written = target_config(raw, quantization or "none")
         if written == raw:

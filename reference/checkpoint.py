@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from reference.config import ModelConfig
-from reference.fp8 import FP8, scale_grid
+from reference.fp8 import FP8, SCALE_DTYPES, scale_grid
 from reference.names import find
 from reference.weights import TABLE, Dialect, Scope, Storage, instances
 
@@ -59,7 +59,7 @@ def _expected(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
                 assert config.quantization is not None
                 grid = scale_grid(shape, config.quantization.block_size)
                 yield name, TensorSpec((FP8,), shape)
-                yield name + SCALE_SUFFIX, TensorSpec((torch.float32,), grid)
+                yield name + SCALE_SUFFIX, TensorSpec(SCALE_DTYPES, grid)
             else:
                 yield name, TensorSpec(PLAIN_DTYPES, shape)
 
@@ -125,9 +125,11 @@ def _missing(name: str) -> str:
 def _mismatch(name: str, dtype: torch.dtype, shape: tuple[int, ...], spec: TensorSpec) -> str | None:
     if dtype not in spec.dtypes:
         allowed = " or ".join(str(allowed).removeprefix("torch.") for allowed in spec.dtypes)
+        is_scale = name.endswith(SCALE_SUFFIX)
+        remedy = "correct quantization_config in config.json, or convert the tensor"
         return (
-            f"{name}: found dtype {str(dtype).removeprefix('torch.')}, expected {allowed}; correct "
-            "quantization_config in config.json, or convert the tensor"
+            f"{name}: found dtype {str(dtype).removeprefix('torch.')}, expected {allowed}; "
+            f"{'store the scales as float32' if is_scale else remedy}"
         )
     if tuple(shape) != spec.shape:
         what = "a grid of scales" if name.endswith(SCALE_SUFFIX) else "shape"

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 FP8_BLOCK = 128
+ScaleFormat = Literal["float", "ue8m0"]  # of block scales: any float32, or powers of two
 
 # Keys that some config.json files carry, with the only values under which the formulas of this package hold.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -34,14 +35,19 @@ _QUANTIZATION_FIXED: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("float8_e4m3fn", "e4m3", None),
     "activation_scheme": ("dynamic", None),
+    "scale_fmt": ("float", "ue8m0", None),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """FP8 storage: one float32 `scale_inv` for each `block_size` x `block_size` block of a quantised matrix."""
+    """FP8 storage: one float32 `scale_inv` for each `block_size` x `block_size` block of a quantised matrix.
+
+    With `scale_fmt` "ue8m0" every scale is a power of two, and whoever loads the checkpoint counts on it.
+    """
 
     block_size: int = FP8_BLOCK
+    scale_fmt: ScaleFormat = "float"
     modules_to_not_convert: tuple[str, ...] = ("gate", "e_score_correction_bias", "lm_head")
 
 
@@ -209,9 +215,10 @@ def _read_quantization(section: Mapping[str, Any] | None) -> QuantizationConfig 
     if not isinstance(block, list) or len(block) != 2 or block[0] != block[1]:
         raise ValueError(f"weight_block_size must be two equal sizes such as [128, 128], found {block!r}")
     _require_positive_int("weight_block_size", block[0])
+    scale_fmt = section.get("scale_fmt") or "float"
     excluded = section.get("modules_to_not_convert")
     if excluded is None:
-        return QuantizationConfig(block_size=block[0])
+        return QuantizationConfig(block_size=block[0], scale_fmt=scale_fmt)
     if not isinstance(excluded, list) or not all(isinstance(module, str) for module in excluded):
         raise ValueError(f"modules_to_not_convert must be a list of names, found {excluded!r}")
-    return QuantizationConfig(block_size=block[0], modules_to_not_convert=tuple(excluded))
+    return QuantizationConfig(block_size=block[0], scale_fmt=scale_fmt, modules_to_not_convert=tuple(excluded))

@@ -76,7 +76,7 @@ def _table(title: str, found, error: float | None, worst: int) -> None:
     rows = [
         ("tensors compared", f"{found.tensors:,}, {found.nbytes:,} bytes"),
         ("equal byte for byte", f"{found.same_bytes:,}"),
-        ("equal after dequantising", f"{found.same_values:,}"),
+        ("equal in value, not in dtype", f"{found.same_values:,}"),
         ("other files compared", f"{found.files:,}"),
         ("different", f"{len(found.differences):,}"),
     ]

@@ -2,9 +2,11 @@
 
 A unit is one safetensors file. Its weights are read one parameter at a time, whatever layout they were saved from,
 split into the on-disk tensors and, for FP8, encoded. With `scales="source"` a weight that equals the source's decoded
-one is written with the source's own bytes; one that differs keeps the source's scale wherever a block is untouched.
-With `scales="fresh"` every block gets a new scale. config.json, tokenizer and MTP layers come from the source; without
-one, config.json and tokenizer are those that `minimax-m2 import` laid beside the checkpoint.
+one (a float32 weight: decoded in float32, or rounded to bfloat16) is written with the source's own codes and scales;
+one that differs keeps the source's scale wherever a block is untouched. With `scales="fresh"` every block gets a new
+scale. Scales are written as float32, which holds those of narrower dtypes exactly. config.json, tokenizer and MTP
+layers come from the source; without one, config.json and tokenizer are those that `minimax-m2 import` laid beside the
+checkpoint.
 """
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
-from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
+from bridge.huggingface.quantization import Quantization, stored_tensors, target_config, with_true_scale_format
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
@@ -31,7 +33,7 @@ from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_bl
 from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX, is_mtp
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry
-from reference.fp8 import FP8
+from reference.fp8 import FP8, possible_roundings
 
 BAND_BYTES = 256 * 2**20  # of a large tensor, in memory at a time
 
@@ -51,7 +53,8 @@ class ExportJob(NamedTuple):
 class ExportSummary(NamedTuple):
     """What an export reads and writes, and what became of the quantised weights.
 
-    `identical` ones have the source's bytes; `requantised` ones do not, and `worst` is the one whose decoded value
+    `identical` ones have the source's codes, byte for byte, and its scales, which are float32 here whatever they are in
+    the source; `requantised` ones do not, and `worst` is the one whose decoded value
     differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight. Both
     counts are None where another process with the same job finished while this one waited.
     """
@@ -104,6 +107,9 @@ def export_checkpoint(
         source = job.source and str(Path(job.source).resolve())
         megatron, out = str(Path(job.megatron).resolve()), str(real_path(job.out))
         opened = _open(job._replace(megatron=megatron, source=source, out=out, versions=()))
+        if opened.source is not None and job.quantization == "fp8":
+            config_json = with_true_scale_format(opened.config_json, opened.source, job.scales)
+            opened = opened._replace(config_json=config_json)
         replaced = replaces(opened.carried) if overwrite else None
         if not unfinished(Path(out)):
             check_target(Path(out), replaces=replaced)
@@ -243,17 +249,21 @@ class _Tally:
     def _encode(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         config, source = self._opened.config, self._opened.source
         assert config.quantization is not None
-        size = config.quantization.block_size
-        decode = partial(dequantize_blockwise, block_size=size, dtype=weight.dtype, name=name)
+        size, scale_fmt = config.quantization.block_size, config.quantization.scale_fmt
+        decode = partial(dequantize_blockwise, block_size=size, name=name)
         if source is not None and source.dtype(name) == FP8 and self._opened.job.scales == "source":
-            codes, scale_inv = source.stored(name)
-            if same_bits(decode(codes, scale_inv), weight):
+            stored = codes, scale_inv = source.files.read(name), source.read_scales(name)
+            roundings = (decode(*stored, dtype=dtype) for dtype in possible_roundings(weight.dtype))
+            if not any(same_bits(decoded.to(weight.dtype), weight) for decoded in roundings):
+                codes, scale_inv = requantize_blockwise(
+                    weight, scale_inv, block_size=size, scale_fmt=scale_fmt, name=name
+                )
+            if same_bits(codes, stored[0]) and same_bits(scale_inv, stored[1]):
                 self.count = self.count._replace(identical=self.count.identical + 1)
                 return codes, scale_inv
-            codes, scale_inv = requantize_blockwise(weight, scale_inv, block_size=size, name=name)
         else:
-            codes, scale_inv = quantize_blockwise(weight, block_size=size, name=name)
-        self._count_error(name, decode(codes, scale_inv), weight)
+            codes, scale_inv = quantize_blockwise(weight, block_size=size, scale_fmt=scale_fmt, name=name)
+        self._count_error(name, decode(codes, scale_inv, dtype=weight.dtype), weight)
         return codes, scale_inv
 
     def _count_error(self, name: str, decoded: Tensor, weight: Tensor) -> None:

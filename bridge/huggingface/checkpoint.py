@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint that has been checked: its files hold exactly the weights that config.json describes."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, check_tensors, is_mtp
 from reference.config import ModelConfig
-from reference.fp8 import FP8
+from reference.fp8 import FP8, are_powers_of_two, float32_scales
 from reference.sharding import Piece
 
 
@@ -44,12 +44,30 @@ class HuggingFaceCheckpoint:
         names = [name, name + SCALE_SUFFIX] if self.dtype(name) == FP8 else [name]
         return [self.files.read(stored) for stored in names]
 
+    def read_scales(self, name: str, rows: slice | None = None) -> Tensor:
+        """The block scales of a float8 weight, or those rows of them, as float32 whatever the file has."""
+        return float32_scales(self.files.read(name + SCALE_SUFFIX, rows), name=name)
+
+    def false_scale(self, scales: Literal["source", "fresh"]) -> str | None:
+        """The first scale that is no power of two though config.json's `scale_fmt` says that all are; None if they are.
+
+        Looked at are those that go into another checkpoint as they are: all where `scales` are the "source"'s, and
+        always those of multi-token-prediction layers.
+        """
+        if self.config.quantization is None or self.config.quantization.scale_fmt != "ue8m0":
+            return None
+        names = self.files.tensors if scales == "source" else self.mtp_tensors
+        weights = (name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX))
+        found = (weight for weight in weights if not are_powers_of_two(self.read_scales(weight)))
+        return next((weight + SCALE_SUFFIX for weight in found), None)
+
     def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Dequantised to `dtype` if it is float8, else as it is stored."""
-        weight, *scales = self.stored(name)
-        if not scales:
+        weight = self.files.read(name)
+        if weight.dtype != FP8:
             return weight
-        return dequantize_blockwise(weight, *scales, block_size=self.config.block_size, dtype=dtype, name=name)
+        scale_inv = self.read_scales(name)
+        return dequantize_blockwise(weight, scale_inv, block_size=self.config.block_size, dtype=dtype, name=name)
 
     def read_pieces(self, pieces: tuple[Piece, ...], out: Tensor) -> None:
         """Fill `out` with slices of weights, one below the other, each rounded once; padding is zero.
@@ -76,16 +94,20 @@ class HuggingFaceCheckpoint:
         assert piece.cols is not None, "only matrices are float8"
         size = self.config.block_size
         row_blocks, col_blocks = (slice(start // size, -(-stop // size)) for start, stop in (piece.rows, piece.cols))
-        dequantize_blockwise(
-            value,
-            self.files.read(piece.source + SCALE_SUFFIX, row_blocks)[:, col_blocks],
-            block_size=size,
-            dtype=out.dtype,
-            out=out,
-            row_offset=piece.rows[0] % size,
-            col_offset=piece.cols[0] % size,
-            name=piece.source,
-        )
+        try:
+            dequantize_blockwise(
+                value,
+                self.read_scales(piece.source, row_blocks)[:, col_blocks],
+                block_size=size,
+                dtype=out.dtype,
+                out=out,
+                row_offset=piece.rows[0] % size,
+                col_offset=piece.cols[0] % size,
+                name=piece.source,
+            )
+        except ValueError:
+            self.read_weight(piece.source)  # raises the same error, and says where in the whole weight
+            raise
 
     def close(self) -> None:
         """Close the files."""

@@ -108,7 +108,8 @@ def _tensors(file: FilePlan, model: ModelConfig, generator: torch.Generator) -> 
             yield name, value.to(plan.dtype)
             continue
         assert model.quantization is not None
-        weight, scale_inv = quantize_blockwise(value, block_size=model.quantization.block_size, name=name)
+        block_size, scale_fmt = model.quantization.block_size, model.quantization.scale_fmt
+        weight, scale_inv = quantize_blockwise(value, block_size=block_size, scale_fmt=scale_fmt, name=name)
         yield name, weight
         yield name + SCALE_SUFFIX, scale_inv
 

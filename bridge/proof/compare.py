@@ -1,7 +1,8 @@
 """Whether two checkpoints hold the same weights, whatever format each of them has: `minimax-m2 verify A B`.
 
-Two tensors of one dtype are compared by their bytes. Where only one side is float8, it is dequantised to the other's
-dtype, and the values are compared, exactly. For weights that differ the report says by how much.
+Two tensors of one dtype are compared by their bytes, block scales of different dtypes by their values. Where only one
+side is float8, it is dequantised to the other's dtype, and the values are compared, exactly. For weights that differ
+the report says by how much.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
+from bridge.huggingface.quantization import SECTION, target_config
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
@@ -38,7 +40,10 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`same_bytes` of the `tensors` are equal byte for byte, `same_values` after dequantising; the rest differ."""
+    """`same_bytes` of the `tensors` are equal byte for byte, `same_values` in value; the rest differ.
+
+    Equal in value are a weight that is float8 on one side, dequantised, and block scales of different dtypes.
+    """
 
     tensors: int
     nbytes: int
@@ -135,6 +140,8 @@ def _compare(name: str, left: Checkpoint, right: Checkpoint) -> _Verdict:
         nbytes = sum(tensor.nbytes for tensor in stored[0])
         if all(same_bits(a, b) for a, b in zip(*stored, strict=True)):
             return _Verdict(2, nbytes, 2, 0, None)
+        if same_bits(stored[0][0], stored[1][0]) and torch.equal(*(scales.to(torch.float32) for _, scales in stored)):
+            return _Verdict(2, nbytes, 1, 1, None)
         values = [side.read_weight(name, dtype=torch.float32) for side in (left, right)]
         return _measured(name, *values, tensors=2, what="codes or scales differ")
     if not any(quantized) and dtypes[0] != dtypes[1]:
@@ -178,9 +185,8 @@ def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[i
 
 def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether one side's config is the other's with its quantisation removed."""
-    key = "quantization_config"
-    without = [{name: value for name, value in side.items() if name != key} for side in (left, right)]
-    return (key in left) != (key in right) and without[0] == without[1]
+    without = [target_config(side, "none") for side in (left, right)]
+    return (SECTION in left) != (SECTION in right) and without[0] == without[1]
 
 
 @torch.no_grad()

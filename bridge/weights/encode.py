@@ -12,7 +12,7 @@ from compiled import fp8
 from compiled.fp8 import requantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX, is_quantized
 from reference.config import ModelConfig
-from reference.fp8 import FP8
+from reference.fp8 import FP8, float32_scales
 from reference.weights import Row
 
 
@@ -50,10 +50,11 @@ class WeightEncoder:
         for source, value in values:
             if self._is_quantized(source.name):
                 kept = self._scales == "source" and self._files.tensors[source.name].dtype == FP8
-                alike.setdefault((kept, source.shape), []).append((source, value))
+                scale_dtype = self._files.tensors[source.name + SCALE_SUFFIX].dtype if kept else None
+                alike.setdefault((scale_dtype, source.shape), []).append((source, value))
         quantized: dict[str, tuple[Tensor, Tensor]] = {}
-        for (kept, _), group in alike.items():
-            quantized |= self._quantized(group, kept=kept)
+        for (scale_dtype, _), group in alike.items():
+            quantized |= self._quantized(group, kept=scale_dtype is not None)
         found = []
         for source, value in values:
             if source.name not in quantized:
@@ -67,15 +68,15 @@ class WeightEncoder:
         """(codes, scales) by name, of matrices of one shape, quantised together as a stack."""
         # A single matrix is not stacked, so that errors say where in the matrix.
         stack = torch.stack([value for _, value in group]) if len(group) > 1 else group[0][1]
-        block_size = self._target.quantization.block_size
-        name = group[0][0].name
+        of_target, name = self._target.quantization, group[0][0].name
+        options = {"block_size": of_target.block_size, "scale_fmt": of_target.scale_fmt, "name": name}
         try:
             if kept:
                 scale_inv = self._source_scales([source for source, _ in group]).to(stack.device)
                 scale_inv = scale_inv.view(*stack.shape[:-2], *scale_inv.shape[1:])
-                codes, scale_inv = requantize_blockwise(stack, scale_inv, block_size=block_size, name=name)
+                codes, scale_inv = requantize_blockwise(stack, scale_inv, **options)
             else:
-                codes, scale_inv = fp8.quantize_blockwise(stack, block_size=block_size, name=name)
+                codes, scale_inv = fp8.quantize_blockwise(stack, **options)
         except ValueError:
             if len(group) > 1:  # one by one, the damaged matrix raises with its own name
                 for one in group:
@@ -85,9 +86,10 @@ class WeightEncoder:
         return {source.name: pair for (source, _), pair in zip(group, pairs, strict=True)}
 
     def _source_scales(self, sources: list[Source]) -> Tensor:
-        """The source checkpoint's scales of matrices of one shape, as a stack."""
+        """The source checkpoint's scales of matrices of one shape, alike in dtype, as a stack in float32."""
         names = [source.name + SCALE_SUFFIX for source in sources]
-        scale_inv = torch.empty((len(names), *self._files.tensors[names[0]].shape), dtype=torch.float32)
+        stored = self._files.tensors[names[0]]
+        scale_inv = torch.empty((len(names), *stored.shape), dtype=stored.dtype)
         places = scale_inv.flatten(1).view(torch.uint8).numpy()
         self._files.read_into((place, name, None) for place, name in zip(places, names, strict=True))
-        return scale_inv
+        return float32_scales(scale_inv, name=sources[0].name)

@@ -12,8 +12,8 @@ A few threads read up to `WINDOW` batches ahead of the decoding. Float8 codes ar
 decoded there straight into the parameters. Beyond the model a rank needs WINDOW + COPYING batches of host memory and
 COPYING batches of device memory, whatever the model's size.
 
-Scales are checked on the host as they are read. NaN codes become NaN weights, which are searched for in the finished
-parameters: so the host waits for the device once.
+Scales are checked on the host as they are read; one of 0 is legal over codes of zeros, which are looked at only then.
+NaN codes become NaN weights, which are searched for in the finished parameters: so the host waits for the device once.
 """
 
 import os
@@ -33,7 +33,7 @@ from bridge.weights.read_plan import Batch, Group, plan_batches
 from bridge.weights.sharded_model import ShardedModel
 from compiled import fp8
 from reference.checkpoint import SCALE_SUFFIX
-from reference.fp8 import FP8, check_scale_values
+from reference.fp8 import FP8, check_scale_values, float32_scales, zero_blocks
 
 WINDOW, THREADS = 8, 8
 COPYING = 3  # batches on their way to the device or being decoded there
@@ -50,18 +50,20 @@ def load_weights(sharded: ShardedModel, checkpoint: HuggingFaceCheckpoint, *, pr
     with raise_on_all_ranks():
         files, block_size = checkpoint.files, checkpoint.config.block_size
         batches = plan_batches(sharded, files, block_size)
-        read = _read_ahead(batches, files, sharded.device)
+        read = _read_ahead(batches, files, block_size, sharded.device)
         for batch, buffer in progress(read, "load", len(batches)):
             on_device = buffer.to(sharded.device, non_blocking=True)
             for group in batch.groups:
-                _fill(group, on_device, on_device[batch.scales_at :], block_size)
+                _fill(batch, group, on_device, block_size)
         _check_codes(sharded, files)
 
 
 # ------------------------------------------------------------------------------------------- reading ahead of decoding
 
 
-def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+def _read_ahead(
+    batches: list[Batch], files: SafetensorsFolder, block_size: int, device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
     on_gpu = device.type == "cuda"
     # Always the same size, so that torch's allocator of pinned memory hands out the same few buffers again.
     largest = max((batch.nbytes for batch in batches), default=0)
@@ -70,9 +72,9 @@ def _read_ahead(batches: list[Batch], files: SafetensorsFolder, device: torch.de
         whole = torch.empty(largest if on_gpu else batch.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
         buffer = whole[: batch.nbytes]
         files.read_into(_reads(batch, buffer.numpy()))
-        if not fp8.valid_scales(buffer[batch.scales_at :].view(torch.float32)):
-            for name in dict.fromkeys(part.source for group in batch.groups for part in group.slices if part.grid):
-                check_scale_values(files.read(name + SCALE_SUFFIX), name=name)
+        for group in batch.groups:
+            if group.slices[0].grid and not fp8.valid_scales(_scales(batch, group, buffer)):
+                _check_scales(group, files, block_size)
         return buffer
 
     threads = min(THREADS, os.cpu_count() or 1)
@@ -110,10 +112,25 @@ def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, 
                 scales_at += scale_bytes
 
 
+def _scales(batch: Batch, group: Group, buffer: Tensor) -> Tensor:
+    """The scales of a group's slices, [slices, *grid], in float32: a view of the buffer if they are stored so."""
+    first, start = group.slices[0], batch.scales_at + group.scales
+    stored = buffer[start : start + len(group.slices) * first.scale_bytes].view(first.scale_dtype)
+    return float32_scales(stored, name=first.source).view(-1, *first.grid)
+
+
+def _check_scales(group: Group, files: SafetensorsFolder, block_size: int) -> None:
+    """Check a group that has scales of 0 or worse, whole weights at a time, so that errors say where in the weight."""
+    for name in dict.fromkeys(part.source for part in group.slices):
+        scale_inv = float32_scales(files.read(name + SCALE_SUFFIX), name=name)
+        if not fp8.valid_scales(scale_inv):
+            check_scale_values(scale_inv, zero_blocks(files.read(name), block_size=block_size), name=name)
+
+
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None:
+def _fill(batch: Batch, group: Group, buffer: Tensor, block_size: int) -> None:
     parts, first = group.slices, group.slices[0]
     values = buffer[group.start : group.start + len(parts) * first.nbytes].view(first.dtype).view(-1, *first.shape)
     if first.cols is not None:
@@ -123,11 +140,10 @@ def _fill(group: Group, buffer: Tensor, scales: Tensor, block_size: int) -> None
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
         return
-    scales = scales[group.scales : group.scales + len(parts) * first.scale_bytes].view(torch.float32)
     row_offset, col_offset = first.offsets
     fp8.dequantize_blockwise(
         values,
-        scales.view(-1, *first.grid)[..., first.blocks[1]],
+        _scales(batch, group, buffer)[..., first.blocks[1]],
         block_size=block_size,
         dtype=targets[0].dtype,
         out=targets,

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.weights.sharded_model import ShardedModel
+from reference.checkpoint import SCALE_SUFFIX
 from reference.fp8 import FP8
 from reference.sharding import Piece
 
@@ -32,7 +33,7 @@ class Slice(NamedTuple):
 
     `shape` is that of the whole rows, which are read. If they are float8, `blocks` are the rows and columns of blocks
     that the slice touches, `offsets` says where it starts inside the first of them, and `grid` is the shape of the
-    scales that are read, whole rows too. Else these are empty.
+    scales that are read, whole rows too, of `scale_dtype`. Else these are empty.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Slice(NamedTuple):
     blocks: tuple[slice, ...]
     offsets: tuple[int, ...]
     grid: tuple[int, ...]
+    scale_dtype: torch.dtype | None
     parameter: Tensor
     at: int
 
@@ -54,7 +56,7 @@ class Slice(NamedTuple):
     @property
     def scale_bytes(self) -> int:
         """Of the whole rows of scales; 0 without."""
-        return math.prod(self.grid) * torch.float32.itemsize if self.grid else 0
+        return math.prod(self.grid) * self.scale_dtype.itemsize if self.scale_dtype else 0
 
 
 class Group(NamedTuple):
@@ -92,7 +94,7 @@ def _slices(sharded: ShardedModel, files: SafetensorsFolder, block_size: int) ->
             if piece.source is None:
                 value[start:stop].zero_()
             else:
-                found += _split(piece, files.tensors[piece.source], block_size, value, start)
+                found += _split(piece, files, block_size, value, start)
             start = stop
     order = {file: number for number, file in enumerate(dict.fromkeys(i.file for i in files.tensors.values()))}
 
@@ -103,9 +105,11 @@ def _slices(sharded: ShardedModel, files: SafetensorsFolder, block_size: int) ->
     return sorted(found, key=position)
 
 
-def _split(piece: Piece, info: TensorInfo, block_size: int, parameter: Tensor, at: int) -> Iterator[Slice]:
+def _split(piece: Piece, files: SafetensorsFolder, block_size: int, parameter: Tensor, at: int) -> Iterator[Slice]:
     """A piece in runs of whole rows of at most `SLICE_BYTES`."""
     assert piece.source is not None
+    info = files.tensors[piece.source]
+    scale_dtype = files.tensors[piece.source + SCALE_SUFFIX].dtype if info.dtype == FP8 else None
     (first, last), cols = piece.rows, None if piece.cols is None else slice(*piece.cols)
     row = info.shape[1:]
     step = max(1, SLICE_BYTES // (math.prod(row) * info.dtype.itemsize))
@@ -116,7 +120,8 @@ def _split(piece: Piece, info: TensorInfo, block_size: int, parameter: Tensor, a
         offsets = tuple(span.start % block_size for span in blocked)
         grid = (blocks[0].stop - blocks[0].start, -(-row[0] // block_size)) if blocks else ()
         shape = (rows.stop - rows.start, *row)
-        yield Slice(piece.source, info.dtype, rows, cols, shape, blocks, offsets, grid, parameter, at + start - first)
+        place = parameter, at + start - first
+        yield Slice(piece.source, info.dtype, rows, cols, shape, blocks, offsets, grid, scale_dtype, *place)
 
 
 def _pack(slices: Iterable[Slice]) -> list[Batch]:
@@ -124,7 +129,7 @@ def _pack(slices: Iterable[Slice]) -> list[Batch]:
     taken: list[list[Slice]] = []
     end = BATCH_BYTES
     for part in slices:
-        needed = _aligned(part.nbytes) + part.scale_bytes
+        needed = _aligned(part.nbytes) + _aligned(part.scale_bytes)
         if end + needed > BATCH_BYTES:
             taken.append([])
             end = 0
@@ -136,13 +141,14 @@ def _pack(slices: Iterable[Slice]) -> list[Batch]:
 def _batch(slices: list[Slice]) -> Batch:
     alike: dict[tuple, list[Slice]] = {}
     for part in slices:
-        key = (part.dtype, part.cols, part.shape, part.offsets, part.grid, part.parameter.dtype)
+        scales_of = part.grid, part.scale_dtype
+        key = (part.dtype, part.cols, part.shape, part.offsets, *scales_of, part.parameter.dtype)
         alike.setdefault(key, []).append(part)
     groups, end, scales = [], 0, 0
     for parts in alike.values():
         groups.append(Group(parts, end, scales))
         end = _aligned(end + len(parts) * parts[0].nbytes)
-        scales += len(parts) * parts[0].scale_bytes
+        scales = _aligned(scales + len(parts) * parts[0].scale_bytes)
     return Batch(groups, end, end + scales)
 
 

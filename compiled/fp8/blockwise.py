@@ -15,7 +15,8 @@ starts inside the first of them, `0 <= offset < block_size`. For rows `start:sto
 **Checks.** A scale that is not finite and positive, or a NaN code, raises ValueError. NaN codes are found while
 decoding, without a second pass; so `out` is written before the error is raised, and on CUDA each call waits for the
 GPU. With `check_values=False` no call waits, NaN codes become NaN values, and the caller must know the scales to be
-good.
+good. A scale of 0 over zeros is legal and rare: the fast check takes it for damage, and the reference's check, which
+then decides, does not.
 
 **Where.** On CPUs `compiled.fp8.cpu`, by torch.compile; on CUDA `compiled.fp8.kernels`, in Triton. Both compile at
 first use, and the number of compilations does not grow with the number of shapes; each module says what it depends on.
@@ -23,14 +24,15 @@ first use, and the number of compilations does not grow with the number of shape
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from compiled.fp8 import cpu
-from reference.config import FP8_BLOCK
-from reference.fp8 import FP8, FP8_MAX, check_codes, check_scale_values, scale_grid
+from reference.config import FP8_BLOCK, ScaleFormat
+from reference.fp8 import FP8, check_codes, check_scale_values, divisors, fresh_scales, scale_grid, zero_blocks
 
 
 def dequantize_blockwise(
@@ -53,7 +55,7 @@ def dequantize_blockwise(
 
     Raises:
         ValueError: the scales do not cover exactly the blocks touched, a dtype, a device or `out` does not fit, a scale
-            is not finite and positive, or a code is NaN.
+            is not finite and positive (nor 0 over zeros), or a code is NaN.
     """
     if weight.dtype != FP8:
         raise ValueError(f"{name}: found {weight.dtype}, expected {FP8}; pass the codes as they are stored")
@@ -64,11 +66,11 @@ def dequantize_blockwise(
         result = [one.detach() for one in out] if each else _stack(out)
         operands = (_stack(weight), _stack(scale_inv), result, block_size, row_offset, col_offset)
         if not _launch("dequantize", *operands, dtype=dtype, check=check_values):
-            check_scale_values(scale_inv, name=name)
+            _check_scale_values(weight, scale_inv, block_size, row_offset, col_offset, name)
             check_codes(weight, name=name)
         return out
-    if check_values:
-        _check_scale_values(scale_inv, name)
+    if check_values and not valid_scales(scale_inv):
+        _check_scale_values(weight, scale_inv, block_size, row_offset, col_offset, name)
     for codes, scales, values in zip(weight, scale_inv, out, strict=True) if each else [(weight, scale_inv, out)]:
         if cpu.decode(_stack(codes), _stack(scales), _stack(values), block_size, row_offset, col_offset):
             if check_values:
@@ -82,6 +84,7 @@ def quantize_blockwise(
     *,
     block_size: int = FP8_BLOCK,
     scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"] | None = None,
+    scale_fmt: ScaleFormat = "float",
     out: Float8e4m3fn[Tensor, "*experts rows cols"] | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
@@ -90,8 +93,9 @@ def quantize_blockwise(
 ) -> tuple[Float8e4m3fn[Tensor, "*experts rows cols"], Float32[Tensor, "*experts row_blocks col_blocks"]]:
     """float8 = round(weight / scale_inv), with scale_inv = amax(block) / 448 where none is given.
 
-    With `scale_inv`, values beyond +-448 * scale saturate. A slice that starts inside a block needs given scales, since
-    it does not have the whole block that an amax is taken of. `out`, if given, receives the codes.
+    With `scale_fmt` "ue8m0" fresh scales are rounded up to powers of two (`reference.fp8.fresh_scales`). With
+    `scale_inv`, values beyond +-448 * scale saturate. A slice that starts inside a block needs given scales, since it
+    does not have the whole block that an amax is taken of. `out`, if given, receives the codes.
 
     Raises:
         ValueError: as in `dequantize_blockwise`, or the weight holds a value that is not finite.
@@ -105,23 +109,26 @@ def quantize_blockwise(
                 "scale is made from a whole block: give the scales, or quantise before slicing"
             )
         _check_matrix(weight, name)
-        kernel, scale_inv = "quantize_afresh", _fresh_scales(weight, block_size)
+        kernel, scale_inv = "quantize_afresh", _fresh_scales(weight, block_size, scale_fmt)
     else:
         kernel = "quantize"
     _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
     codes = _result(out, weight, FP8, name)
-    operands = (_stack(weight), _stack(scale_inv), _stack(codes), block_size, row_offset, col_offset)
+    blocks = block_size, row_offset, col_offset
     if weight.is_cuda:
-        if not _launch(kernel, *operands, dtype=weight.dtype, check=check_values):
+        launch = partial(_launch, dtype=weight.dtype, powers_of_two=scale_fmt == "ue8m0")
+        if not launch(kernel, _stack(weight), _stack(scale_inv), _stack(codes), *blocks, check=check_values):
             _check_finite(weight, name)
-            check_scale_values(scale_inv, name=name)
+            _check_scale_values(weight, scale_inv, *blocks, name)
+            launch("quantize", _stack(weight), _stack(divisors(scale_inv)), _stack(codes), *blocks, check=False)
         return codes, scale_inv
-    damaged = _holds_infinite(weight)
-    if check_values:
-        if damaged:
-            _check_finite(weight, name)
-        _check_scale_values(scale_inv, name)
-    cpu.encode(*operands)
+    damaged, used = _holds_infinite(weight), scale_inv
+    if check_values and damaged:
+        _check_finite(weight, name)
+    if check_values and not valid_scales(scale_inv):
+        _check_scale_values(weight, scale_inv, *blocks, name)
+        used = divisors(scale_inv)
+    cpu.encode(_stack(weight), _stack(used), _stack(codes), *blocks)
     if damaged:
         codes.detach().view(torch.uint8).masked_fill_(weight.isnan(), 0x7F)
     return codes, scale_inv
@@ -165,9 +172,11 @@ def _check_scales(weight: Tensor, scale_inv: Tensor, block: int, row_offset: int
         )
 
 
-def _check_scale_values(scale_inv: Tensor, name: str) -> None:
-    if not valid_scales(scale_inv):
-        check_scale_values(scale_inv, name=name)
+def _check_scale_values(
+    weight: Tensor, scale_inv: Tensor, block_size: int, row_offset: int, col_offset: int, name: str
+) -> None:
+    zeros = zero_blocks(weight.detach(), block_size=block_size, row_offset=row_offset, col_offset=col_offset)
+    check_scale_values(scale_inv, zeros, name=name)
 
 
 def _holds_infinite(weight: Tensor) -> bool:
@@ -211,8 +220,8 @@ def _stack(x: Tensor) -> Tensor:
     return x.detach() if x.ndim == 3 else x.detach()[None]
 
 
-def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
-    """amax / 448; on CUDA empty, for the kernel to fill."""
+def _fresh_scales(weight: Tensor, block_size: int, scale_fmt: ScaleFormat) -> Tensor:
+    """Made from each block's amax; on CUDA empty, for the kernel to fill."""
     *experts, rows, cols = weight.shape
     grid = scale_grid(weight.shape, block_size)
     if weight.is_cuda:
@@ -222,9 +231,8 @@ def _fresh_scales(weight: Tensor, block_size: int) -> Tensor:
     values = weight.detach().abs()
     if any(missing):
         values = torch.nn.functional.pad(values, missing)
-    amax = values.view(*experts, row_blocks, block_size, -1).amax(-2)
-    scale = amax.view(*grid, block_size).amax(-1).to(torch.float32) / FP8_MAX
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    amax = values.view(*experts, row_blocks, block_size, col_blocks * block_size).amax(-2)
+    return fresh_scales(amax.view(*grid, block_size).amax(-1).to(torch.float32), scale_fmt)
 
 
 def _launch(
@@ -238,6 +246,7 @@ def _launch(
     *,
     dtype: torch.dtype,
     check: bool,
+    powers_of_two: bool = False,
 ) -> bool:
     """Run a kernel of `compiled.fp8.kernels`. False if it checked and found a bad code, value or scale."""
     from compiled.fp8 import kernels  # needs Triton, which needs no GPU but is not everywhere
@@ -248,6 +257,7 @@ def _launch(
     damaged = torch.zeros(1, dtype=torch.int32, device=source.device) if check else None
     with torch.cuda.device(source.device):
         kernels.launch(
-            getattr(kernels, kernel), source, scale_inv, result, damaged, block_size, row_offset, col_offset, wide
-        )
+            getattr(kernels, kernel), source, scale_inv, result, damaged, block_size, row_offset, col_offset, wide,
+            powers_of_two=powers_of_two,
+        )  # fmt: skip
     return damaged is None or not damaged.item()

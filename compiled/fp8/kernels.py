@@ -52,11 +52,14 @@ def launch(
     row_offset: int,
     col_offset: int,
     wide: torch.dtype,
+    *,
+    powers_of_two: bool = False,
 ) -> None:
     """Launch `kernel` from source to result, both [experts, rows, cols]; it computes in the dtype `wide`.
 
     `result` may be a list of [rows, cols], one for each expert, if `kernel` is `dequantize`. That is one launch if all
-    have the same strides and aligned addresses, else one for each expert.
+    have the same strides and aligned addresses, else one for each expert. With `powers_of_two`, the scales that
+    `quantize_afresh` makes are rounded up to them.
     """
     each = None
     if not isinstance(result, Tensor):
@@ -72,13 +75,14 @@ def launch(
     _, row_blocks, col_blocks = scale_inv.shape
     width = triton.next_power_of_2(block_size)
     strip, warps = (width, WHOLE_BLOCK_WARPS) if kernel is quantize_afresh else (min(STRIP, width), WARPS)
+    constants = {dequantize: (each,), quantize_afresh: (powers_of_two,)}.get(kernel, ())
     kernel(
         (col_blocks, row_blocks * triton.cdiv(block_size, strip), experts),
         (
             source, scale_inv, target, damaged, rows, cols, row_offset, col_offset,
             source.stride(), scale_inv.stride(), target_at,
         ),
-        (_ELEMENT[wide], block_size, strip, width, *([each] if kernel is dequantize else [])),
+        (_ELEMENT[wide], block_size, strip, width, *constants),
         warps=warps,
     )  # fmt: skip
 
@@ -155,13 +159,20 @@ def quantize(
 @triton.jit
 def quantize_afresh(
     values, scales, codes, damaged, rows, cols, row_offset, col_offset, values_at, scales_at, codes_at,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, POWERS_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """The same with scale = amax / 448, which is stored. The strip is a whole block, which is read once."""
+    """The same with scale = amax / 448, which is stored. The strip is a whole block, which is read once.
+
+    With POWERS_OF_TWO the scale is rounded up to one, and is at least 2^-126. The quotient rounds to no more than a
+    power of two unless amax is more than 448 times that, so rounding it up is exact.
+    """
     row_block, col_block, row, col, here = _strip(rows, cols, row_offset, col_offset, BLOCK, ROWS, COLS)
     value = tl.load(_at(values, values_at, row, col), mask=here, other=0.0).to(WIDE)
     amax = _amax(value)
     scale = tl.div_rn(amax.to(tl.float32), 448.0)
+    if POWERS_OF_TWO:
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.where(amax.to(tl.float32) > 0, tl.maximum(bits, 1 << 23), 0).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 0, scale, 1.0)
     tl.store(_at(scales, scales_at, row_block, col_block), scale)
     code = _encode(value, scale)

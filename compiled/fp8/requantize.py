@@ -2,7 +2,7 @@
 
 A block keeps its scale if encoding with it and decoding again gives exactly the weight; every other block gets a fresh
 scale. Usually all blocks of a weight are unchanged, or all have changed. The first case takes one encoding and one
-decoding, the second one encoding more.
+decoding (two where a float32 weight has gone through bfloat16), the second one encoding more.
 """
 
 import torch
@@ -10,8 +10,8 @@ from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from compiled.fp8.blockwise import dequantize_blockwise, quantize_blockwise
-from reference.config import FP8_BLOCK
-from reference.fp8 import scale_grid
+from reference.config import FP8_BLOCK, ScaleFormat
+from reference.fp8 import divisors, possible_roundings, scale_grid
 
 
 def requantize_blockwise(
@@ -19,19 +19,27 @@ def requantize_blockwise(
     scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],
     *,
     block_size: int = FP8_BLOCK,
+    scale_fmt: ScaleFormat = "float",
     name: str = "weight",
 ) -> tuple[Float8e4m3fn[Tensor, "*experts rows cols"], Float32[Tensor, "*experts row_blocks col_blocks"]]:
     """Encode with the source's scale where that is exact, with a fresh scale where the block has changed.
 
+    A float32 block is untouched if it is the source's in float32, or rounded to bfloat16 on its way. A source's scale
+    of 0 stays over a block of zeros, and any other block gets a fresh one.
+
     Raises:
         ValueError: as `compiled.fp8.quantize_blockwise`.
     """
-    kept, _ = quantize_blockwise(weight, block_size=block_size, scale_inv=scale_inv, name=name)
-    decoded = dequantize_blockwise(kept, scale_inv, block_size=block_size, dtype=weight.dtype, name=name)
-    if torch.equal(decoded, weight):
-        return kept, scale_inv
-    changed = _blocks(decoded != weight, block_size).any(-1).any(-2)
-    fresh, fresh_scales = quantize_blockwise(weight, block_size=block_size, name=name)
+    kept, _ = quantize_blockwise(weight, block_size=block_size, scale_inv=divisors(scale_inv), name=name)
+    changed = torch.ones_like(scale_inv, dtype=torch.bool)
+    for dtype in possible_roundings(weight.dtype):
+        # unchecked: codes of finite values, and scales that have just been checked
+        decoded = dequantize_blockwise(kept, scale_inv, block_size=block_size, dtype=dtype, check_values=False)
+        decoded = decoded.to(weight.dtype)
+        if torch.equal(decoded, weight):
+            return kept, scale_inv
+        changed &= _blocks(decoded != weight, block_size).any(-1).any(-2)
+    fresh, fresh_scales = quantize_blockwise(weight, block_size=block_size, scale_fmt=scale_fmt, name=name)
     if changed.all():
         return fresh, fresh_scales
     old, new = (_blocks(codes.view(torch.uint8), block_size) for codes in (kept, fresh))

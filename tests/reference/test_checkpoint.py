@@ -73,7 +73,11 @@ def test_the_header_written_out_above_is_expected_and_nothing_else():
         CONFIG, Dialect.HF_DISK
     )
     for name, (dtype, _) in GOOD.items():
-        one_of = (dtype,) if dtype == FP8 or name.endswith("_scale_inv") else (BFLOAT16, FLOAT16, FLOAT32)
+        one_of = (BFLOAT16, FLOAT16, FLOAT32)
+        if dtype == FP8:
+            one_of = (dtype,)
+        elif name.endswith("_scale_inv"):
+            one_of = (FLOAT32, BFLOAT16, FLOAT16, torch.float8_e8m0fnu)
         assert expected[name].dtypes == one_of, name
     assert problems(GOOD, CONFIG) == []
     check_tensors(GOOD, CONFIG)
@@ -143,11 +147,15 @@ ONE_PROBLEM: dict[str, tuple[list[str], Header, str]] = {
         {"lm_head.weight": (FP8, (50, 200))},
         "lm_head.weight: found dtype float8_e4m3fn, expected bfloat16 or float16 or float32; ",
     ),
-    "scale in bfloat16": (
-        [],
-        {f"{ATTENTION}o_proj.weight_scale_inv": (BFLOAT16, (2, 3))},
-        f"{ATTENTION}o_proj.weight_scale_inv: found dtype bfloat16, expected float32; ",
-    ),
+    **{
+        f"scale in {dtype}": (
+            [],
+            {f"{ATTENTION}o_proj.weight_scale_inv": (dtype, (2, 3))},
+            f"{ATTENTION}o_proj.weight_scale_inv: found dtype {str(dtype).removeprefix('torch.')}, expected float32 or "
+            "bfloat16 or float16 or float8_e8m0fnu; store the scales as float32",
+        )
+        for dtype in (torch.float64, FP8, torch.float8_e5m2, torch.uint8, torch.int32)
+    },
     "wrong shape": (
         [],
         {f"{ATTENTION}k_norm.weight": (BFLOAT16, (50,))},
@@ -202,6 +210,13 @@ def test_every_dtype_that_training_writes_is_accepted_for_plain_tensors():
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         plain = {name: (dtype, shape) for name, (d, shape) in GOOD.items() if d != FP8 and not name.endswith("_inv")}
         assert problems(GOOD | plain, CONFIG) == []
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("every", [2, 1], ids=["some", "all"])
+def test_every_dtype_of_scales_that_float32_holds_is_accepted(dtype, every):
+    scales = [name for name in GOOD if name.endswith("_scale_inv")][::every]
+    assert problems(GOOD | {name: (dtype, GOOD[name][1]) for name in scales}, CONFIG) == []
 
 
 # ------------------------------------------------------------------------------------------------- MTP

@@ -222,6 +222,13 @@ def read_quantization(**changes) -> QuantizationConfig:
         ({"quant_method": ...}, "quantization_config has no quant_method; expected 'fp8'"),
         ({"quant_method": "gptq"}, "quantization_config: quant_method is 'gptq', but only 'fp8' is supported"),
         ({"fmt": "e5m2"}, "quantization_config: fmt is 'e5m2', but only 'float8_e4m3fn' or 'e4m3'"),
+        *(
+            (
+                {"scale_fmt": value},
+                f"quantization_config: scale_fmt is {value!r}, but only 'float' or 'ue8m0'",
+            )
+            for value in ("e8m0", "UE8M0", "fp8", "", 0, ["ue8m0"], {})
+        ),
         ({"activation_scheme": "static"}, "quantization_config: activation_scheme is 'static', but only 'dynamic'"),
         ({"weight_block_size": [1, 128]}, "must be two equal sizes such as [128, 128], found [1, 128]"),
         ({"weight_block_size": [128]}, "must be two equal sizes such as [128, 128], found [128]"),
@@ -240,4 +247,8 @@ def test_quantization_section():
     assert read(modules_to_not_convert=["gate"]).modules_to_not_convert == ("gate",)
     assert read(modules_to_not_convert=[]).modules_to_not_convert == ()
     assert read(modules_to_not_convert=...) == QuantizationConfig()
+    for absent in (..., None, "float"):
+        assert read(scale_fmt=absent) == QuantizationConfig(scale_fmt="float")
+    assert read(scale_fmt="ue8m0") == QuantizationConfig(scale_fmt="ue8m0")
+    assert read(scale_fmt="ue8m0", modules_to_not_convert=...).scale_fmt == "ue8m0"
     assert read(fmt=..., activation_scheme=...) == QuantizationConfig()

@@ -9,7 +9,13 @@ from support.checks import without_type_checks
 from support.oracles import BFLOAT16, FLOAT32
 
 from reference import fp8
-from reference.fp8 import FP8, check_scale_grid, dequantize_blockwise, quantize_blockwise
+from reference.fp8 import (
+    FP8,
+    check_scale_grid,
+    dequantize_blockwise,
+    float32_scales,
+    quantize_blockwise,
+)
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 SHAPE = (300, 200)  # in blocks of 128: a grid of 3 x 2
@@ -68,7 +74,7 @@ def test_wrong_grids_are_value_errors_without_the_hook(function, weight, found, 
         FUNCTIONS[function](torch.zeros(weight), torch.ones(found), without_type_checks("reference.fp8"))
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0.0", "-0.0", "-0.5"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.0", "-0.5"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_scale_that_is_not_finite_and_positive(function, value):
     scale = torch.full((3, 2), 0.1)
@@ -76,6 +82,33 @@ def test_a_scale_that_is_not_finite_and_positive(function, value):
     message = f"{NAME}_scale_inv: scale of block [1, 1] is {value}, expected a finite positive number (1 bad of 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
         FUNCTIONS[function](torch.zeros(SHAPE), scale)
+
+
+@pytest.mark.parametrize("where", [(200, 130), (128, 128), (255, 199)])
+@pytest.mark.parametrize("value", [2.0**-9, -448.0])  # the least code and the greatest
+@pytest.mark.parametrize("function", ["dequantize", "quantize"])
+def test_a_scale_of_zero_over_a_value(function, value, where):
+    weight, scale = torch.zeros(SHAPE), torch.full((3, 2), 0.1)
+    weight[where], scale[1, 1] = value, 0.0
+    scale[2, 0] = 0.0  # over zeros
+    message = f"{NAME}_scale_inv: scale of block [1, 1] is 0.0, expected a finite positive number (1 bad of 6), or 0"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FUNCTIONS[function](weight, scale)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_scale_of_zero_over_nan(code):
+    weight = torch.zeros(SHAPE, dtype=torch.uint8)
+    weight[299, 130] = code
+    with pytest.raises(ValueError, match=re.escape(f"{NAME}_scale_inv: scale of block [2, 1] is 0.0")):
+        dequantize_blockwise(weight.view(FP8), torch.zeros(3, 2), name=NAME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_of_a_dtype_that_is_not_known(dtype):
+    """Integers are bits of something, and float64 need not be exact in float32."""
+    with pytest.raises(ValueError, match=rf"{NAME}_scale_inv: found {dtype}, expected one of torch.float32, .*float32"):
+        float32_scales(torch.ones(3, 2).to(dtype), name=NAME)
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])

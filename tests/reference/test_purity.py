@@ -55,7 +55,13 @@ def calls(dtype: torch.dtype) -> dict:
         (attention.attention_block, (draw(*hidden), attention_weights, CONFIG), {"positions": positions}),
         (fp8.scale_grid, ((300, 200),), {}),
         (fp8.check_scale_grid, ((300, 200), (3, 2)), {}),
-        (fp8.check_scale_values, (scales,), {}),
+        (fp8.float32_scales, (scales.to(torch.bfloat16),), {}),
+        (fp8.zero_blocks, (codes,), {"block_size": 8, "row_offset": 3}),
+        (fp8.check_scale_values, (scales, torch.zeros(2, 2, dtype=torch.bool)), {}),
+        (fp8.are_powers_of_two, (torch.ones(2, 2),), {}),
+        (fp8.divisors, (scales,), {}),
+        (fp8.fresh_scales, (scales, "ue8m0"), {}),
+        (fp8.possible_roundings, (dtype,), {}),
         (fp8.check_codes, (codes,), {}),
         (fp8.dequantize_blockwise, (codes, scales), {"block_size": 8, "dtype": dtype}),
         (fp8.quantize_blockwise, (draw(10, 12),), {"block_size": 8}),
@@ -119,7 +125,8 @@ def test_arguments_are_not_changed(name, dtype):
 
 # No arithmetic on real numbers, or results of another dtype than the arguments by design (codes, scales, counts).
 NOT_REAL = {
-    "scale_grid", "check_scale_grid", "check_scale_values", "check_codes", "quantize_blockwise", "requantize_blockwise",
+    "scale_grid", "check_scale_grid", "float32_scales", "zero_blocks", "check_scale_values", "are_powers_of_two",
+    "divisors", "fresh_scales", "possible_roundings", "check_codes", "quantize_blockwise", "requantize_blockwise",
     "tokens_per_expert", "compute_dtype", "layer_weights", "embed",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import GATE, SCALE, W2, Q, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, GATE, SCALE, W2, Q, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
@@ -89,7 +89,17 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         setting(Q + SCALE, lambda s: torch.cat([s, s])),
         [Q + SCALE, "[6, 2]", "[3, 2]"],
     ),
-    "scales in bfloat16": (setting(Q + SCALE, torch.Tensor.bfloat16), [Q + SCALE, "bfloat16", "float32"]),
+    **{
+        f"scales in {dtype}": (
+            setting(Q + SCALE, lambda s, dtype=dtype: s.to(dtype)),
+            [Q + SCALE, f"found dtype {str(dtype).removeprefix('torch.')}", "store the scales as float32"],
+        )
+        for dtype in (torch.float64, torch.float8_e4m3fn, torch.uint8)
+    },
+    "unknown scale_fmt": (
+        config(quantization_config=EDGY_CONFIG["quantization_config"] | {"scale_fmt": "e5m3"}),
+        ["scale_fmt", "e5m3", "ue8m0"],
+    ),
     "scales without their tensor": (
         tensors(lambda t: t.update({"model.layers.0.mystery.weight_scale_inv": torch.ones(1, 1)})),
         ["model.layers.0.mystery.weight_scale_inv", "without their tensor"],

@@ -48,7 +48,7 @@ def test_importing_compiles_nothing():
 
 INTERPRETED = """
 import torch
-from compiled import kernels as kernels
+from compiled.fp8 import kernels
 from reference.fp8 import dequantize_blockwise, quantize_blockwise
 torch.manual_seed(0)
 for block, start, shape in ((128, (150, 70), (2, 300, 200)), (3, (4, 2), (1, 7, 10))):
@@ -63,6 +63,14 @@ for block, start, shape in ((128, (150, 70), (2, 300, 200)), (3, (4, 2), (1, 7, 
         each = [torch.empty(part.shape[1:]) for _ in part]
         kernels.launch(kernels.dequantize, part, operands[1], each, *operands[3:], torch.float32)
         assert torch.equal(torch.stack(each), whole[:, row:, col:]) and not damaged
+    weight = torch.randn(shape) * torch.exp2(torch.randint(-80, 80, (*shape[:2], 1)))
+    weight[0, 0, 0], weight[:, -block:, -block:] = 448.0, 0
+    for scale_fmt in ("float", "ue8m0"):
+        wanted, scales = quantize_blockwise(weight, block_size=block, scale_fmt=scale_fmt)
+        found, out = torch.zeros_like(scales), torch.zeros(shape, dtype=torch.uint8).view(wanted.dtype)
+        operands = weight, found, out, damaged, block, 0, 0, torch.float32
+        kernels.launch(kernels.quantize_afresh, *operands, powers_of_two=scale_fmt == "ue8m0")
+        assert torch.equal(found, scales) and not damaged
 scales[0, -1, -1] = torch.inf
 kernels.launch(kernels.dequantize, codes, scales, torch.empty(codes.shape), damaged, block, 0, 0, torch.float32)
 assert damaged

@@ -1,4 +1,6 @@
-"""compiled.fp8 decodes as reference.fp8 does, bit for bit: every code and scale, slices, views; and what it refuses."""
+"""compiled.fp8 decodes as reference.fp8 does, bit for bit: every code and scale, slices, views, scales of 0; and
+what it refuses.
+"""
 
 import pytest
 import torch
@@ -217,6 +219,50 @@ def test_refused(case, device):
     operands, options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         dequantize_blockwise(*(x.to(device) for x in operands), **options, name="w1")
+
+
+# --------------------------------------------------------------------------------------------- scales of 0 over zeros
+
+
+def over_zeros(shape: tuple[int, ...], block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales, every third of which is 0 over zeros of both signs."""
+    codes, scales = source(shape, block)
+    zero = (torch.arange(scales.numel()) % 3 == 0).view(scales.shape)
+    inside = zero.repeat_interleave(block, -2)[..., : shape[-2], :].repeat_interleave(block, -1)[..., : shape[-1]]
+    bits = codes.view(torch.uint8)
+    return torch.where(inside, bits & 0x80, bits).view(FP8), scales.masked_fill(zero, 0.0)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+@pytest.mark.parametrize("shape", [(64, 48), (3, 40, 27), (5, 7)])
+def test_a_scale_of_zero_over_zeros_is_the_references(shape, dtype, device):
+    codes, scales = over_zeros(shape, 16)
+    expected = reference.dequantize_blockwise(codes, scales, block_size=16, dtype=dtype)
+    for check in (True, False):
+        found = dequantize_blockwise(
+            codes.to(device), scales.to(device), block_size=16, dtype=dtype, check_values=check
+        )
+        assert same_bits(found, expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("rows", [(0, 64), (3, 40), (17, 31), (16, 17)])
+@pytest.mark.parametrize("cols", [(0, 64), (5, 64), (30, 34)])
+def test_a_slice_of_a_weight_with_scales_of_zero(rows, cols, device):
+    """Only what is in the slice is looked at; one value under a scale of 0 in it is an error."""
+    codes, scales = over_zeros((64, 64), 16)
+    area = slice(*rows), slice(*cols)
+    whole = reference.dequantize_blockwise(codes, scales, block_size=16)
+    here = sliced(codes.to(device), scales.to(device), *area, 16)
+    assert same_bits(dequantize_blockwise(**here), whole[area])
+    bits = codes.view(torch.uint8)
+    bits[rows[1] - 1, cols[1] - 1] = 1
+    scales[(rows[1] - 1) // 16, (cols[1] - 1) // 16] = 0.0
+    here = sliced(codes.to(device), scales.to(device), *area, 16)
+    last = [(stop - 1) // 16 - start // 16 for start, stop in (rows, cols)]
+    with pytest.raises(ValueError, match=rf"w1_scale_inv: scale of block \[{last[0]}, {last[1]}\] is 0.0"):
+        dequantize_blockwise(**here, name="w1")
 
 
 @on_each_device

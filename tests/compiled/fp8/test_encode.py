@@ -76,6 +76,60 @@ def test_fresh_scales_of_blocks_of_every_size(dtype, device):
     assert same_bits(found_codes, codes)
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+def test_powers_of_two_are_the_references(dtype, device):
+    """Blocks on, just below and just above 448 * 2^n for all n; blocks of zeros, and of the least numbers there are."""
+    block, powers = 4, torch.arange(-157, 119).view(12, 23)
+    amax = (448 * torch.exp2(powers.double())).to(dtype)
+    beside = [torch.nextafter(amax, torch.full_like(amax, to)) for to in (-torch.inf, torch.inf)]
+    amax = torch.cat([amax, *beside]).abs()
+    amax[0, :2], amax[1, 0] = 0, 2.0**-149
+    weight = torch.rand(amax.shape[0] * block, amax.shape[1] * block, generator=torch.Generator().manual_seed(0))
+    weight = (weight.to(dtype) - 0.5) * amax.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    weight[1::block, 2::block] = -amax
+    codes, scales = reference.quantize_blockwise(weight, block_size=block, scale_fmt="ue8m0")
+    assert len(scales.unique()) > 200
+    found_codes, found_scales = quantize_blockwise(weight.to(device), block_size=block, scale_fmt="ue8m0")
+    assert same_bits(found_scales, scales)
+    assert same_bits(found_codes, codes)
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((300, 200), BF16), ((3, 136, 256), BF16), ((300, 200), F32), ((1, 1), F32), ((0, 4), BF16)]
+)
+def test_powers_of_two_for_every_shape(shape, dtype, device):
+    weight = weights(shape, dtype)
+    codes, scales = reference.quantize_blockwise(weight, scale_fmt="ue8m0")
+    found_codes, found_scales = quantize_blockwise(weight.to(device), scale_fmt="ue8m0")
+    assert same_bits(found_scales, scales)
+    assert same_bits(found_codes, codes)
+    given_scales = scales * 0.3  # the format is that of fresh scales
+    codes, _ = reference.quantize_blockwise(weight, scale_inv=given_scales)
+    found_codes, _ = quantize_blockwise(weight.to(device), scale_inv=given_scales.to(device), scale_fmt="ue8m0")
+    assert same_bits(found_codes, codes)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+@pytest.mark.parametrize("shape", [(40, 24), (2, 20, 33)])
+def test_zeros_on_a_scale_of_zero(shape, dtype, device):
+    """Codes of 0 with the values' signs; a value there is an error; and other blocks are as ever."""
+    weight = weights(shape, dtype)
+    weight[..., :16, :16] = 0
+    weight[..., 3:9, :16] = -0.0
+    _, scales = reference.quantize_blockwise(weight, block_size=16)
+    scales[..., 0, 0] = 0
+    codes, _ = reference.quantize_blockwise(weight, block_size=16, scale_inv=scales)
+    found_codes, found_scales = quantize_blockwise(weight.to(device), block_size=16, scale_inv=scales.to(device))
+    assert same_bits(found_codes, codes)
+    assert same_bits(found_scales, scales)
+    weight[..., 15, 15] = 2.0**-100
+    with pytest.raises(ValueError, match=r"w1_scale_inv: scale of block \[.*0, 0\] is 0.0"):
+        quantize_blockwise(weight.to(device), block_size=16, scale_inv=scales.to(device), name="w1")
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_a_stack_is_encoded_some_rows_at_a_time(dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_ENCODED_AT_ONCE", 7 * 200)

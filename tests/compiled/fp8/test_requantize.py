@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.fp8_cases import on_each_device
 from torch import Tensor
 
 from compiled.fp8 import requantize_blockwise
@@ -82,14 +83,17 @@ CHANGES = (
 )
 
 
-def assert_the_reference(weight: Tensor, scales: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    codes, found = requantize_blockwise(weight, scales, block_size=block_size)
-    wanted_codes, wanted = reference.requantize_blockwise(weight, scales, block_size=block_size)
+def assert_the_reference(
+    weight: Tensor, scales: Tensor, *, block_size: int = BLOCK, scale_fmt: str = "float", device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    options = {"block_size": block_size, "scale_fmt": scale_fmt}
+    codes, found = requantize_blockwise(weight.to(device), scales.to(device), **options)
+    wanted_codes, wanted = reference.requantize_blockwise(weight, scales, **options)
     assert (codes.dtype, codes.shape) == (wanted_codes.dtype, wanted_codes.shape)
     assert codes.is_contiguous()
-    assert torch.equal(codes.view(torch.uint8), wanted_codes.view(torch.uint8))
-    assert torch.equal(found, wanted)
-    return codes, found
+    assert torch.equal(codes.cpu().view(torch.uint8), wanted_codes.view(torch.uint8))
+    assert torch.equal(found.cpu(), wanted)
+    return codes.cpu(), found.cpu()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -128,6 +132,53 @@ def test_a_stack_whose_matrices_share_memory() -> None:
     assert_the_reference(weight.expand(2, -1, -1), scales.expand(2, -1, -1))
 
 
+@on_each_device
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_scales_of_zero(scale_fmt: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+    """Kept over zeros of either sign, replaced over anything else."""
+    codes, scales, weight = source(shape, dtype)
+    weight[..., :BLOCK, :BLOCK] = 0.0
+    weight[..., 1, :BLOCK] = -0.0
+    scales = scales.clone()
+    scales[..., 0, 0] = 0.0
+    codes, found = assert_the_reference(weight, scales, scale_fmt=scale_fmt, device=device)
+    assert torch.equal(found, scales)
+    assert codes.view(torch.uint8)[..., 1, 0].unique().tolist() == [0x80]
+    weight[..., 0, 0] = 3.0
+    _, found = assert_the_reference(weight, scales, scale_fmt=scale_fmt, device=device)
+    assert (found[..., 0, 0] == (2.0**-7 if scale_fmt == "ue8m0" else torch.tensor(3.0) / 448)).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_blocks_that_changed_get_powers_of_two(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+    for change in CHANGES:
+        _, scales, weight = source(shape, dtype)
+        change(weight)
+        _, found = assert_the_reference(weight, scales, scale_fmt="ue8m0", device=device)
+        assert (torch.frexp(found[found != scales]).mantissa == 0.5).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_float32_weight_that_was_bfloat16(change, shape: tuple[int, ...], device: str) -> None:
+    """Untouched, or touched in some blocks; the first block is the source's in float32, where there are several."""
+    codes, scales, weight = source(shape, BF16)
+    exact = reference.dequantize_blockwise(codes, scales, block_size=BLOCK, dtype=F32)
+    weight = weight.float()
+    if scales.numel() > 1:
+        weight[..., :BLOCK, :BLOCK] = exact[..., :BLOCK, :BLOCK]
+    change(weight)
+    found_codes, found = assert_the_reference(weight, scales, device=device)
+    if change is nothing:
+        assert torch.equal(found, scales)
+        assert torch.equal(found_codes.view(torch.uint8), codes.view(torch.uint8))
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4)])
 def test_nothing_at_all(shape: tuple[int, ...]) -> None:
     scales = torch.ones(reference.scale_grid(shape, BLOCK))
@@ -153,5 +204,6 @@ def test_scales_of_another_weight_are_refused() -> None:
     _, scales, weight = source((BLOCK, BLOCK), BF16)
     with pytest.raises(ValueError, match=r"w2_scale_inv: found a grid of \[1, 2\]"):
         requantize_blockwise(weight, scales.repeat(1, 2), block_size=BLOCK, name="w2")
-    with pytest.raises(ValueError, match=r"w2_scale_inv: scale of block \[0, 0\] is 0.0"):
-        requantize_blockwise(weight, scales * 0, block_size=BLOCK, name="w2")
+    for bad in (-0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"w2_scale_inv: scale of block \[0, 0\] is {bad}"):
+            requantize_blockwise(weight, torch.full_like(scales, bad), block_size=BLOCK, name="w2")
