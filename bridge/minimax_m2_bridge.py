@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.hub import checkpoint_folder
-from bridge.huggingface.quantization import target_config
+from bridge.huggingface.quantization import Quantization, StoragePlan, storage_plan
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
@@ -187,12 +187,12 @@ class MiniMaxM2Bridge:
         for what, (found, allowed) in choices.items():
             if found not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, found {found!r}")
-        quantized = dtype == "fp8" or (dtype == "source" and self.config.quantization is not None)
-        target, _ = self._target_config("fp8" if quantized else None)
+        quantized = dtype == "fp8" or (dtype == "source" and bool(self.checkpoint.quantized))
+        storage = self._storage_plan("fp8" if quantized else "none")
         sharded = sharded_model(model, self.config)
         return export_weights(
             sharded,
-            WeightEncoder(self.checkpoint, target, sharded.dtypes, scales),
+            WeightEncoder(self.checkpoint, storage, sharded.dtypes, scales),
             to,
             device=device,
             progress=progress,
@@ -229,12 +229,13 @@ class MiniMaxM2Bridge:
         if quantization not in ("fp8", None):
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
         check_apart(out, [self.checkpoint.files.folder])  # its scales are still needed
-        target, config_json = self._target_config(quantization)
+        storage = self._storage_plan(quantization or "none")
+        unchanged = storage.config_json == self.checkpoint.files.config_json
         save_weights(
             sharded_model(model, self.config),
             self.checkpoint,
-            target,
-            config_json,
+            storage,
+            self.checkpoint.files.folder / CONFIG_NAME if unchanged else storage.config_json,
             out,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
@@ -246,10 +247,5 @@ class MiniMaxM2Bridge:
         source = {"source": self.checkpoint.files.versions, "config.json": self.checkpoint.files.config_json}
         check_same_on_all_ranks(source | arguments)
 
-    def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | Path]:
-        """The config of what is written: the source's own file, unless it gains or loses its quantisation."""
-        raw = self.checkpoint.files.config_json
-        written = target_config(raw, quantization or "none")
-        if written == raw:
-            return self.config, self.checkpoint.files.folder / CONFIG_NAME
-        return ModelConfig.from_hf(written), written
+    def _storage_plan(self, quantization: Quantization) -> StoragePlan:
+        return storage_plan(self.checkpoint.files.config_json, quantization, self.checkpoint.quantized)

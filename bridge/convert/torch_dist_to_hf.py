@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
-from bridge.huggingface.quantization import Quantization, stored_tensors, target_config
+from bridge.huggingface.quantization import Quantization, StoragePlan, storage_plan
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
@@ -28,8 +28,7 @@ from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
-from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX, is_mtp
-from reference.config import ModelConfig
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.dist_checkpoint import Entry
 from reference.fp8 import FP8
 
@@ -73,7 +72,7 @@ class _Export(NamedTuple):
     job: ExportJob
     megatron: MegatronCheckpoint
     source: HuggingFaceCheckpoint | None
-    config: ModelConfig  # of what is written
+    storage: StoragePlan
     config_json: dict[str, Any] | Path
     carried: dict[str, Path]
     entries: dict[str, Entry]  # by the first on-disk tensor
@@ -149,27 +148,28 @@ def _open(job: ExportJob) -> _Export:
     versions = _versions(megatron, source)
     if job.versions and versions != job.versions:
         raise ValueError(f"{job.megatron}: its files, or the source's, changed since the export began; start again")
-    if job.quantization == "fp8" and job.scales == "source" and (source is None or source.config.quantization is None):
+    if job.quantization == "fp8" and job.scales == "source" and not (source and source.quantized):
         raise ValueError(
             f"{job.megatron}: scales 'source' needs the FP8 checkpoint that the weights came from; give source, or ask "
             "for fresh scales"
         )
     folder = source.files.folder if source else beside(megatron.files)
     raw = read_object(folder / CONFIG_NAME)
-    written = target_config(raw, job.quantization)
-    config = ModelConfig.from_hf(written)
-    groups = [_group(entry, megatron, source, config) for entry in megatron.entries]
-    if source is not None:
-        groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in source.mtp_tensors]
+    storage = storage_plan(raw, job.quantization, source.quantized if source else frozenset())
+    groups = [_group(entry, megatron, source, storage) for entry in megatron.entries]
+    kept = [] if source is None else source.carried_tensors
+    groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in kept]
+    files = plan_files(groups, max_shard_bytes=job.max_shard_bytes)
+    storage.check(files, set(kept))
     return _Export(
         job._replace(versions=versions),
         megatron,
         source,
-        config,
-        folder / CONFIG_NAME if written == raw else written,
+        storage,
+        folder / CONFIG_NAME if storage.config_json == raw else storage.config_json,
         {str(path): folder / path for path in carried_files(folder)},
         {entry.parameter.sources[0]: entry for entry in megatron.entries},
-        plan_files(groups, max_shard_bytes=job.max_shard_bytes),
+        files,
     )
 
 
@@ -181,7 +181,7 @@ def _versions(megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None
 
 
 def _group(
-    entry: Entry, megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None, config: ModelConfig
+    entry: Entry, megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None, storage: StoragePlan
 ) -> dict[str, TensorPlan]:
     """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
     group: dict[str, TensorPlan] = {}
@@ -191,7 +191,7 @@ def _group(
                 f"{entry.key}: found {dtype} in {megatron.files.folder}, expected one of "
                 f"{', '.join(map(str, PLAIN_DTYPES))}; save the model's weights as floating-point numbers"
             )
-        group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
+        group |= storage.stored_tensors(name, megatron.shape(name), (source or megatron).dtype(name))
     return group
 
 
@@ -216,12 +216,13 @@ class _Tally:
 
     def __init__(self, opened: _Export):
         self._opened = opened
+        self._carried = set(opened.source.carried_tensors) if opened.source else set()
         self.count = _Count(0, 0, "", 0.0)
 
     def tensors(self, file: FilePlan) -> Iterator[tuple[str, Tensor]]:
         opened = self._opened
         for name, wanted in file.tensors.items():
-            if is_mtp(name, opened.config):
+            if name in self._carried:
                 assert opened.source is not None
                 yield name, opened.source.files.read(name)
             elif wanted.dtype == FP8:
@@ -241,9 +242,7 @@ class _Tally:
             yield name, self._opened.megatron.read_rows(entry, start, min(start + band, rows)).to(wanted.dtype)
 
     def _encode(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        config, source = self._opened.config, self._opened.source
-        assert config.quantization is not None
-        size = config.quantization.block_size
+        source, size = self._opened.source, self._opened.storage.config.block_size
         decode = partial(dequantize_blockwise, block_size=size, dtype=weight.dtype, name=name)
         if source is not None and source.dtype(name) == FP8 and self._opened.job.scales == "source":
             codes, scale_inv = source.stored(name)

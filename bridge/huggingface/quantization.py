@@ -1,16 +1,24 @@
-"""What a written checkpoint's config.json says, and the dtype each of its tensors has."""
+"""How a written checkpoint stores its weights: what its config.json says, and which of its weights are float8.
 
-from typing import Any, Literal
+Where the source has float8 weights, these are float8 again and no others are; else config.json's rule decides
+(`reference.quantization`). The source's own section of config.json is written back as it is.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from bridge.huggingface.writer import TensorPlan
-from reference.checkpoint import SCALE_SUFFIX, is_quantized
+from bridge.huggingface.writer import FilePlan, TensorPlan
+from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig, QuantizationConfig
 from reference.fp8 import FP8, scale_grid
+from reference.quantization import quantized_names
 
 Quantization = Literal["fp8", "none"]
 
+SECTION = "quantization_config"
 FP8_SECTION: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "float8_e4m3fn",
@@ -20,27 +28,71 @@ FP8_SECTION: dict[str, Any] = {
 }
 
 
-def target_config(raw: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
-    """A config.json for weights stored with or without quantisation: the same object unless it has to differ.
+class StoragePlan(NamedTuple):
+    """How a checkpoint is written: config.json (as given, unless it has to differ), and the names of float8 weights."""
+
+    quantization: Quantization  # what was asked for
+    config_json: dict[str, Any]
+    config: ModelConfig
+    quantized: frozenset[str]
+
+    def stored_tensors(self, name: str, shape: tuple[int, ...], plain_dtype: torch.dtype) -> dict[str, TensorPlan]:
+        """A weight as it goes on disk: float8 and its scales where it is quantised, else `plain_dtype`."""
+        if name not in self.quantized:
+            return {name: TensorPlan(torch.bfloat16 if plain_dtype == FP8 else plain_dtype, shape)}
+        grid = scale_grid(shape, self.config.block_size)
+        return {name: TensorPlan(FP8, shape), name + SCALE_SUFFIX: TensorPlan(torch.float32, grid)}
+
+    def check(self, files: Iterable[FilePlan], carried: Collection[str]) -> None:
+        """What is about to be written is what was asked for: some float8, or none; `carried` tensors do not count.
+
+        Raises:
+            ValueError: it is not.
+        """
+        planned = {name for file in files for name, plan in file.tensors.items() if plan.dtype == FP8}
+        if bool(planned.difference(carried)) != (self.quantization == "fp8"):
+            raise ValueError(
+                f"quantization {self.quantization!r} was asked for, and {len(planned)} weights would be float8"
+            )
+
+
+def storage_plan(
+    config_json: dict[str, Any], quantization: Quantization, in_source: frozenset[str] = frozenset()
+) -> StoragePlan:
+    """How to write a checkpoint that comes from one with this config.json and these float8 weights.
 
     Raises:
-        ValueError: `quantization` is neither "fp8" nor "none".
+        ValueError: `quantization` is neither "fp8" nor "none", or it is "fp8" and config.json excludes every weight.
     """
     if quantization not in ("fp8", "none"):
         raise ValueError(f"quantization must be 'fp8' or 'none', found {quantization!r}")
-    if (quantization == "fp8") == ("quantization_config" in raw):
-        return raw
-    if quantization == "fp8":
-        return raw | {"quantization_config": FP8_SECTION}
-    return {key: value for key, value in raw.items() if key != "quantization_config"}
+    has_section = bool(config_json.get(SECTION))
+    if quantization == "none":
+        without = {key: value for key, value in config_json.items() if key != SECTION}
+        written = without if has_section else config_json
+        return StoragePlan(quantization, written, ModelConfig.from_hf(written), frozenset())
+    written = config_json if has_section else config_json | {SECTION: FP8_SECTION}
+    config = ModelConfig.from_hf(written)
+    by_rule = quantized_names(config) if not (in_source and has_section) else frozenset()
+    quantized = in_source or by_rule
+    if not has_section and quantized != by_rule:
+        written = config_json | {SECTION: FP8_SECTION | {"modules_to_not_convert": _excluding(config, quantized)}}
+        config = ModelConfig.from_hf(written)
+    if not quantized:
+        raise ValueError(
+            f"float8 was asked for, and {SECTION}.modules_to_not_convert excludes every weight; shorten the list, or "
+            "ask for bfloat16"
+        )
+    return StoragePlan(quantization, written, config, quantized)
 
 
-def stored_tensors(
-    name: str, shape: tuple[int, ...], target: ModelConfig, plain_dtype: torch.dtype
-) -> dict[str, TensorPlan]:
-    """A weight as it goes on disk: float8 and its scales where `target` quantises it, else `plain_dtype`."""
-    if not is_quantized(name, target):
-        return {name: TensorPlan(torch.bfloat16 if plain_dtype == FP8 else plain_dtype, shape)}
-    assert target.quantization is not None
-    grid = scale_grid(shape, target.quantization.block_size)
-    return {name: TensorPlan(FP8, shape), name + SCALE_SUFFIX: TensorPlan(torch.float32, grid)}
+def _excluding(config: ModelConfig, quantized: frozenset[str]) -> list[str]:
+    """A list of modules under which the rule quantises what the source has as float8, and nothing else."""
+    usual = QuantizationConfig().modules_to_not_convert
+    kept = [module for module in usual if not any(is_excluded(_module(name), (module,)) for name in quantized)]
+    every = replace(config, quantization=QuantizationConfig(modules_to_not_convert=tuple(kept)))
+    return kept + sorted(_module(name) for name in quantized_names(every) - quantized)
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")

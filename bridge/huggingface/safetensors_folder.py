@@ -101,6 +101,11 @@ class SafetensorsFolder:
         self.metadata: dict[str, Any] = index.get("metadata", {})
 
     @property
+    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) by name."""
+        return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 

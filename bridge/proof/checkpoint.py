@@ -24,8 +24,8 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers."""
+    def carried_tensors(self) -> list[str]:
+        """Tensors that are not the model's: of multi-token-prediction layers, and those that nothing needs."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:

@@ -39,8 +39,8 @@ class MegatronCheckpoint:
         self._parameter = lru_cache(maxsize=1)(self._read_parameter)  # q, k, v and w1, w3 come one after the other
 
     @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers: none here."""
+    def carried_tensors(self) -> list[str]:
+        """Tensors that are not the model's: none here."""
         return []
 
     def dtype(self, name: str) -> torch.dtype:
