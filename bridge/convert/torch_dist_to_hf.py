@@ -52,7 +52,8 @@ class ExportSummary(NamedTuple):
 
     `identical` ones have the source's bytes; `requantised` ones do not, and `worst` is the one whose decoded value
     differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight. Both
-    counts are None where another process with the same job finished while this one waited.
+    counts are None where another process with the same job finished while this one waited. `notes` says what lies in
+    the source and is not read.
     """
 
     tensors: int
@@ -64,6 +65,7 @@ class ExportSummary(NamedTuple):
     requantised: int | None
     worst: str
     worst_error: float
+    notes: tuple[str, ...]
 
 
 class _Export(NamedTuple):
@@ -135,6 +137,7 @@ def _summary(opened: _Export, counts: "list[_Count] | None", *, reused: int) -> 
         requantised=sum(count.requantised for count in counts) if known else None,
         worst=worst.worst,
         worst_error=worst.worst_error,
+        notes=tuple(opened.source.files.notes) if opened.source else (),
     )
 
 

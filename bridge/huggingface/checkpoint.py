@@ -35,6 +35,11 @@ class HuggingFaceCheckpoint:
         """Tensors that no megatron-core model holds, which go into the next checkpoint as they are."""
         return [*self.mtp_tensors, *self.unneeded_tensors]
 
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read."""
+        return self.files.notes
+
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""
         return self.files.tensors[name].dtype

@@ -28,6 +28,11 @@ class Checkpoint(Protocol):
         """Tensors that are not the model's: of multi-token-prediction layers, and those that nothing needs."""
         ...
 
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read."""
+        ...
+
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""
         ...

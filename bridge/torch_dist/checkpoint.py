@@ -43,6 +43,11 @@ class MegatronCheckpoint:
         """Tensors that are not the model's: none here."""
         return []
 
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read: nothing that this says."""
+        return []
+
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""
         return self.files.dtype(self._homes[name].key)

@@ -114,7 +114,7 @@ def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) ->
 
 
 def _with_carried(mine: list[FilePlan], stream: Named, checkpoint: HuggingFaceCheckpoint) -> Named:
-    """The tensors of this rank's files in order: those that are not the model's from the source, others of the stream."""
+    """The tensors of this rank's files in order: what is not the model's from the source, the rest of the stream."""
     carried = set(checkpoint.carried_tensors)
     for file in mine:
         for name in file.tensors:
