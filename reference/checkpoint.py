@@ -21,6 +21,7 @@ from reference.findings import Findings
 from reference.fp8 import FP8, scale_grid
 from reference.names import SCALE_SUFFIX
 from reference.quantization import is_quantized
+from reference.stacked import View, resolve, unstack
 from reference.unexpected import describe
 from reference.weights import TABLE, Dialect, Row, Scope, instances
 
@@ -68,45 +69,30 @@ class Contents(NamedTuple):
     """What a checkpoint's header holds, and what is wrong with it.
 
     `quantized` are the weights that are stored as float8; `mtp` and `unneeded` are the tensors that are not the model's
-    (`reference.extras`); each of the `problems` names a tensor and a remedy.
+    (`reference.extras`); `views` are weights that lie inside stacked tensors (`reference.stacked`); each of the
+    `problems` names a tensor and a remedy.
     """
 
     quantized: frozenset[str]
     mtp: list[str]
     unneeded: list[str]
+    views: dict[str, View]
     problems: list[str]
 
 
 def contents(found: Header, config: ModelConfig) -> Contents:
-    """Judge a checkpoint by its header: (dtype, shape) by name."""
-    quantized: set[str] = set()
-    known: set[str] = set()
-    missing, damaged, unexpected = Findings(), Findings(), Findings()
+    """Judge a checkpoint by its header: (dtype, shape) by name, of the released names or of those in memory."""
+    unexpected = Findings()
+    stacked = unstack(found, config, unexpected)
+    found = resolve(found, stacked)
+    weights = _Weights(set(), set(), Findings(), Findings())
     for row in TABLE:
-        for part, shape in enumerate(row.shapes(config)):
-            spec = _Spec(shape, scale_grid(shape, config.block_size) if len(shape) == 2 else None)
-            absent, present = 0, 0
-            for name in _names(row, part, config):
-                scale_name = name + SCALE_SUFFIX
-                known.add(name)
-                known.add(scale_name)
-                stored = found.get(name)
-                if stored is None:
-                    absent += 1
-                    missing.add((row, part), name, _MISSING)
-                    if absent > len(found) + _MANY:  # a wrong config.json may ask for any number of layers
-                        missing.count((row, part), _instances(row, config) - present - absent)
-                        break
-                    continue
-                present += 1
-                if stored[0] == FP8:
-                    quantized.add(name)
-                if complaint := _complaint(name, stored, found.get(scale_name), spec):
-                    damaged.add((row, part, complaint.what), complaint.name, complaint.text)
-    extras = find_extras((name for name in found if name not in known), config)
+        for part in range(len(row.axes)):
+            _judge(row, part, found, config, weights if row not in stacked.wrong else weights.without_findings())
+    extras = find_extras((name for name in found if name not in weights.known), config)
     renamed = describe(extras, found, config, unexpected)
-    lines = [*unexpected.lines, *([] if renamed else missing.lines), *damaged.lines]
-    return Contents(frozenset(quantized), extras.mtp, extras.unneeded, lines)
+    lines = [*unexpected.lines, *([] if renamed else weights.missing.lines), *weights.damaged.lines]
+    return Contents(frozenset(weights.quantized), extras.mtp, extras.unneeded, stacked.views, lines)
 
 
 def problems(found: Header, config: ModelConfig) -> list[str]:
@@ -129,6 +115,43 @@ def check_tensors(found: Header, config: ModelConfig) -> Contents:
 
 _MISSING = "missing from the checkpoint; fetch it again, or correct the sizes in config.json"
 _MANY = 1000
+
+
+class _Weights(NamedTuple):
+    """What is found out about the model's own weights; `known` are their names and their scales'."""
+
+    known: set[str]
+    quantized: set[str]
+    missing: Findings
+    damaged: Findings
+
+    def without_findings(self) -> "_Weights":
+        """The same names, and findings of which nothing is said."""
+        return self._replace(missing=Findings(), damaged=Findings())
+
+
+def _judge(row: Row, part: int, found: Header, config: ModelConfig, weights: _Weights) -> None:
+    """Compare one part of a row, in all layers and experts, with what is there."""
+    shape = row.shapes(config)[part]
+    spec = _Spec(shape, scale_grid(shape, config.block_size) if len(shape) == 2 else None)
+    present = absent = 0
+    for name in _names(row, part, config):
+        scale_name = name + SCALE_SUFFIX
+        weights.known.add(name)
+        weights.known.add(scale_name)
+        stored = found.get(name)
+        if stored is None:
+            absent += 1
+            weights.missing.add((row, part), name, _MISSING)
+            if absent > len(found) + _MANY:  # a wrong config.json may ask for any number of layers
+                weights.missing.count((row, part), _instances(row, config) - present - absent)
+                return
+            continue
+        present += 1
+        if stored[0] == FP8:
+            weights.quantized.add(name)
+        if complaint := _complaint(name, stored, found.get(scale_name), spec):
+            weights.damaged.add((row, part, complaint.what), complaint.name, complaint.text)
 
 
 class _Spec(NamedTuple):

@@ -28,6 +28,7 @@ class HuggingFaceCheckpoint:
         self.files = files if isinstance(files, SafetensorsFolder) else SafetensorsFolder(files)
         self.config = ModelConfig.from_hf(self.files.config_json)
         held = check_tensors(self.files.header, self.config)
+        self.files.add_views(held.views)
         self.quantized, self.mtp_tensors, self.unneeded_tensors = held.quantized, held.mtp, held.unneeded
 
     @property

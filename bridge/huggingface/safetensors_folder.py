@@ -17,7 +17,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,7 @@ from torch import Tensor
 from bridge.huggingface.regular_files import file_inside, regular_file, stays_inside
 from bridge.huggingface.safetensors_header import TensorInfo, header_length, read_header
 from bridge.huggingface.scatter_read import Read, scatter_read
+from reference.stacked import View
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,6 +89,18 @@ class SafetensorsFolder:
     def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """(dtype, shape) by name."""
         return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+
+    def add_views(self, views: Mapping[str, View]) -> None:
+        """Put the names of tensors that lie inside others into `tensors`, in the place of those that they lie in."""
+        if not views:
+            return
+        inside: dict[str, dict[str, TensorInfo]] = {}
+        for name, view in views.items():
+            whole = self.tensors[view.source]
+            offset = whole.offset + view.start * whole.dtype.itemsize
+            inside.setdefault(view.source, {})[name] = TensorInfo(whole.dtype, view.shape, whole.file, offset)
+        parts = (inside.get(name, {name: info}) for name, info in self.tensors.items())
+        self.tensors = {name: info for part in parts for name, info in part.items()}
 
     @property
     def nbytes(self) -> int:

@@ -40,6 +40,7 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         ),
         ("quantisation", _quantisation(config, held)),
         ("MTP layers", f"{len(held.mtp)} tensors, carried unchanged" if held.mtp else "none in the files"),
+        *([("stacked", _stacked(held))] if held.views else []),
         *([("not needed", _unneeded(held))] if held.unneeded else []),
         (
             "files",
@@ -61,6 +62,13 @@ def _quantisation(config: ModelConfig, held: Contents) -> str:
     said = f"config.json excludes {excluded}" if section else "config.json has no quantization_config"
     size = config.block_size
     return f"{len(held.quantized):,} weights in float8_e4m3fn, in blocks of {size}x{size}; {said}"
+
+
+def _stacked(held: Contents) -> str:
+    stacks = {view.source for view in held.views.values()}
+    return (
+        f"{len(stacks)} tensors as transformers has them in memory, read as {len(held.views):,} of the released names"
+    )
 
 
 def _unneeded(held: Contents) -> str:

@@ -128,10 +128,10 @@ ONE_PROBLEM: dict[str, tuple[list[str], Header, str]] = {
         {f"{EXPERT[:-2]}2.w1.weight": (FP8, (130, 200))},
         f"{EXPERT[:-2]}2.w1.weight: unknown tensor: experts are 0 to 1; correct num_local_experts",
     ),
-    "name in memory": (
+    "stacked and not": (
         [],
-        {"model.layers.0.mlp.experts.gate_up_proj": (BFLOAT16, (2, 260, 200))},
-        "model.layers.0.mlp.experts.gate_up_proj: a name of the model in memory, not of the file format; save it with",
+        {"model.layers.0.mlp.gate.weight": (BFLOAT16, (2, 200))},
+        "model.layers.0.block_sparse_moe.gate.weight: is there, and in model.layers.0.mlp.gate.weight too; remove one",
     ),
     "quantised tensor in bfloat16": (
         [],
