@@ -14,7 +14,7 @@ from bridge.huggingface.writer import FilePlan, TensorPlan
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig, QuantizationConfig
 from reference.fp8 import FP8, scale_grid
-from reference.quantization import quantized_names
+from reference.quantization import is_excluded, quantized_names
 
 Quantization = Literal["fp8", "none"]
 

@@ -128,10 +128,10 @@ def test_what_transformers_has_in_memory(plain: Path, tmp_path: Path):
             if not name.startswith(MTP):
                 wanted = released.files.read(name).bfloat16()
                 assert torch.equal(checkpoint.files.read(name), wanted), name
-    found = CliRunner().invoke(app, ["inspect", str(folder)])
+    found = CliRunner().invoke(app, ["inspect", "--json", str(folder)])
     assert found.exit_code == 0, found.stdout
-    said = " ".join(found.stdout.split())
-    assert "8 tensors as transformers has them in memory, read as 34 of released names" in said
+    said = json.loads(found.stdout)["facts"]["stacked"]
+    assert said == "8 tensors as transformers has them in memory, read as 34 of the released names"
     assert MiniMaxM2Config.from_pretrained(folder).num_local_experts == EDGY_CONFIG["num_local_experts"]
 
 
