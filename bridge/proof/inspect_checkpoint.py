@@ -39,6 +39,7 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
             f"{config.num_local_experts} of width {config.intermediate_size}, top {config.num_experts_per_tok}",
         ),
         ("quantisation", _quantisation(config, held)),
+        ("excluded from it", _excluded(config)),
         ("MTP layers", f"{len(held.mtp)} tensors, carried unchanged" if held.mtp else "none in the files"),
         *([("stacked", _stacked(held))] if held.views else []),
         *([("not needed", _unneeded(held))] if held.unneeded else []),
@@ -53,15 +54,17 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
 
 
 def _quantisation(config: ModelConfig, held: Contents) -> str:
-    """What the files hold, and what config.json says."""
-    section = config.quantization
-    excluded = "" if section is None else ", ".join(section.modules_to_not_convert) or "nothing"
-    if not held.quantized:
-        left_over = f"; config.json's quantization_config is left over (it excludes {excluded})"
-        return "none" + (left_over if section else "")
-    said = f"config.json excludes {excluded}" if section else "config.json has no quantization_config"
-    size = config.block_size
-    return f"{len(held.quantized):,} weights in float8_e4m3fn, in blocks of {size}x{size}; {said}"
+    """What the files hold."""
+    if held.quantized:
+        return f"{len(held.quantized):,} weights in float8_e4m3fn, in blocks of {config.block_size}x{config.block_size}"
+    return "none" if config.quantization is None else "none; config.json's quantization_config is left over"
+
+
+def _excluded(config: ModelConfig) -> str:
+    """What config.json says."""
+    if config.quantization is None:
+        return "config.json has no quantization_config"
+    return ", ".join(config.quantization.modules_to_not_convert) or "nothing"
 
 
 def _stacked(held: Contents) -> str:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.huggingface.safetensors_header import TensorInfo
 from bridge.weights.sharded_model import ShardedModel
 from reference.fp8 import FP8
 from reference.sharding import Piece

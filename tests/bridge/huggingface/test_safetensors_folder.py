@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bridge.huggingface.carried_files import carried_files
-from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.huggingface.safetensors_header import TensorInfo
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
 FIRST, SECOND = "model-00002-of-00130.safetensors", "odd-name.safetensors"

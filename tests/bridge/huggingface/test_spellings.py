@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import EDGY_CONFIG, all_tensors, edit_config, edit_tensors
-from support.offline_jobs import assert_same_tensors, dequantised, export, imported_from
+from support.conversions import assert_same_tensors, dequantised, export, imported_from
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge

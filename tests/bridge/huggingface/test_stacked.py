@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import EDGY_CONFIG, all_tensors, edit_config, edit_tensors
-from support.offline_jobs import assert_same_tensors, export, imported_from
+from support.conversions import assert_same_tensors, export, imported_from
 from support.oracles import to_memory_names
 from torch import Tensor
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
@@ -92,7 +92,7 @@ def test_a_stacked_checkpoint_is_the_unstacked_one(kind: str, aligned: Path, ali
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), name
             if found.ndim == 2 and len(found) > 5:
                 assert torch.equal(
-                    one.files.read_slice(name, slice(2, 5)).view(torch.uint8), wanted[2:5].view(torch.uint8)
+                    one.files.read_rows(name, slice(2, 5)).view(torch.uint8), wanted[2:5].view(torch.uint8)
                 )
     assert compare_checkpoints(stacked, source).differences == []
     megatron = imported_from(stacked, tmp_path / "megatron")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import all_tensors, edit_tensors
-from support.offline_jobs import assert_same_tensors, export, imported_from
+from support.conversions import assert_same_tensors, export, imported_from
 from torch import Tensor
 from typer.testing import CliRunner
 
