@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.hub import checkpoint_folder
-from bridge.huggingface.quantization import target_config, with_true_scale_format
+from bridge.huggingface.quantization import Quantization, StoragePlan, storage_plan, with_true_scale_format
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
@@ -186,12 +186,12 @@ class MiniMaxM2Bridge:
         for what, (found, allowed) in choices.items():
             if found not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, found {found!r}")
-        quantized = dtype == "fp8" or (dtype == "source" and self.config.quantization is not None)
-        target, _ = self._target_config("fp8" if quantized else None)
+        quantized = dtype == "fp8" or (dtype == "source" and bool(self.checkpoint.quantized))
+        storage = self._storage_plan("fp8" if quantized else "none")
         sharded = sharded_model(model, self.config)
         return export_weights(
             sharded,
-            WeightEncoder(self.checkpoint, target, sharded.dtypes, scales),
+            WeightEncoder(self.checkpoint, storage, sharded.dtypes, scales),
             to,
             device=device,
             progress=progress,
@@ -228,14 +228,16 @@ class MiniMaxM2Bridge:
         if quantization not in ("fp8", None):
             raise ValueError(f"quantization must be 'fp8' or None, found {quantization!r}")
         check_apart(out, [self.checkpoint.files.folder])  # its scales are still needed
-        target, config_json = self._target_config(quantization)
+        storage = self._storage_plan(quantization or "none")
+        unchanged = storage.config_json == self.checkpoint.files.config_json
+        config_json = self.checkpoint.files.folder / CONFIG_NAME if unchanged else storage.config_json
         if quantization:
             with raise_on_all_ranks():
                 config_json = with_true_scale_format(config_json, self.checkpoint, "source")
         save_weights(
             sharded_model(model, self.config),
             self.checkpoint,
-            target,
+            storage,
             config_json,
             out,
             overwrite=overwrite,
@@ -248,10 +250,5 @@ class MiniMaxM2Bridge:
         source = {"source": self.checkpoint.files.versions, "config.json": self.checkpoint.files.config_json}
         check_same_on_all_ranks(source | arguments)
 
-    def _target_config(self, quantization: Literal["fp8"] | None) -> tuple[ModelConfig, dict[str, Any] | Path]:
-        """The config of what is written: the source's own file, unless what it says of the weights is to change."""
-        raw = self.checkpoint.files.config_json
-        written = target_config(raw, quantization or "none")
-        if written == raw:
-            return self.config, self.checkpoint.files.folder / CONFIG_NAME
-        return ModelConfig.from_hf(written), written
+    def _storage_plan(self, quantization: Quantization) -> StoragePlan:
+        return storage_plan(self.checkpoint.files.config_json, quantization, self.checkpoint.quantized)

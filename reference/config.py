@@ -1,9 +1,10 @@
 """The model's sizes and constants, read from a Hugging Face `config.json`.
 
-Two dialects of that file exist: the released one (`rotary_dim` and `rope_theta` at top level) and the one that
-transformers 5 writes (`rope_parameters`). Both give the same `ModelConfig`. A file that contradicts itself, or asks for
-something that MiniMax-M2 does not have, is an error: reading on would give a different model without a warning. Field
-names are Hugging Face's. Keys that do not change the computation are not kept here; the bridge copies the whole file.
+Dialects of that file exist: the released one (`rotary_dim` and `rope_theta` at top level), the one that transformers 5
+writes (`rope_parameters`), and that of older tools (`rope_scaling` of type "default"). All give the same `ModelConfig`.
+A file that contradicts itself, or asks for something that MiniMax-M2 does not have, is an error: reading on would give
+a different model without a warning. Field names are Hugging Face's. Keys that change neither the computation nor what
+the files may hold are not kept here (those of training: dropout, the router's jitter); the bridge copies the file.
 """
 
 import sys
@@ -27,8 +28,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "tie_word_embeddings": (False,),
     "attention_bias": (False, None),
-    "router_jitter_noise": (0, None),
-    "attention_dropout": (0, None),
 }
 
 _QUANTIZATION_FIXED: dict[str, tuple[Any, ...]] = {
@@ -76,6 +75,7 @@ class ModelConfig:
     max_position_embeddings: int = 196608
     initializer_range: float = 0.02
     quantization: QuantizationConfig | None = None
+    num_mtp_modules: int | None = None  # layers past the last that a checkpoint may hold; None: any number
 
     @property
     def block_size(self) -> int:
@@ -86,6 +86,9 @@ class ModelConfig:
         for field in fields(self):
             if field.type is int:
                 _require_positive_int(field.name, getattr(self, field.name))
+        mtp = self.num_mtp_modules
+        if mtp is not None and (isinstance(mtp, bool) or not isinstance(mtp, int) or mtp < 0):
+            raise ValueError(f"num_mtp_modules must be an integer, 0 or more, found {mtp!r}")
         for name in ("rope_theta", "rms_norm_eps"):
             _require_positive_number(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -123,20 +126,30 @@ class ModelConfig:
         _require_fixed(config, _FIXED, "config.json")
         if "model_type" not in config:
             raise ValueError("config.json has no model_type; expected 'minimax_m2'")
-        kinds = config.get("attn_type_list") or [1]
-        if not isinstance(kinds, list) or any(kind != 1 for kind in kinds):
-            found = f"[{', '.join(sorted(set(map(repr, kinds))))}]" if isinstance(kinds, list) else repr(kinds)
-            raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {found}")
-
         head_dim = cls.head_dim if config.get("head_dim") is None else config["head_dim"]
         _require_positive_int("head_dim", head_dim)
         same_name = {field.name for field in fields(cls)} - {"head_dim", "rotary_dim", "rope_theta", "quantization"}
         given = {name: config[name] for name in same_name if config.get(name) is not None}
+        _check_attention_kinds(config.get("attn_type_list"), given.get("num_hidden_layers", cls.num_hidden_layers))
         return cls(
             **given,
             head_dim=head_dim,
             quantization=_read_quantization(config.get("quantization_config")),
             **_read_rope(config, head_dim, default_theta=cls.rope_theta),
+        )
+
+
+def _check_attention_kinds(kinds: Any, num_hidden_layers: Any) -> None:
+    """`attn_type_list` has an entry for each layer, and all of them are softmax attention."""
+    if kinds is None or kinds == []:
+        return
+    if not isinstance(kinds, list) or any(kind != 1 for kind in kinds):
+        found = f"[{', '.join(sorted(set(map(repr, kinds))))}]" if isinstance(kinds, list) else repr(kinds)
+        raise ValueError(f"attn_type_list must hold only 1 (softmax attention), found {found}")
+    if len(kinds) != num_hidden_layers:
+        raise ValueError(
+            f"attn_type_list has {len(kinds)} entries and num_hidden_layers is {num_hidden_layers!r}; one of them is "
+            "wrong: a layer has one entry"
         )
 
 
@@ -160,37 +173,37 @@ def _require_fixed(mapping: Mapping[str, Any], supported: dict[str, tuple[Any, .
 
 
 def _read_rope(config: Mapping[str, Any], head_dim: int, default_theta: float) -> dict[str, Any]:
-    """`rotary_dim` and `rope_theta`, from every key in which either dialect has them; all that are there must agree."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for where, section in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+    """`rotary_dim` and `rope_theta`, from every key in which a dialect has them; all that are there must agree."""
+    places: dict[str, Mapping[str, Any]] = {"": config}
+    for where in ("rope_parameters", "rope_scaling"):
+        section = config.get(where) or {}
         if not isinstance(section, Mapping):
             raise ValueError(f"{where} must be an object, found {section!r}")
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{where}: rope_type is {kind!r}, but MiniMax-M2 uses 'default' (no RoPE scaling)")
+        for key in ("rope_type", "type"):
+            if section.get(key) not in (None, "default"):
+                raise ValueError(
+                    f"{where}: rope_type is {section[key]!r}, but MiniMax-M2 uses 'default' (no RoPE scaling)"
+                )
+        places[f"{where}."] = section
 
     widths: dict[str, float] = {}
-    if config.get("rotary_dim") is not None:
-        _require_positive_int("rotary_dim", config["rotary_dim"])
-        widths["rotary_dim"] = config["rotary_dim"]
-    for where, section in (("", config), ("rope_parameters.", parameters)):
-        factor = section.get("partial_rotary_factor")
+    thetas: dict[str, float] = {}
+    for where, section in places.items():
+        width, factor, theta = (section.get(key) for key in ("rotary_dim", "partial_rotary_factor", "rope_theta"))
+        if width is not None:
+            _require_positive_int(f"{where}rotary_dim", width)
+            widths[f"{where}rotary_dim"] = width
         if factor is not None:
             _require_positive_number(f"{where}partial_rotary_factor", factor)
             widths[f"{where}partial_rotary_factor x head_dim"] = round(factor * head_dim, 6)  # 58/112 * 112 < 58
+        if theta is not None:
+            _require_positive_number(f"{where}rope_theta", theta)
+            thetas[f"{where}rope_theta"] = theta
     if not widths:
         raise ValueError(
             "config.json gives neither rotary_dim nor rope_parameters.partial_rotary_factor; add rotary_dim "
             f"(released models: 64; all channels: {head_dim}). Assuming full rotary here would be silently wrong"
         )
-    thetas = {
-        f"{where}rope_theta": section["rope_theta"]
-        for where, section in (("", config), ("rope_parameters.", parameters))
-        if section.get("rope_theta") is not None
-    }
-    for name, theta in thetas.items():
-        _require_positive_number(name, theta)
     width = _agreed(widths)
     if width != int(width):
         raise ValueError(f"the rotary width must be a whole number of channels, found {widths}")
@@ -204,7 +217,7 @@ def _agreed(candidates: dict[str, float]) -> float:
 
 
 def _read_quantization(section: Mapping[str, Any] | None) -> QuantizationConfig | None:
-    if section is None:
+    if section is None or section == {}:
         return None
     if not isinstance(section, Mapping):
         raise ValueError(f"quantization_config must be an object, found {section!r}")
@@ -215,10 +228,17 @@ def _read_quantization(section: Mapping[str, Any] | None) -> QuantizationConfig 
     if not isinstance(block, list) or len(block) != 2 or block[0] != block[1]:
         raise ValueError(f"weight_block_size must be two equal sizes such as [128, 128], found {block!r}")
     _require_positive_int("weight_block_size", block[0])
-    scale_fmt = section.get("scale_fmt") or "float"
-    excluded = section.get("modules_to_not_convert")
-    if excluded is None:
-        return QuantizationConfig(block_size=block[0], scale_fmt=scale_fmt)
-    if not isinstance(excluded, list) or not all(isinstance(module, str) for module in excluded):
-        raise ValueError(f"modules_to_not_convert must be a list of names, found {excluded!r}")
-    return QuantizationConfig(block_size=block[0], scale_fmt=scale_fmt, modules_to_not_convert=tuple(excluded))
+    scale_fmt, excluded = section.get("scale_fmt") or "float", _read_excluded(section)
+    excludes = {} if excluded is None else {"modules_to_not_convert": excluded}
+    return QuantizationConfig(block_size=block[0], scale_fmt=scale_fmt, **excludes)
+
+
+def _read_excluded(section: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """`modules_to_not_convert` or, under another name, `ignored_layers`; None if neither is given."""
+    given = {key: section[key] for key in ("modules_to_not_convert", "ignored_layers") if section.get(key) is not None}
+    for key, modules in given.items():
+        if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+            raise ValueError(f"{key} must be a list of names, found {modules!r}")
+    if len({frozenset(modules) for modules in given.values()}) > 1:
+        raise ValueError(f"quantization_config contradicts itself: {given}; make them equal or keep one")
+    return next((tuple(modules) for modules in given.values()), None)

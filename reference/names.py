@@ -1,7 +1,7 @@
 """Names of weights: what one means in a dialect, every name of a model, and which names become which elsewhere.
 
 The names stand in `reference.weights.TABLE`. Scales of quantised tensors are not weights and have no row: on disk they
-are `<name>_scale_inv` (`reference.checkpoint`).
+are `<name>_scale_inv`.
 """
 
 import re
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from reference.config import ModelConfig
 from reference.weights import TABLE, Dialect, Row, instances
+
+SCALE_SUFFIX = "_scale_inv"
 
 
 class WeightKey(NamedTuple):

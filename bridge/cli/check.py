@@ -16,6 +16,7 @@ from bridge.cli.common import (
     say,
     say_json,
     say_line,
+    say_notes,
 )
 
 
@@ -29,9 +30,9 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
         with SafetensorsFolder(checkpoint_folder(str(path))) as checkpoint:
             found = inspect_checkpoint(checkpoint)
     if as_json:
-        say_json({"facts": dict(found.facts), "problems": found.problems})
+        say_json({"facts": dict(found.facts), "notes": found.notes, "problems": found.problems})
     else:
-        say(str(path), found.facts)
+        say(str(path), [*found.facts, *(("note", note) for note in found.notes)])
         for line in found.problems:
             say_line(line, label="problem")
         whole = "whole: every tensor is there, as expected"
@@ -61,6 +62,7 @@ def verify(
 
         count = default_workers(workers, left, right)
         pair = open_pair(left, right)
+        say_notes(note for side in (pair.left, pair.right) for note in side.notes)
         found = compare_pair(pair, workers=count, progress=progress)
         error = compare_logits(pair, tokens, seed=seed, progress=progress) if logits and is_rank_zero() else None
     if as_json:

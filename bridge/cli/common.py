@@ -137,6 +137,12 @@ def _cell(text: str | Text) -> Text:
     return text if isinstance(text, Text) else Text(printable(text, output))
 
 
+def say_notes(notes: Iterable[str]) -> None:
+    """A line each on stderr, on rank 0."""
+    for note in dict.fromkeys(notes) if is_rank_zero() else ():
+        say_line(note, label="note:", console=errors)
+
+
 def say_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout, on rank 0; what is not a number there is null, what is not ASCII is escaped."""
     if is_rank_zero():

@@ -17,6 +17,7 @@ from bridge.cli.common import (
     reporting,
     say,
     say_json,
+    say_notes,
 )
 
 
@@ -113,6 +114,7 @@ def export_(
 _LABELS = {
     "tensors": "tensors",
     "mtp_tensors": "of them MTP, left out",
+    "unneeded_tensors": "of them not needed, left out",
     "bytes_read": "bytes read",
     "bytes_written": "bytes written",
     "files": "files",
@@ -125,9 +127,10 @@ _LABELS = {
 
 
 def _conclude(title: str, summary: Any, *, dry_run: bool, as_json: bool) -> None:
+    say_notes(summary.notes)
     if as_json:
         say_json({"dry_run": dry_run, **summary._asdict()})
         return
-    facts = [(_LABELS[name], value) for name, value in summary._asdict().items()]
+    facts = [(label, getattr(summary, name)) for name, label in _LABELS.items() if hasattr(summary, name)]
     rows = [(label, f"{value:,}" if isinstance(value, int) else f"{value}") for label, value in facts if value]
     say(f"{title}{' (dry run: nothing was written)' if dry_run else ''}", rows)

@@ -18,6 +18,7 @@ from bridge.cli.common import (
     reporting,
     say,
     say_json,
+    say_notes,
 )
 from bridge.jobs.ranks import launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
 
@@ -96,6 +97,7 @@ def roundtrip(
         with raise_on_all_ranks():
             bridge = MiniMaxM2Bridge.from_hf_pretrained(str(path))
         with bridge:
+            say_notes(bridge.checkpoint.notes)
             sample = random_tokens(bridge.config, length=tokens, seed=seed)
             findings = run(
                 bridge,

@@ -4,8 +4,8 @@ Weights are read, dequantised and written one chunk at a time (`CHUNK_BYTES`), i
 file of the checkpoint, and what an interrupted run is taken up by. The folder that results is what Megatron-LM loads
 for fine-tuning (`--load OUT --finetune --ckpt-format torch_dist`): tracker file, iteration folder, training arguments.
 What megatron-core has no place for (config.json, tokenizer) is laid beside, in `hugging_face/`, for the way back; MTP
-layers are left out, so the way back takes them from the source. A folder of Megatron-LM's that is there already gains
-an iteration, which has `hugging_face/` inside it.
+layers and tensors that nothing needs are left out, so the way back takes them from the source. A folder of
+Megatron-LM's that is there already gains an iteration, which has `hugging_face/` inside it.
 """
 
 import math
@@ -64,14 +64,19 @@ class ImportJob(NamedTuple):
 
 
 class ImportSummary(NamedTuple):
-    """What an import reads and writes. `reused` of the `files` were finished by an earlier run."""
+    """What an import reads and writes. `reused` of the `files` were finished by an earlier run.
+
+    Of the `tensors`, MTP and unneeded ones are left out. `notes` says what lies in the source and is not read.
+    """
 
     tensors: int
     mtp_tensors: int
+    unneeded_tensors: int
     bytes_read: int
     bytes_written: int
     files: int
     reused: int
+    notes: tuple[str, ...]
 
 
 class _Part(NamedTuple):
@@ -184,10 +189,12 @@ def _summary(opened: _Import) -> ImportSummary:
     return ImportSummary(
         tensors=len(files.tensors),
         mtp_tensors=len(opened.source.mtp_tensors),
+        unneeded_tensors=len(opened.source.unneeded_tensors),
         bytes_read=files.nbytes,
         bytes_written=sum(chunk.nbytes for chunk in opened.chunks),
         files=len(opened.units) + 1,
         reused=0,
+        notes=tuple(files.notes),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
-from bridge.huggingface.quantization import Quantization, stored_tensors, target_config, with_true_scale_format
+from bridge.huggingface.quantization import Quantization, StoragePlan, storage_plan, with_true_scale_format
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
@@ -30,8 +30,7 @@ from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import MegatronCheckpoint, beside
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
-from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX, is_mtp
-from reference.config import ModelConfig
+from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.dist_checkpoint import Entry
 from reference.fp8 import FP8, possible_roundings
 
@@ -56,7 +55,8 @@ class ExportSummary(NamedTuple):
     `identical` ones have the source's codes, byte for byte, and its scales, which are float32 here whatever they are in
     the source; `requantised` ones do not, and `worst` is the one whose decoded value
     differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight. Both
-    counts are None where another process with the same job finished while this one waited.
+    counts are None where another process with the same job finished while this one waited. `notes` says what lies in
+    the source and is not read.
     """
 
     tensors: int
@@ -68,6 +68,7 @@ class ExportSummary(NamedTuple):
     requantised: int | None
     worst: str
     worst_error: float
+    notes: tuple[str, ...]
 
 
 class _Export(NamedTuple):
@@ -76,7 +77,7 @@ class _Export(NamedTuple):
     job: ExportJob
     megatron: MegatronCheckpoint
     source: HuggingFaceCheckpoint | None
-    config: ModelConfig  # of what is written
+    storage: StoragePlan
     config_json: dict[str, Any] | Path
     carried: dict[str, Path]
     entries: dict[str, Entry]  # by the first on-disk tensor
@@ -142,6 +143,7 @@ def _summary(opened: _Export, counts: "list[_Count] | None", *, reused: int) -> 
         requantised=sum(count.requantised for count in counts) if known else None,
         worst=worst.worst,
         worst_error=worst.worst_error,
+        notes=tuple(opened.source.files.notes) if opened.source else (),
     )
 
 
@@ -155,27 +157,28 @@ def _open(job: ExportJob) -> _Export:
     versions = _versions(megatron, source)
     if job.versions and versions != job.versions:
         raise ValueError(f"{job.megatron}: its files, or the source's, changed since the export began; start again")
-    if job.quantization == "fp8" and job.scales == "source" and (source is None or source.config.quantization is None):
+    if job.quantization == "fp8" and job.scales == "source" and not (source and source.quantized):
         raise ValueError(
             f"{job.megatron}: scales 'source' needs the FP8 checkpoint that the weights came from; give source, or ask "
             "for fresh scales"
         )
     folder = source.files.folder if source else beside(megatron.files)
     raw = read_object(folder / CONFIG_NAME)
-    written = target_config(raw, job.quantization)
-    config = ModelConfig.from_hf(written)
-    groups = [_group(entry, megatron, source, config) for entry in megatron.entries]
-    if source is not None:
-        groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in source.mtp_tensors]
+    storage = storage_plan(raw, job.quantization, source.quantized if source else frozenset())
+    groups = [_group(entry, megatron, source, storage) for entry in megatron.entries]
+    kept = [] if source is None else source.carried_tensors
+    groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in kept]
+    files = plan_files(groups, max_shard_bytes=job.max_shard_bytes)
+    storage.check(files, set(kept))
     return _Export(
         job._replace(versions=versions),
         megatron,
         source,
-        config,
-        folder / CONFIG_NAME if written == raw else written,
+        storage,
+        folder / CONFIG_NAME if storage.config_json == raw else storage.config_json,
         {str(path): folder / path for path in carried_files(folder)},
         {entry.parameter.sources[0]: entry for entry in megatron.entries},
-        plan_files(groups, max_shard_bytes=job.max_shard_bytes),
+        files,
     )
 
 
@@ -187,7 +190,7 @@ def _versions(megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None
 
 
 def _group(
-    entry: Entry, megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None, config: ModelConfig
+    entry: Entry, megatron: MegatronCheckpoint, source: HuggingFaceCheckpoint | None, storage: StoragePlan
 ) -> dict[str, TensorPlan]:
     """The on-disk tensors of one parameter, with the source's dtypes where there is one."""
     group: dict[str, TensorPlan] = {}
@@ -197,7 +200,7 @@ def _group(
                 f"{entry.key}: found {dtype} in {megatron.files.folder}, expected one of "
                 f"{', '.join(map(str, PLAIN_DTYPES))}; save the model's weights as floating-point numbers"
             )
-        group |= stored_tensors(name, megatron.shape(name), config, (source or megatron).dtype(name))
+        group |= storage.stored_tensors(name, megatron.shape(name), (source or megatron).dtype(name))
     return group
 
 
@@ -222,12 +225,13 @@ class _Tally:
 
     def __init__(self, opened: _Export):
         self._opened = opened
+        self._carried = set(opened.source.carried_tensors) if opened.source else set()
         self.count = _Count(0, 0, "", 0.0)
 
     def tensors(self, file: FilePlan) -> Iterator[tuple[str, Tensor]]:
         opened = self._opened
         for name, wanted in file.tensors.items():
-            if is_mtp(name, opened.config):
+            if name in self._carried:
                 assert opened.source is not None
                 yield name, opened.source.files.read(name)
             elif wanted.dtype == FP8:
@@ -247,9 +251,9 @@ class _Tally:
             yield name, self._opened.megatron.read_rows(entry, start, min(start + band, rows)).to(wanted.dtype)
 
     def _encode(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        config, source = self._opened.config, self._opened.source
+        source, config = self._opened.source, self._opened.storage.config
         assert config.quantization is not None
-        size, scale_fmt = config.quantization.block_size, config.quantization.scale_fmt
+        size, scale_fmt = config.block_size, config.quantization.scale_fmt
         decode = partial(dequantize_blockwise, block_size=size, name=name)
         if source is not None and source.dtype(name) == FP8 and self._opened.job.scales == "source":
             stored = codes, scale_inv = source.files.read(name), source.read_scales(name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from compiled.fp8 import dequantize_blockwise
-from reference.checkpoint import SCALE_SUFFIX, check_tensors, is_mtp
+from reference.checkpoint import SCALE_SUFFIX, check_tensors
 from reference.config import ModelConfig
 from reference.fp8 import FP8, are_powers_of_two, float32_scales
 from reference.sharding import Piece
@@ -17,6 +17,9 @@ from reference.sharding import Piece
 class HuggingFaceCheckpoint:
     """MiniMax-M2 as Hugging Face keeps it: `files` is the folder, `config` the model that it describes.
 
+    `quantized` are the names of the weights that are float8 in the files; `mtp_tensors` are those of
+    multi-token-prediction layers, `unneeded_tensors` those that no computation needs (`reference.extras`).
+
     Raises:
         ValueError: it is not a whole MiniMax-M2; names the file, tensor or key.
     """
@@ -24,12 +27,19 @@ class HuggingFaceCheckpoint:
     def __init__(self, files: SafetensorsFolder | Path | str):
         self.files = files if isinstance(files, SafetensorsFolder) else SafetensorsFolder(files)
         self.config = ModelConfig.from_hf(self.files.config_json)
-        check_tensors({name: (info.dtype, info.shape) for name, info in self.files.tensors.items()}, self.config)
+        held = check_tensors(self.files.header, self.config)
+        self.files.add_views(held.views)
+        self.quantized, self.mtp_tensors, self.unneeded_tensors = held.quantized, held.mtp, held.unneeded
 
     @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers, which no megatron-core model holds."""
-        return [name for name in self.files.tensors if is_mtp(name, self.config)]
+    def carried_tensors(self) -> list[str]:
+        """Tensors that no megatron-core model holds, which go into the next checkpoint as they are."""
+        return [*self.mtp_tensors, *self.unneeded_tensors]
+
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read."""
+        return self.files.notes
 
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""

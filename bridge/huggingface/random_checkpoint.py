@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.huggingface.quantization import FP8_SECTION, stored_tensors
+from bridge.huggingface.quantization import FP8_SECTION, StoragePlan, storage_plan
 from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.staging import Staging
@@ -79,9 +79,10 @@ def make_checkpoint(
         ValueError: the config is not a MiniMax-M2's, or `folder` is not empty.
     """
     model = ModelConfig.from_hf(config)
+    storage = storage_plan(config, "none" if model.quantization is None else "fp8")
     generator = torch.Generator().manual_seed(seed)
     specs = expected_tensors(model).items()
-    groups = [_group(name, spec, model) for name, spec in specs if not name.endswith(SCALE_SUFFIX)]
+    groups = [_group(name, spec, storage) for name, spec in specs if not name.endswith(SCALE_SUFFIX)]
     for layer in range(model.num_hidden_layers, model.num_hidden_layers + mtp_layers):
         for name in ("enorm.weight", "hnorm.weight"):
             groups.append({f"model.layers.{layer}.{name}": TensorPlan(torch.bfloat16, (model.hidden_size,))})
@@ -94,9 +95,9 @@ def make_checkpoint(
         staging.publish()
 
 
-def _group(name: str, spec: TensorSpec, model: ModelConfig) -> dict[str, TensorPlan]:
-    plain = parse(name, Dialect.HF_DISK, model).row.plain_dtype(torch.bfloat16)
-    return stored_tensors(name, spec.shape, model, plain)
+def _group(name: str, spec: TensorSpec, storage: StoragePlan) -> dict[str, TensorPlan]:
+    plain = parse(name, Dialect.HF_DISK, storage.config).row.plain_dtype(torch.bfloat16)
+    return storage.stored_tensors(name, spec.shape, plain)
 
 
 def _tensors(file: FilePlan, model: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:

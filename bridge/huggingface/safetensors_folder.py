@@ -12,67 +12,42 @@ Rows are read whole, and who needs columns cuts them out. Rows of weights here a
 page cache 4096: reading some columns of each row would touch most pages all the same, at the cost of a read for each.
 """
 
+import gc
 import json
 import math
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bridge.huggingface.regular_files import file_inside, regular_file, stays_inside
+from bridge.huggingface.safetensors_header import TensorInfo, header_length, read_header
 from bridge.huggingface.scatter_read import Read, scatter_read
+from reference.stacked import View
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SINGLE_NAMES = (SINGLE_NAME, "model-00001-of-00001.safetensors")  # a whole checkpoint, without an index
 SHARD_SUFFIX = ".safetensors"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class TensorInfo(NamedTuple):
-    """What the headers say of one tensor; `offset` is its first byte in `file`."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFolder:
     """`tensors[name]` for every name of the index, in its order, each proven to lie whole in the file the index names.
 
     `config_json` and `metadata` are the objects of config.json and of the index (`total_size` is there as written, and
-    may be wrong; `nbytes` is counted). A folder with one model.safetensors and no index is read as well.
+    may be wrong; `nbytes` is counted). A folder with one file of `SINGLE_NAMES` and no index is read as well. What the
+    index does not name is not read, though it may hold tensors; `notes` says what that is, a line for each kind.
 
     Raises: ValueError on opening, naming the file or tensor, if config.json, the index or a shard is missing or
-    malformed, or if the index and the shards' headers do not name the same tensors in the same files.
+    malformed, or if a tensor of the index is not in its file.
     """
 
     def __init__(self, folder: Path | str):
@@ -80,19 +55,17 @@ class SafetensorsFolder:
         self._config_version = _version(file_inside(self.folder, CONFIG_NAME))
         self.config_json = read_object(self.folder / CONFIG_NAME)
         index_path = self.folder / INDEX_NAME
-        with ExitStack() as stack:
+        with ExitStack() as stack, _collector_paused():
             if os.path.lexists(index_path):
                 index = read_object(index_path)
                 weight_map = _weight_map(index_path, index)
                 files = dict.fromkeys(weight_map.values())
                 self._shards = {file: stack.enter_context(_Shard(self.folder / file, file)) for file in files}
-            elif os.path.lexists(self.folder / SINGLE_NAME):
-                index = {}
-                shard = stack.enter_context(_Shard(self.folder / SINGLE_NAME, SINGLE_NAME))
-                weight_map = dict.fromkeys(shard.tensors, SINGLE_NAME)
-                self._shards = {SINGLE_NAME: shard}
             else:
-                raise ValueError(f"{self.folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; download it again")
+                index, single = {}, self._single_name()
+                shard = stack.enter_context(_Shard(self.folder / single, single))
+                weight_map = dict.fromkeys(shard.tensors, single)
+                self._shards = {single: shard}
             if not weight_map:
                 raise ValueError(
                     f"{self.folder}: no tensor in {', '.join(self._shards) or INDEX_NAME}; download it again"
@@ -100,6 +73,34 @@ class SafetensorsFolder:
             self.tensors = _assign(weight_map, self._shards)
             self._open_files = stack.pop_all()
         self.metadata: dict[str, Any] = index.get("metadata", {})
+        self.notes = _notes(self.folder, weight_map, self._shards)
+
+    def _single_name(self) -> str:
+        found = [name for name in SINGLE_NAMES if os.path.lexists(self.folder / name)]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; download it again"
+                if not found
+                else f"{self.folder}: holds {' and '.join(found)} and no {INDEX_NAME}; which one is meant?"
+            )
+        return found[0]
+
+    @property
+    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) by name."""
+        return {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+
+    def add_views(self, views: Mapping[str, View]) -> None:
+        """Put the names of tensors that lie inside others into `tensors`, in the place of those that they lie in."""
+        if not views:
+            return
+        inside: dict[str, dict[str, TensorInfo]] = {}
+        for name, view in views.items():
+            whole = self.tensors[view.source]
+            offset = whole.offset + view.start * whole.dtype.itemsize
+            inside.setdefault(view.source, {})[name] = TensorInfo(whole.dtype, view.shape, whole.file, offset)
+        parts = (inside.get(name, {name: info}) for name, info in self.tensors.items())
+        self.tensors = {name: info for part in parts for name, info in part.items()}
 
     @property
     def nbytes(self) -> int:
@@ -188,25 +189,24 @@ class _Shard:
         with ExitStack() as stack:
             self._file = stack.enter_context(path.open("rb", buffering=0))
             self.version = _version(os.fstat(self._file.fileno()))
-            try:
-                with safe_open(path, "pt"):  # holds the format's law: sizes, no gap, no overlap, nothing beyond the end
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{path}: truncated or not a safetensors file ({error}); download it again") from error
             self.tensors = self._read_header(file)
             stack.pop_all()
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
-        length = int.from_bytes(self._bytes("header length", 0, 8), "little")
-        header = json.loads(self._bytes("header", 8, length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-        return {
-            name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"]), file, 8 + length + e["data_offsets"][0])
-            for name, e in header.items()
-        }
+        nbytes = self.version[0]
+        start = self._bytes("header length", 0, min(8, nbytes))
+        with self._named_errors():
+            length = header_length(start, nbytes)
+        header = self._bytes("header", 8, length)
+        with self._named_errors():
+            return read_header(header, nbytes, file)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
         buffer = bytearray(nbytes)
@@ -238,6 +238,18 @@ class _Shard:
         self._file.close()
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Headers are 100,000 objects that refer to none of their kind; looking for cycles among them costs a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
@@ -257,8 +269,11 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: expected a weight_map from tensor names to files, found {weight_map!r}")
+    inside: set[str] = set()
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not stays_inside(file):
+        if isinstance(file, str) and file not in inside and stays_inside(file):
+            inside.add(file)
+        if not isinstance(file, str) or file not in inside:
             raise ValueError(
                 f"{path}: weight_map puts {name} in {file!r}, expected a file inside the checkpoint folder"
             )
@@ -269,12 +284,26 @@ def _assign(weight_map: dict[str, str], shards: dict[str, _Shard]) -> dict[str, 
     for name, file in weight_map.items():
         if name not in shards[file].tensors:
             raise ValueError(f"{shards[file].path}: {INDEX_NAME} says it holds {name}, its header does not")
-    for file, shard in shards.items():
-        for name in shard.tensors:
-            if weight_map.get(name) != file:
-                owner = f"in {weight_map[name]}" if name in weight_map else "nowhere"
-                raise ValueError(f"{shard.path}: holds {name}, which {INDEX_NAME} puts {owner}; which one is meant?")
     return {name: shards[file].tensors[name] for name, file in weight_map.items()}
+
+
+def _notes(folder: Path, weight_map: dict[str, str], shards: dict[str, _Shard]) -> list[str]:
+    """What lies in the folder and is not read."""
+    others = [(name, file) for file, shard in shards.items() for name in shard.tensors if weight_map.get(name) != file]
+    copies = [f"{name} in {file}" for name, file in others if name in weight_map]
+    unindexed = [f"{name} in {file}" for name, file in others if name not in weight_map]
+    files = sorted(path.name for path in folder.glob(f"*{SHARD_SUFFIX}") if path.name not in shards)
+    kinds = {
+        f"copies of tensors that {INDEX_NAME} puts into another file": copies,
+        f"tensors that {INDEX_NAME} does not name": unindexed,
+        "safetensors files that the checkpoint does not consist of": files,
+    }
+    return [_note(what, found) for what, found in kinds.items() if found]
+
+
+def _note(what: str, found: list[str]) -> str:
+    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return f"not read: {what}: {found[0]}{more}"
 
 
 def _shared_start(left: str, right: str) -> int:

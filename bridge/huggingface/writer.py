@@ -19,7 +19,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from bridge.huggingface.regular_files import stays_inside
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SHARD_SUFFIX, SINGLE_NAME
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, SINGLE_NAME
+from bridge.huggingface.safetensors_header import DTYPES
 from bridge.jobs.durable import copy_file, json_bytes, write_bytes
 
 SHARD_BYTES = 2 * 10**9

@@ -24,8 +24,13 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers."""
+    def carried_tensors(self) -> list[str]:
+        """Tensors that are not the model's: of multi-token-prediction layers, and those that nothing needs."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:

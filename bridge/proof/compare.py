@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
-from bridge.huggingface.quantization import SECTION, target_config
+from bridge.huggingface.quantization import SECTION, without_quantization
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
@@ -76,14 +76,14 @@ def open_pair(left: Path | str, right: Path | str) -> Pair:
     names, others = (all_names(side.config, Dialect.HF_DISK) for side in (one, other))
     if names != others:
         raise ValueError(f"{paths[0]} and {paths[1]} are models of different sizes: {one.config}, {other.config}")
-    mtp = set(other.mtp_tensors)
-    return Pair(one, other, names + [name for name in one.mtp_tensors if name in mtp])
+    carried = set(other.carried_tensors)
+    return Pair(one, other, names + [name for name in one.carried_tensors if name in carried])
 
 
 def compare_checkpoints(
     left: Path | str, right: Path | str, *, workers: int = 1, progress: Progress = no_progress
 ) -> Comparison:
-    """Every weight, with its scales; MTP tensors and other files where both sides are Hugging Face's.
+    """Every weight, with its scales; what is carried along (MTP layers, files) where both sides are Hugging Face's.
 
     How tensors are spread over files is not part of a checkpoint's content and may differ.
 
@@ -185,8 +185,8 @@ def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[i
 
 def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether one side's config is the other's with its quantisation removed."""
-    without = [target_config(side, "none") for side in (left, right)]
-    return (SECTION in left) != (SECTION in right) and without[0] == without[1]
+    without = [without_quantization(side) for side in (left, right)]
+    return bool(left.get(SECTION)) != bool(right.get(SECTION)) and without[0] == without[1]
 
 
 @torch.no_grad()

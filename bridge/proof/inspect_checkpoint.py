@@ -5,14 +5,16 @@ from typing import NamedTuple
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
-from reference.checkpoint import is_mtp, parameter_count, problems
+from reference.checkpoint import Contents, contents, parameter_count
 from reference.config import ModelConfig
+from reference.findings import pattern
 
 
 class Inspection(NamedTuple):
-    """Facts as (what, value) pairs, and what is missing, unexpected or wrong, a line each."""
+    """Facts as (what, value) pairs; what is not read; and what is missing, unexpected or wrong, a line each."""
 
     facts: list[tuple[str, str]]
+    notes: list[str]
     problems: list[str]
 
 
@@ -23,8 +25,7 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         ValueError: config.json is not a MiniMax-M2's.
     """
     config = ModelConfig.from_hf(files.config_json)
-    mtp = [name for name in files.tensors if is_mtp(name, config)]
-    found = {name: (info.dtype, info.shape) for name, info in files.tensors.items()}
+    held = contents(files.header, config)
     facts = [
         ("model", f"{files.config_json['model_type']}, {parameter_count(config) / 1e9:.4g} B parameters"),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, vocabulary {config.vocab_size}"),
@@ -37,8 +38,11 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
             "experts",
             f"{config.num_local_experts} of width {config.intermediate_size}, top {config.num_experts_per_tok}",
         ),
-        ("quantisation", _quantisation(config)),
-        ("MTP layers", f"{len(mtp)} tensors, carried unchanged" if mtp else "none in the files"),
+        ("quantisation", _quantisation(config, held)),
+        ("excluded from it", _excluded(config)),
+        ("MTP layers", f"{len(held.mtp)} tensors, carried unchanged" if held.mtp else "none in the files"),
+        *([("stacked", _stacked(held))] if held.views else []),
+        *([("not needed", _unneeded(held))] if held.unneeded else []),
         (
             "files",
             f"{files.num_files} safetensors files, {len(files.tensors)} tensors, "
@@ -46,15 +50,32 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         ),
         *_by_dtype(files),
     ]
-    return Inspection(facts, problems(found, config))
+    return Inspection(facts, files.notes, held.problems)
 
 
-def _quantisation(config: ModelConfig) -> str:
+def _quantisation(config: ModelConfig, held: Contents) -> str:
+    """What the files hold."""
+    if held.quantized:
+        return f"{len(held.quantized):,} weights in float8_e4m3fn, in blocks of {config.block_size}x{config.block_size}"
+    return "none" if config.quantization is None else "none; config.json's quantization_config is left over"
+
+
+def _excluded(config: ModelConfig) -> str:
+    """What config.json says."""
     if config.quantization is None:
-        return "none"
-    size = config.quantization.block_size
-    kept = ", ".join(config.quantization.modules_to_not_convert) or "nothing"
-    return f"float8_e4m3fn in blocks of {size}x{size}; not quantised: {kept}"
+        return "config.json has no quantization_config"
+    return ", ".join(config.quantization.modules_to_not_convert) or "nothing"
+
+
+def _stacked(held: Contents) -> str:
+    stacks = {view.source for view in held.views.values()}
+    return (
+        f"{len(stacks)} tensors as transformers has them in memory, read as {len(held.views):,} of the released names"
+    )
+
+
+def _unneeded(held: Contents) -> str:
+    return f"{len(held.unneeded)} tensors, carried unchanged: {pattern(held.unneeded)}"
 
 
 def _by_dtype(files: SafetensorsFolder) -> list[tuple[str, str]]:

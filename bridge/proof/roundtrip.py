@@ -132,7 +132,7 @@ def roundtrip(
         device = next(model.parameters()).device
         found = megatron_logits(model, tokens.to(device), bridge.config.vocab_size).cpu()
         logits = {"megatron-core GPTModel": found, **logits}
-        quantization = "fp8" if bridge.config.quantization else None
+        quantization = "fp8" if bridge.checkpoint.quantized else None
         bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, progress=progress)
         same = compare_checkpoints(bridge.checkpoint.files.folder, out, progress=progress)
         with raise_on_all_ranks():

@@ -39,8 +39,13 @@ class MegatronCheckpoint:
         self._parameter = lru_cache(maxsize=1)(self._read_parameter)  # q, k, v and w1, w3 come one after the other
 
     @property
-    def mtp_tensors(self) -> list[str]:
-        """Tensors of multi-token-prediction layers: none here."""
+    def carried_tensors(self) -> list[str]:
+        """Tensors that are not the model's: none here."""
+        return []
+
+    @property
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read: nothing that this says."""
         return []
 
     def dtype(self, name: str) -> torch.dtype:

@@ -1,23 +1,22 @@
 """What a checkpoint stores of a running model's weights: each in its dtype on disk, or as float8 codes and scales."""
 
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
+from bridge.huggingface.quantization import StoragePlan
 from bridge.weights.shard_map import Source
 from compiled import fp8
 from compiled.fp8 import requantize_blockwise
-from reference.checkpoint import SCALE_SUFFIX, is_quantized
-from reference.config import ModelConfig
+from reference.checkpoint import SCALE_SUFFIX
 from reference.fp8 import FP8, float32_scales
 from reference.weights import Row
 
 
 class WeightEncoder:
-    """Encodes weights as a checkpoint with the config `target` stores them.
+    """Encodes weights as a `storage` plan stores them.
 
     `dtypes` are those of the model's parameters. `scales` says where float8 scales come from: "source" keeps those of
     the source checkpoint for every block whose values have not changed, "fresh" makes all of them anew.
@@ -26,16 +25,15 @@ class WeightEncoder:
     def __init__(
         self,
         checkpoint: HuggingFaceCheckpoint,
-        target: ModelConfig,
+        storage: StoragePlan,
         dtypes: dict[Row, torch.dtype],
         scales: Literal["source", "fresh"] = "source",
     ):
-        self._files, self._target, self._dtypes, self._scales = checkpoint.files, target, dtypes, scales
-        self._is_quantized = cache(lambda name: is_quantized(name, target))
+        self._files, self._storage, self._dtypes, self._scales = checkpoint.files, storage, dtypes, scales
 
     def value_dtype(self, source: Source) -> torch.dtype:
         """The dtype in which a tensor is gathered: its parameter's if it is to be quantised, else the one stored."""
-        if self._is_quantized(source.name):
+        if source.name in self._storage.quantized:
             return self._dtypes[source.row]
         stored = self._files.tensors[source.name].dtype
         return torch.bfloat16 if stored == FP8 else stored
@@ -48,7 +46,7 @@ class WeightEncoder:
         """
         alike: dict[tuple, list[tuple[Source, Tensor]]] = {}
         for source, value in values:
-            if self._is_quantized(source.name):
+            if source.name in self._storage.quantized:
                 kept = self._scales == "source" and self._files.tensors[source.name].dtype == FP8
                 scale_dtype = self._files.tensors[source.name + SCALE_SUFFIX].dtype if kept else None
                 alike.setdefault((scale_dtype, source.shape), []).append((source, value))
@@ -68,8 +66,9 @@ class WeightEncoder:
         """(codes, scales) by name, of matrices of one shape, quantised together as a stack."""
         # A single matrix is not stacked, so that errors say where in the matrix.
         stack = torch.stack([value for _, value in group]) if len(group) > 1 else group[0][1]
-        of_target, name = self._target.quantization, group[0][0].name
-        options = {"block_size": of_target.block_size, "scale_fmt": of_target.scale_fmt, "name": name}
+        config, name = self._storage.config, group[0][0].name
+        assert config.quantization is not None
+        options = {"block_size": config.block_size, "scale_fmt": config.quantization.scale_fmt, "name": name}
         try:
             if kept:
                 scale_inv = self._source_scales([source for source, _ in group]).to(stack.device)

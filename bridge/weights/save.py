@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
-from bridge.huggingface.quantization import stored_tensors
+from bridge.huggingface.quantization import StoragePlan
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
@@ -24,8 +24,6 @@ from bridge.weights.encode import WeightEncoder
 from bridge.weights.export import export_weights
 from bridge.weights.shard_map import ShardMap
 from bridge.weights.sharded_model import ShardedModel
-from reference.checkpoint import is_mtp
-from reference.config import ModelConfig
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -33,7 +31,7 @@ Named = Iterator[tuple[str, Tensor]]
 def save_weights(
     sharded: ShardedModel,
     checkpoint: HuggingFaceCheckpoint,
-    target: ModelConfig,
+    storage: StoragePlan,
     config_json: dict[str, Any] | Path,
     out: Path | str,
     *,
@@ -48,7 +46,7 @@ def save_weights(
             source file changed.
         OSError: a file cannot be written, as when the disk is full. All ranks raise the same error.
     """
-    files = _files(sharded.shard_map, checkpoint, target, max_shard_bytes)
+    files = _files(sharded.shard_map, checkpoint, storage, max_shard_bytes)
     owners = _owners(sharded.shard_map, files)
     leads = sharded.rank == 0
     with raise_on_all_ranks():
@@ -59,10 +57,10 @@ def save_weights(
     with staging or Staging.join(out, None) as folder:
         to = {name: owners[file.file] for file in files for name in file.tensors}
         stream = export_weights(
-            sharded, WeightEncoder(checkpoint, target, sharded.dtypes), to, device="cpu", progress=progress
+            sharded, WeightEncoder(checkpoint, storage, sharded.dtypes), to, device="cpu", progress=progress
         )
         mine = [file for file in files if owners[file.file] == sharded.rank]
-        failure = _write(mine, folder.folder, _with_mtp(mine, stream, checkpoint), stream)
+        failure = _write(mine, folder.folder, _with_carried(mine, stream, checkpoint), stream)
         with raise_on_all_ranks():
             if failure is not None:
                 raise failure
@@ -73,13 +71,17 @@ def save_weights(
 
 
 def _files(
-    shard_map: ShardMap, checkpoint: HuggingFaceCheckpoint, target: ModelConfig, max_shard_bytes: int
+    shard_map: ShardMap, checkpoint: HuggingFaceCheckpoint, storage: StoragePlan, max_shard_bytes: int
 ) -> list[FilePlan]:
     groups = [
-        stored_tensors(source.name, source.shape, target, checkpoint.dtype(source.name)) for source in shard_map.sources
+        storage.stored_tensors(source.name, source.shape, checkpoint.dtype(source.name)) for source in shard_map.sources
     ]
-    mtp = [{name: TensorPlan(checkpoint.dtype(name), checkpoint.shape(name))} for name in checkpoint.mtp_tensors]
-    return plan_files(groups + mtp, max_shard_bytes=max_shard_bytes)
+    carried = [
+        {name: TensorPlan(checkpoint.dtype(name), checkpoint.shape(name))} for name in checkpoint.carried_tensors
+    ]
+    files = plan_files(groups + carried, max_shard_bytes=max_shard_bytes)
+    storage.check(files, set(checkpoint.carried_tensors))
+    return files
 
 
 def _owners(shard_map: ShardMap, files: list[FilePlan]) -> dict[str, int]:
@@ -111,8 +113,9 @@ def _write(mine: list[FilePlan], folder: Path, tensors: Named, stream: Named) ->
     return failure
 
 
-def _with_mtp(mine: list[FilePlan], stream: Named, checkpoint: HuggingFaceCheckpoint) -> Named:
-    """The tensors of this rank's files in order: those of MTP layers from the source, all others from the stream."""
+def _with_carried(mine: list[FilePlan], stream: Named, checkpoint: HuggingFaceCheckpoint) -> Named:
+    """The tensors of this rank's files in order: what is not the model's from the source, the rest of the stream."""
+    carried = set(checkpoint.carried_tensors)
     for file in mine:
         for name in file.tensors:
-            yield (name, checkpoint.files.read(name)) if is_mtp(name, checkpoint.config) else next(stream)
+            yield (name, checkpoint.files.read(name)) if name in carried else next(stream)

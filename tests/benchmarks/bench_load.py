@@ -30,7 +30,8 @@ import torch
 from torch import distributed
 
 from bridge import MiniMaxM2Bridge
-from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.huggingface.safetensors_header import TensorInfo
 from bridge.jobs.ranks import all_gather_objects
 from bridge.model.process_groups import model_parallel
 from bridge.weights.gather import GatherRequest, rounds

@@ -1,7 +1,7 @@
 """Both dialects of config.json give one ModelConfig; what the formulas do not cover is refused by the key's name."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from support.checks import without_type_checks
@@ -51,7 +51,7 @@ RELEASED = {
     "vocab_size": 200064,
     "a_key_of_the_future": {"nested": [1, 2]},
 }
-M2 = ModelConfig(rotary_dim=64, quantization=QuantizationConfig())
+M2 = ModelConfig(rotary_dim=64, quantization=QuantizationConfig(), num_mtp_modules=3)
 NEW_DIALECT = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SIZES = [field.name for field in fields(ModelConfig) if field.type is int]
 
@@ -76,7 +76,7 @@ def test_released_m2():
 def test_keys_that_other_releases_change_or_lack():
     assert ModelConfig.from_hf(changed(max_position_embeddings=204800)).max_position_embeddings == 204800  # M2.7
     assert ModelConfig.from_hf(changed(router_aux_loss_coef=0.01)).router_aux_loss_coef == 0.01
-    assert ModelConfig.from_hf(changed(quantization_config=...)) == ModelConfig(rotary_dim=64)
+    assert ModelConfig.from_hf(changed(quantization_config=...)) == replace(M2, quantization=None)
     minimal = {"model_type": "minimax_m2", "rotary_dim": 64}
     assert ModelConfig.from_hf(minimal) == ModelConfig(rotary_dim=64)
     assert ModelConfig.from_hf(minimal | dict.fromkeys(["head_dim", "attn_type_list", "rope_scaling"])) == ModelConfig(
@@ -104,7 +104,8 @@ def test_defaults_are_transformers():
     with pytest.raises(ValueError, match=r"neither rotary_dim nor rope_parameters\.partial"):
         ModelConfig.from_hf(theirs.to_dict())
     ours = ModelConfig(rotary_dim=64)
-    shared = [field.name for field in fields(ours) if field.name not in ("rotary_dim", "rope_theta", "quantization")]
+    own = ("rotary_dim", "rope_theta", "quantization", "num_mtp_modules")
+    shared = [field.name for field in fields(ours) if field.name not in own]
     assert {name: getattr(ours, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == theirs.default_theta
 
@@ -120,6 +121,12 @@ def test_defaults_are_transformers():
         ({"rope_theta": ..., "rope_parameters": {"rope_theta": 123.0}}, 64, 123.0),
         ({"head_dim": 64, "partial_rotary_factor": 1.0}, 64, 5e6),
         ({"rope_scaling": {"type": "default"}}, 64, 5e6),
+        ({"rope_scaling": {"rope_type": "default", "type": "default"}, "rope_parameters": None}, 64, 5e6),
+        ({"rope_theta": ..., "rope_scaling": {"type": "default", "rope_theta": 1e6}}, 64, 1e6),
+        ({"rotary_dim": ..., "rope_scaling": {"type": "default", "partial_rotary_factor": 0.75}}, 96, 5e6),
+        ({"rotary_dim": ..., "rope_theta": ..., "rope_scaling": NEW_DIALECT}, 64, 1e4),
+        ({"rotary_dim": ..., "rope_parameters": {"rope_type": None, "rotary_dim": 16}}, 16, 5e6),
+        ({"rope_theta": ..., "rope_parameters": NEW_DIALECT, "rope_scaling": NEW_DIALECT}, 64, 1e4),
     ],
 )  # fmt: skip
 def test_every_place_that_can_state_the_rotary_width_and_theta(changes, rotary_dim, theta):
@@ -179,8 +186,6 @@ def test_sizes_that_do_not_go_together(sizes, message):
         ("sliding_window", 4096),
         ("tie_word_embeddings", True),
         ("attention_bias", True),
-        ("router_jitter_noise", 0.1),
-        ("attention_dropout", 0.1),
     ],
 )
 def test_another_computation_is_refused(key, found):
@@ -203,12 +208,35 @@ def test_another_computation_is_refused(key, found):
         ({"rotary_dim": ..., "partial_rotary_factor": 0.33}, "the rotary width must be a whole number of channels"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope_type is 'yarn', but MiniMax-M2 uses 'de"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 1e4}}, "{'rope_theta': 5000000, 'rope_scaling.rope_"),
+        ({"rope_scaling": {"partial_rotary_factor": 1.0}}, "{'rotary_dim': 64, 'rope_scaling.partial_rotary_factor x"),
+        ({"rope_parameters": {"rotary_dim": 32}}, "{'rotary_dim': 64, 'rope_parameters.rotary_dim': 32}"),
+        ({"rope_theta": ..., "rope_parameters": {"rope_theta": 1}, "rope_scaling": {"rope_theta": 2}}, "itself: {'"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "rope_scaling: rope_type is 'linear'"),
+        ({"rope_scaling": {"rope_theta": "1e4"}}, "rope_scaling.rope_theta must be a positive number, found '1e4'"),
+        ({"attn_type_list": [1] * 61}, "attn_type_list has 61 entries and num_hidden_layers is 62"),
+        ({"num_hidden_layers": 4}, "attn_type_list has 62 entries and num_hidden_layers is 4"),
+        ({"num_hidden_layers": ..., "attn_type_list": [1] * 4}, "attn_type_list has 4 entries and num_hidden"),
+        ({"num_mtp_modules": -1}, "num_mtp_modules must be an integer, 0 or more, found -1"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, found 'yarn'"),
     ],
 )  # fmt: skip
 def test_unreadable_configs(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ModelConfig.from_hf(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("router_jitter_noise", 0.1), ("attention_dropout", 0.1), ("hidden_dropout", 0.5), ("classifier_dropout", 0.2)],
+)
+def test_settings_of_training_do_not_change_the_model(key, value):
+    assert ModelConfig.from_hf(changed(**{key: value})) == M2
+
+
+@pytest.mark.parametrize("section", [None, {}])
+def test_an_empty_quantization_section_is_none(section):
+    assert ModelConfig.from_hf(changed(quantization_config=section)).quantization is None
 
 
 def read_quantization(**changes) -> QuantizationConfig:
@@ -232,6 +260,12 @@ def read_quantization(**changes) -> QuantizationConfig:
         ({"activation_scheme": "static"}, "quantization_config: activation_scheme is 'static', but only 'dynamic'"),
         ({"weight_block_size": [1, 128]}, "must be two equal sizes such as [128, 128], found [1, 128]"),
         ({"weight_block_size": [128]}, "must be two equal sizes such as [128, 128], found [128]"),
+        (
+            {"ignored_layers": ["gate"]},
+            "contradicts itself: {'modules_to_not_convert': ['gate', 'e_s",
+        ),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list of names, found 'lm_head'"),
+        ({"modules_to_not_convert": ..., "ignored_layers": [1]}, "ignored_layers must be a list of names, found [1]"),
         ({"weight_block_size": [0, 0]}, "weight_block_size must be a positive integer, found 0"),
     ],
 )
@@ -251,4 +285,7 @@ def test_quantization_section():
         assert read(scale_fmt=absent) == QuantizationConfig(scale_fmt="float")
     assert read(scale_fmt="ue8m0") == QuantizationConfig(scale_fmt="ue8m0")
     assert read(scale_fmt="ue8m0", modules_to_not_convert=...).scale_fmt == "ue8m0"
+    assert read(modules_to_not_convert=..., ignored_layers=["gate"]).modules_to_not_convert == ("gate",)
+    assert read(modules_to_not_convert=["a", "b"], ignored_layers=["b", "a"]).modules_to_not_convert == ("a", "b")
+    assert read(ignored_layers=None) == QuantizationConfig()
     assert read(fmt=..., activation_scheme=...) == QuantizationConfig()

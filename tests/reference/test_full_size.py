@@ -8,10 +8,11 @@ import jaxtyping
 import pytest
 import torch
 
-from reference.checkpoint import expected_tensors, is_quantized, parameter_count
+from reference.checkpoint import expected_tensors, parameter_count
 from reference.config import ModelConfig
 from reference.names import all_names, parse
 from reference.parallelism import Parallelism, spread_layers
+from reference.quantization import is_quantized
 from reference.sharding import check_coverage, parameters, placements
 from reference.weights import Dialect
 

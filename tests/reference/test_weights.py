@@ -14,9 +14,10 @@ from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
 from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
-from reference.checkpoint import is_quantized, parameter_count
+from reference.checkpoint import parameter_count
 from reference.config import ModelConfig, QuantizationConfig
 from reference.names import find
+from reference.quantization import is_quantized
 from reference.weights import TABLE, Dialect, Layout, Row, Scope, Storage, instances, sizes
 
 SIZES = {

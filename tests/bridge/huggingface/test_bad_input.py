@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoints import EDGY_CONFIG, GATE, SCALE, W2, Q, edit_config, edit_tensors
+from support.checkpoints import GATE, SCALE, W2, Q, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
@@ -65,12 +64,6 @@ def edit_index(change: Callable[[dict, list[str]], None]) -> Callable[[Path], No
     return apply
 
 
-def tensor_in_two_shards(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    first, last = load_file(files[0]), load_file(files[-1])
-    save_file({**last, "model.embed_tokens.weight": first["model.embed_tokens.weight"]}, files[-1])
-
-
 # What is done to the checkpoint; what the error must name: tensor or key, what was found, what was expected.
 REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing shard": (lambda folder: first_shard(folder).unlink(), ["model-00001-of-", "not there"]),
@@ -79,10 +72,9 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         edit_index(lambda names, files: names.update({"model.extra": files[0]})),
         ["model.extra", "model-00001-of-"],
     ),
-    "tensor in two shards": (tensor_in_two_shards, ["model.embed_tokens.weight", "model-00001-of-"]),
     "wrong shape": (setting(GATE, lambda w: w[:-1]), [GATE, "[4, 160]", "[5, 160]"]),
     "wrong dtype": (setting(GATE, lambda w: w.to(torch.int32)), [GATE, "int32", "float32"]),
-    "not quantised where config says so": (setting(Q, torch.Tensor.bfloat16), [Q, "bfloat16", "float8_e4m3fn"]),
+    "scales left over": (setting(Q, torch.Tensor.bfloat16), [Q, "bfloat16", "float8_e4m3fn"]),
     "missing scales": (tensors(lambda t: t.pop(Q + SCALE)), [Q + SCALE, "missing"]),
     "scale grid too small": (setting(Q + SCALE, lambda s: s[:, :1]), [Q, "[3, 1]", "[3, 2]"]),
     "scale grid too large": (
@@ -104,6 +96,12 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         tensors(lambda t: t.update({"model.layers.0.mystery.weight_scale_inv": torch.ones(1, 1)})),
         ["model.layers.0.mystery.weight_scale_inv", "without their tensor"],
     ),
+    "layers that config does not count": (
+        config(num_hidden_layers=1, num_mtp_modules=3),
+        ["model.layers.1.", "num_hidden_layers", "at least 2"],
+    ),
+    "too many MTP layers": (config(num_mtp_modules=0), ["model.layers.2.enorm.weight", "num_mtp_modules"]),
+    "attn_type_list of another length": (config(attn_type_list=[1, 1, 1]), ["attn_type_list", "3", "2"]),
     "missing tensor": (tensors(lambda t: t.pop(W2)), [W2, "missing"]),
     "unknown tensor": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(3)})),

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bridge.huggingface.carried_files import carried_files
-from bridge.huggingface.safetensors_folder import SafetensorsFolder, TensorInfo
+from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.huggingface.safetensors_header import TensorInfo
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
 FIRST, SECOND = "model-00002-of-00130.safetensors", "odd-name.safetensors"
@@ -166,11 +167,53 @@ def test_a_single_file_needs_no_index(tmp_path: Path):
         assert checkpoint.metadata == {}
 
 
-def test_the_index_wins_over_a_stray_single_file(folder: Path):
-    save_file({"scalar": torch.tensor(9.0), "stray": torch.zeros(1)}, folder / "model.safetensors")
+def test_the_index_decides_which_file_holds_a_tensor(folder: Path):
+    """Other copies, tensors and files are not read, and that is said once for each kind."""
     with SafetensorsFolder(folder) as checkpoint:
-        assert "stray" not in checkpoint.tensors
+        assert checkpoint.notes == []
+        names = list(checkpoint.tensors)
+    matrices = {f"{d}.2d".removeprefix("torch."): every_byte(d, 7, 5) for d in FLOATS}
+    save_file(matrices | {"scalar": torch.tensor(9.0), "extra.weight": torch.ones(2)}, folder / FIRST)
+    save_file({"scalar": torch.tensor(8.0), "stray": torch.zeros(1)}, folder / "model.safetensors")
+    save_file({"stray": torch.zeros(1)}, folder / "consolidated.safetensors")
+    with SafetensorsFolder(folder) as checkpoint:
+        assert list(checkpoint.tensors) == names
         assert checkpoint.read("scalar") == 2.5
+        copies, unindexed, files = checkpoint.notes
+        assert "index.json puts into another file" in copies
+        assert copies.endswith(f": scalar in {FIRST}")
+        assert "index.json does not name" in unindexed
+        assert unindexed.endswith(f": extra.weight in {FIRST}")
+        assert files.endswith(": consolidated.safetensors and 1 more")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors"])
+def test_a_whole_checkpoint_in_one_file_needs_no_index(tmp_path: Path, name: str):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.arange(3.0)}, tmp_path / name)
+    with SafetensorsFolder(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.read("a"), torch.arange(3.0))
+        assert checkpoint.notes == []
+    save_file({"b": torch.arange(3.0)}, tmp_path / "other.safetensors")
+    with SafetensorsFolder(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
+        assert [note.rpartition(": ")[2] for note in checkpoint.notes] == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model-00001-of-00002.safetensors"], "neither model.safetensors.index.json nor model.safetensors is there"),
+        (["model-00002-of-00002.safetensors"], "neither model.safetensors.index.json nor model.safetensors is there"),
+        (["model-00001-of-00001.safetensors", "model.safetensors"], "which one is meant"),
+    ],
+)
+def test_parts_of_a_checkpoint_need_an_index(tmp_path: Path, names: list[str], said: str):
+    (tmp_path / "config.json").write_text("{}")
+    for name in names:
+        save_file({"a": torch.arange(3.0)}, tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SafetensorsFolder(tmp_path)
 
 
 def test_shards_may_be_links_and_lie_in_sub_folders(folder: Path):
@@ -244,17 +287,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "tensor in the other shard": (
         lambda f: remap(f, lambda m: {**m, "scalar": FIRST}),
         [FIRST, "scalar", "its header does not"],
-    ),
-    "tensor in two shards": (
-        lambda f: save_file(
-            {f"{d}.2d".removeprefix("torch."): every_byte(d, 7, 5) for d in FLOATS} | {"scalar": torch.tensor(2.5)},
-            f / FIRST,
-        ),
-        [FIRST, "scalar", SECOND],
-    ),
-    "tensor in no index": (
-        lambda f: remap(f, lambda m: {k: v for k, v in m.items() if k != "scalar"}),
-        [SECOND, "scalar", "nowhere"],
     ),
 }
 

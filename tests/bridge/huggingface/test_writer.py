@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bridge.huggingface import writer
 from bridge.huggingface.carried_files import carried_files
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, DTYPES, INDEX_NAME, SafetensorsFolder
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SafetensorsFolder
+from bridge.huggingface.safetensors_header import DTYPES
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
 
 U8, F32 = torch.uint8, torch.float32
