@@ -8,15 +8,20 @@ import json
 import logging
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click import ClickException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -52,12 +57,13 @@ def default_workers(workers: int | None, *folders: Path) -> int:
 @contextmanager
 def reporting(*, models: bool = False) -> Iterator[None]:
     """torchrun's process group (`models`: on GPUs where there are some); errors as one message on stderr and status 2;
-    third-party start-up noise silenced."""
+    what our own log says as notes there; third-party start-up noise silenced."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_remark_on_gpus)
     try:
-        with TorchrunRanks(models=models):
+        with TorchrunRanks(models=models), _notes():
             yield
     except (ValueError, OSError) as error:
         first, *others = "\n".join([str(error), *getattr(error, "__notes__", [])]).split("\n")
@@ -67,9 +73,58 @@ def reporting(*, models: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def _is_no_remark_on_gpus(record: logging.LogRecord) -> bool:
+    """torch says on import that it has a compiler for GPUs and no GPU, which is as good a machine as any here."""
+    return not record.msg.startswith("No CUDA runtime is found")
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say_line(record.getMessage(), label="note:", console=errors)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """What `bridge` logs is shown as notes, once, whatever other packages do with the root logger."""
+    log, handler = logging.getLogger("bridge"), _Notes()
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+
+
+def guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose unexpected errors say that they are a bug and end with status 2: 1 means that something differs."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except (typer.Exit, typer.Abort, ClickException):
+            raise
+        except Exception as error:
+            _say_bug(error)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(128 + signal.SIGINT) from error
+
+    return run
+
+
+def _say_bug(error: Exception) -> None:
+    """On the rank that it happened to: the others may know nothing of it."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        errors.print(Text(printable(line, errors)), soft_wrap=True)
+    said = f"a bug in minimax-m2 ({type(error).__name__}), not in your files; please report it with the lines above"
+    errors.print(Text.assemble(("error: ", "red"), said), soft_wrap=True)
+
+
 @contextmanager
 def folder(keep: Path | None) -> Iterator[Path]:
-    """The folder to keep, or one that is deleted at the end, on all ranks the same."""
+    """The folder to keep, or one that is deleted when the block or the process ends; on all ranks the same."""
     if keep is not None:
         yield keep
         return
@@ -77,7 +132,31 @@ def folder(keep: Path | None) -> Iterator[Path]:
         with raise_on_all_ranks():
             make = tempfile.TemporaryDirectory(prefix="minimax-m2-") if is_rank_zero() else nullcontext()
             made = stack.enter_context(make)
+            if made is not None:
+                stack.enter_context(_deleted_by_signals(made))
         yield Path(all_gather_objects(made)[0])
+
+
+@contextmanager
+def _deleted_by_signals(path: str) -> Iterator[None]:
+    """SIGTERM and SIGHUP delete a folder before they end the process; the status is the shell's, 143 and 129.
+
+    The handler does both itself: an exception could be raised where nothing lets it through.
+    """
+
+    def leave(number: int, _: object) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os._exit(128 + number)
+
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    ours = [one for one, handler in before.items() if handler is signal.SIG_DFL]  # nohup's stays as it is
+    for one in ours:
+        signal.signal(one, leave)
+    try:
+        yield
+    finally:
+        for one in ours:
+            signal.signal(one, signal.SIG_DFL)
 
 
 class _Rate(ProgressColumn):

@@ -68,7 +68,7 @@ def import_(
         job = ImportJob(str(folder), str(out), str(dtype), iteration)
         count = default_workers(workers, folder)
         summary = import_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
-    _conclude(f"{path} -> {out}", summary, dry_run=dry_run, as_json=as_json)
+    _conclude(f"{path} -> {out}", summary, mtp="of them MTP, left out", dry_run=dry_run, as_json=as_json)
 
 
 def export_(
@@ -108,17 +108,17 @@ def export_(
         job = ExportJob(str(megatron), str(out), str(quantization), str(scales), folder)
         count = default_workers(workers, megatron)
         summary = export_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
-    _conclude(f"{megatron} -> {out}", summary, dry_run=dry_run, as_json=as_json)
+    _conclude(f"{megatron} -> {out}", summary, mtp="of them MTP, the source's", dry_run=dry_run, as_json=as_json)
 
 
 _LABELS = {
     "tensors": "tensors",
-    "mtp_tensors": "of them MTP, left out",
     "unneeded_tensors": "of them not needed, left out",
+    "trained_mtp": "trained MTP tensors, not converted",
     "bytes_read": "bytes read",
     "bytes_written": "bytes written",
     "files": "files",
-    "reused": "of them finished by an earlier run",
+    "reused": "of them, weights of an earlier run",
     "identical": "quantised weights with the source's bytes",
     "requantised": "quantised weights encoded anew",
     "worst": "worst of those",
@@ -126,11 +126,12 @@ _LABELS = {
 }
 
 
-def _conclude(title: str, summary: Any, *, dry_run: bool, as_json: bool) -> None:
+def _conclude(title: str, summary: Any, *, mtp: str, dry_run: bool, as_json: bool) -> None:
     say_notes(summary.notes)
     if as_json:
         say_json({"dry_run": dry_run, **summary._asdict()})
         return
-    facts = [(label, getattr(summary, name)) for name, label in _LABELS.items() if hasattr(summary, name)]
+    labels = _LABELS | {"mtp_tensors": mtp}
+    facts = [(labels[name], value) for name, value in summary._asdict().items() if name in labels]
     rows = [(label, f"{value:,}" if isinstance(value, int) else f"{value}") for label, value in facts if value]
     say(f"{title}{' (dry run: nothing was written)' if dry_run else ''}", rows)

@@ -9,7 +9,6 @@ Megatron-LM's that is there already gains an iteration, which has `hugging_face/
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,19 +17,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.convert.training_arguments import common_state
+from bridge.formats import FORMAT_NAME
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
+from bridge.huggingface.companions import Companions, companions, say_left_behind
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
-from bridge.jobs.durable import copy_file, json_bytes, write_bytes
+from bridge.jobs.durable import copy_file, footprint, json_bytes, write_bytes
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.torch_dist.checkpoint import HF_FOLDER
 from bridge.torch_dist.reader import TRACKER
-from bridge.torch_dist.writer import FORMAT_NAME, Chunk, Stored, finish, write_chunks, write_states
-from reference.config import ModelConfig
+from bridge.torch_dist.writer import (
+    Chunk,
+    Stored,
+    finish,
+    metadata_files,
+    plan_chunks,
+    plan_states,
+    write_chunks,
+    write_states,
+)
 from reference.dist_checkpoint import Entry, entries
 from reference.sharding import Piece, rows_of
 
@@ -64,9 +73,11 @@ class ImportJob(NamedTuple):
 
 
 class ImportSummary(NamedTuple):
-    """What an import reads and writes. `reused` of the `files` were finished by an earlier run.
+    """What an import reads and writes: weights, metadata, and the files of Hugging Face beside them.
 
-    Of the `tensors`, MTP and unneeded ones are left out. `notes` says what lies in the source and is not read.
+    Of the `tensors`, MTP and unneeded ones are left out. `reused` of the files with weights were finished by an earlier
+    run. `notes` says what lies in the source's weights and is not read; `left_behind` are names in its folder that
+    belong to no model.
     """
 
     tensors: int
@@ -77,6 +88,7 @@ class ImportSummary(NamedTuple):
     files: int
     reused: int
     notes: tuple[str, ...]
+    left_behind: tuple[str, ...]
 
 
 class _Part(NamedTuple):
@@ -85,16 +97,26 @@ class _Part(NamedTuple):
 
 
 class _Import(NamedTuple):
-    """An import that is open: the source, what is carried along, and the chunks of each unit."""
+    """An import that is open: the source, what else its folder holds, and the chunks of each unit."""
 
     job: ImportJob
     source: HuggingFaceCheckpoint
-    carried: list[Path]
+    others: Companions
     units: list[list[_Part]]
 
     @property
     def chunks(self) -> list[Chunk]:
         return [part.chunk for unit in self.units for part in unit]
+
+    @property
+    def common_state(self) -> dict[str, Any]:
+        """What Megatron-LM keeps beside the weights."""
+        return common_state(self.source.config, DTYPES[self.job.dtype], self.job.iteration)
+
+    @property
+    def laid_beside(self) -> list[Path]:
+        """The files of Hugging Face that go into the output, relative to the source."""
+        return [Path(CONFIG_NAME), *self.others.carried]
 
 
 def import_checkpoint(
@@ -127,16 +149,19 @@ def import_checkpoint(
         elif not unfinished(out):
             check_target(out)
         opened = _open(job)
-    summary = _summary(opened)
+    if is_rank_zero():
+        say_left_behind(opened.others.left_behind)
     if dry_run:
-        return summary
+        return _summary(opened, *_planned(opened))
     work = Work(_open, _write_unit, opened.job, len(opened.units) + 1, out / job.iteration_folder if adds else out)
     output = Output(partial(_complete, opened))
     if adds:
-        point_to_it = partial(write_bytes, out / TRACKER, str(job.iteration).encode())
+        point_to_it = partial(write_bytes, out / TRACKER, _tracker(job))
         output = output._replace(replaces=_is_of_an_import, then=point_to_it)
     done = run_resumable(work, opened, output, workers=workers, what="import", progress=progress)
-    return summary._replace(reused=done.reused)
+    written = [work.out, out / TRACKER] if adds else [work.out]
+    nbytes, files = footprint(*written)
+    return _summary(opened, nbytes, files, reused=done.reused)
 
 
 def _is_of_an_import(name: str) -> bool:
@@ -180,22 +205,42 @@ def _open(job: ImportJob) -> _Import:
                 room = job.unit_bytes
             units[-1].append(part)
             room -= part.chunk.nbytes
-    versions, carried = source.files.versions, carried_files(source.files.folder)
-    return _Import(job._replace(source_versions=versions), source, carried, units)
+    versions, others = source.files.versions, companions(source.files.folder)
+    return _Import(job._replace(source_versions=versions), source, others, units)
 
 
-def _summary(opened: _Import) -> ImportSummary:
-    files = opened.source.files
+def _summary(opened: _Import, nbytes: int, files: int, *, reused: int = 0) -> ImportSummary:
+    source = opened.source.files
     return ImportSummary(
-        tensors=len(files.tensors),
+        tensors=len(source.tensors),
         mtp_tensors=len(opened.source.mtp_tensors),
         unneeded_tensors=len(opened.source.unneeded_tensors),
-        bytes_read=files.nbytes,
-        bytes_written=sum(chunk.nbytes for chunk in opened.chunks),
-        files=len(opened.units) + 1,
-        reused=0,
-        notes=tuple(files.notes),
+        bytes_read=source.nbytes,
+        bytes_written=nbytes,
+        files=files,
+        reused=reused,
+        notes=tuple(source.notes),
+        left_behind=tuple(opened.others.left_behind),
     )
+
+
+def _planned(opened: _Import) -> tuple[int, int]:
+    """Bytes and files that will be written."""
+    job, config, units = opened.job, opened.source.config, opened.units
+    stored = [item for unit, parts in enumerate(units) for item in plan_chunks(unit, [part.chunk for part in parts])]
+    stored += plan_states(len(units), config, opened.common_state)
+    small = [*metadata_files(opened.chunks, stored).values(), _written_by(job), _tracker(job)]
+    nbytes = sum(item.nbytes for item in stored) + sum(map(len, small))
+    nbytes += sum((opened.source.files.folder / path).stat().st_size for path in opened.laid_beside)
+    return nbytes, len(units) + 1 + len(small) + len(opened.laid_beside)
+
+
+def _written_by(job: ImportJob) -> bytes:
+    return json_bytes({"written_by": "minimax-m2 import", "dtype": job.dtype})
+
+
+def _tracker(job: ImportJob) -> bytes:
+    return str(job.iteration).encode()
 
 
 def _parts(entry: Entry, dtype: torch.dtype) -> Iterator[_Part]:
@@ -218,7 +263,7 @@ def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], li
     target = opened.job.staged_iteration(folder)
     target.mkdir(exist_ok=True)
     if unit == len(opened.units):
-        stored = write_states(target, unit, opened.source.config, _common_state(opened.job, opened.source.config))
+        stored = write_states(target, unit, opened.source.config, opened.common_state)
     else:
         parts = [(part.chunk, partial(_value, opened.source, part)) for part in opened.units[unit]]
         stored = write_chunks(target, unit, parts)
@@ -237,67 +282,10 @@ def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
     target, source = opened.job.staged_iteration(folder), opened.source.files.folder
     finish(target, opened.chunks, [Stored(*item) for stored in results for item in stored])
-    write_bytes(target / WRITTEN_BY, json_bytes({"written_by": "minimax-m2 import", "dtype": opened.job.dtype}))
-    for path in (Path(CONFIG_NAME), *opened.carried):
+    write_bytes(target / WRITTEN_BY, _written_by(opened.job))
+    for path in opened.laid_beside:
         copy = folder / HF_FOLDER / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source / path, copy)
     if not opened.job.adds:
-        write_bytes(folder / TRACKER, str(opened.job.iteration).encode())
-
-
-# Megatron-LM's training arguments that describe the model: by the config's field, and the same for every MiniMax-M2.
-_SIZES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "moe_ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "num_experts": "num_local_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-    "padded_vocab_size": "vocab_size",
-}
-_ARCHITECTURE: dict[str, Any] = {
-    "group_query_attention": True,
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_dtype": "fp32",
-    "moe_grouped_gemm": True,
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "qk_layernorm": True,
-    "swiglu": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "untie_embeddings_and_output_weights": True,
-}
-# The layout that one rank has, and a run that has not begun.
-_RUN: dict[str, Any] = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "ckpt_format": "torch_dist",
-    "consumed_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "skipped_train_samples": 0,
-}
-
-
-def _common_state(job: ImportJob, config: ModelConfig) -> dict[str, Any]:
-    """What Megatron-LM keeps beside the weights: its training arguments and the iteration."""
-    arguments = Namespace(
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        **_ARCHITECTURE,
-        **_RUN,
-        rotary_base=int(config.rope_theta),
-        rotary_percent=config.rotary_dim / config.head_dim,
-        bf16=job.dtype == "bf16",
-        params_dtype=DTYPES[job.dtype],
-        iteration=job.iteration,
-    )
-    return {"args": arguments, "checkpoint_version": 3.0, "iteration": job.iteration}
+        write_bytes(folder / TRACKER, _tracker(opened.job))

@@ -9,6 +9,7 @@ layers come from the source; without one, config.json and tokenizer are those th
 checkpoint.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -18,13 +19,23 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
+from bridge.huggingface.companions import companions, say_left_behind
 from bridge.huggingface.quantization import Quantization, StoragePlan, storage_plan, with_true_scale_format
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
-from bridge.huggingface.writer import SHARD_BYTES, FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
+from bridge.huggingface.read_json import read_object
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
+from bridge.huggingface.writer import (
+    SHARD_BYTES,
+    FilePlan,
+    TensorPlan,
+    finish_folder,
+    folder_bytes,
+    plan_files,
+    replaces,
+    write_file,
+)
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import raise_on_all_ranks
+from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
@@ -34,6 +45,7 @@ from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.dist_checkpoint import Entry
 from reference.fp8 import FP8, possible_roundings
 
+_log = logging.getLogger(__name__)
 BAND_BYTES = 256 * 2**20  # of a large tensor, in memory at a time
 
 
@@ -50,13 +62,15 @@ class ExportJob(NamedTuple):
 
 
 class ExportSummary(NamedTuple):
-    """What an export reads and writes, and what became of the quantised weights.
+    """What an export reads and writes (weights, index, config.json and what is carried along), and what became of them.
 
     `identical` ones have the source's codes, byte for byte, and its scales, which are float32 here whatever they are in
     the source; `requantised` ones do not, and `worst` is the one whose decoded value
     differs most from the weight, by `worst_error`: root mean square of the difference over that of the weight. Both
-    counts are None where another process with the same job finished while this one waited. `notes` says what lies in
-    the source and is not read.
+    counts are None where another process with the same job finished while this one waited. `mtp_tensors` are the
+    source's, taken along; `trained_mtp` are those that the distributed checkpoint has, which are not converted.
+    `reused` of the files with weights were finished by an earlier run; `left_behind` are names in the source's folder
+    that belong to no model, `notes` what lies in its weights and is not read.
     """
 
     tensors: int
@@ -69,6 +83,9 @@ class ExportSummary(NamedTuple):
     worst: str
     worst_error: float
     notes: tuple[str, ...]
+    mtp_tensors: int
+    trained_mtp: int
+    left_behind: tuple[str, ...]
 
 
 class _Export(NamedTuple):
@@ -80,6 +97,7 @@ class _Export(NamedTuple):
     storage: StoragePlan
     config_json: dict[str, Any] | Path
     carried: dict[str, Path]
+    left_behind: list[str]
     entries: dict[str, Entry]  # by the first on-disk tensor
     files: list[FilePlan]
 
@@ -114,6 +132,9 @@ def export_checkpoint(
         replaced = replaces(opened.carried) if overwrite else None
         if not unfinished(Path(out)):
             check_target(Path(out), replaces=replaced)
+    if is_rank_zero():
+        say_left_behind(opened.left_behind)
+        _say_trained_mtp(opened)
     if dry_run:
         return _summary(opened, [], reused=0)
     work = Work(_open, _write_unit, opened.job, len(opened.files), Path(out))
@@ -127,23 +148,39 @@ def _complete(opened: _Export, folder: Path, _: list[Any]) -> None:
     finish_folder(folder, opened.files, opened.config_json, carried=opened.carried)
 
 
+def _say_trained_mtp(opened: _Export) -> None:
+    """Weights that were trained and are not in the output are never dropped without a word."""
+    if trained := opened.megatron.trained_mtp:
+        kept = len(opened.source.mtp_tensors) if opened.source else 0
+        _log.warning(
+            "not converted: %d trained tensors of multi-token-prediction layers (%s, ...), which have no names in a "
+            "Hugging Face checkpoint here; %s",
+            len(trained),
+            trained[0],
+            f"the source's {kept} MTP tensors are written instead" if kept else "no MTP tensors are written",
+        )
+
+
 def _summary(opened: _Export, counts: "list[_Count] | None", *, reused: int) -> ExportSummary:
     """`counts` is None where another process finished, and kept its counts."""
-    tensors = [tensor for file in opened.files for tensor in file.tensors.values()]
     keys = {entry.key for entry in opened.entries.values()}
     known = counts is not None
     worst = max(counts or [], key=lambda count: count.worst_error, default=_Count(0, 0, "", 0.0))
+    nbytes, files = folder_bytes(opened.files, opened.config_json, carried=opened.carried)
     return ExportSummary(
-        tensors=len(tensors),
+        tensors=sum(len(file.tensors) for file in opened.files),
         bytes_read=sum(opened.megatron.files.nbytes(key) for key in keys),
-        bytes_written=sum(tensor.nbytes for tensor in tensors),
-        files=len(opened.files),
+        bytes_written=nbytes,
+        files=files,
         reused=reused,
         identical=sum(count.identical for count in counts) if known else None,
         requantised=sum(count.requantised for count in counts) if known else None,
         worst=worst.worst,
         worst_error=worst.worst_error,
         notes=tuple(opened.source.files.notes) if opened.source else (),
+        mtp_tensors=len(opened.source.mtp_tensors) if opened.source else 0,
+        trained_mtp=len(opened.megatron.trained_mtp),
+        left_behind=tuple(opened.left_behind),
     )
 
 
@@ -163,7 +200,7 @@ def _open(job: ExportJob) -> _Export:
             "for fresh scales"
         )
     folder = source.files.folder if source else beside(megatron.files)
-    raw = read_object(folder / CONFIG_NAME)
+    raw, others = read_object(folder / CONFIG_NAME), companions(folder)
     storage = storage_plan(raw, job.quantization, source.quantized if source else frozenset())
     groups = [_group(entry, megatron, source, storage) for entry in megatron.entries]
     kept = [] if source is None else source.carried_tensors
@@ -176,7 +213,8 @@ def _open(job: ExportJob) -> _Export:
         source,
         storage,
         folder / CONFIG_NAME if storage.config_json == raw else storage.config_json,
-        {str(path): folder / path for path in carried_files(folder)},
+        {str(path): folder / path for path in others.carried},
+        others.left_behind,
         {entry.parameter.sources[0]: entry for entry in megatron.entries},
         files,
     )

@@ -8,6 +8,8 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 
+from bridge.formats import unfinished_download
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -40,6 +42,8 @@ def regular_file(path: Path, *, named_by: str = "") -> os.stat_result:
             raise ValueError(
                 f"{said} a link to {os.readlink(path)}, which is not there; copy the file itself"
             ) from None
+        if partial := unfinished_download(path):
+            raise ValueError(f"{said} not there, but {partial} is: its download was not finished; repeat it") from None
         raise ValueError(f"{said} not there; copy or download it again") from None
     except (OSError, ValueError) as error:  # a link to itself, a name that no file can have
         raise ValueError(f"{path}: cannot be looked at ({error}); expected a regular file") from error
@@ -48,6 +52,8 @@ def regular_file(path: Path, *, named_by: str = "") -> os.stat_result:
         raise ValueError(f"{said} {kind}, expected a regular file; remove it, or put the file in its place")
     if not readable:
         raise ValueError(f"{said} not readable by this user (mode {stat.filemode(found.st_mode)}); change its mode")
+    if partial := unfinished_download(path):
+        raise ValueError(f"{said} not whole: {partial} is beside it, so its download was not finished; repeat it")
     return found
 
 

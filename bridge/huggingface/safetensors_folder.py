@@ -13,7 +13,6 @@ page cache 4096: reading some columns of each row would touch most pages all the
 """
 
 import gc
-import json
 import math
 import os
 import threading
@@ -27,6 +26,8 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
+from bridge.formats import A_DISTRIBUTED_FOLDER, check_folder, check_model, check_quantisation
+from bridge.huggingface.read_json import read_object
 from bridge.huggingface.regular_files import file_inside, regular_file, stays_inside
 from bridge.huggingface.safetensors_header import TensorInfo, header_length, read_header
 from bridge.huggingface.scatter_read import Read, scatter_read
@@ -52,8 +53,12 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        if not os.path.lexists(self.folder / CONFIG_NAME):
+            check_folder(self.folder, A_DISTRIBUTED_FOLDER)
         self._config_version = _version(file_inside(self.folder, CONFIG_NAME))
         self.config_json = read_object(self.folder / CONFIG_NAME)
+        for check in (check_model, check_quantisation):
+            check(self.config_json, self.folder / CONFIG_NAME)
         index_path = self.folder / INDEX_NAME
         with ExitStack() as stack, _collector_paused():
             if os.path.lexists(index_path):
@@ -77,6 +82,8 @@ class SafetensorsFolder:
 
     def _single_name(self) -> str:
         found = [name for name in SINGLE_NAMES if os.path.lexists(self.folder / name)]
+        if not found:
+            check_folder(self.folder, A_DISTRIBUTED_FOLDER)
         if len(found) != 1:
             raise ValueError(
                 f"{self.folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; download it again"
@@ -206,6 +213,7 @@ class _Shard:
         try:
             yield
         except ValueError as error:
+            check_is_itself(self.path)
             raise ValueError(f"{self.path}: {error}") from error
 
     def _bytes(self, name: str, offset: int, nbytes: int) -> bytes:
@@ -252,17 +260,6 @@ def _collector_paused() -> Iterator[None]:
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    regular_file(path)
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:

@@ -45,6 +45,11 @@ class FilePlan(NamedTuple):
     file: str
     tensors: dict[str, TensorPlan]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the file, header included."""
+        return len(_header(self)) + sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 def plan_files(groups: Iterable[Mapping[str, TensorPlan]], *, max_shard_bytes: int = SHARD_BYTES) -> list[FilePlan]:
     """Fill files up in order. A group's tensors stay in one file; it has a file to itself if it is larger than one.
@@ -159,19 +164,31 @@ def finish_folder(
     else:
         write_bytes(folder / CONFIG_NAME, json_bytes(config))
     _check_sizes(folder, files)
+    write_bytes(folder / INDEX_NAME, _index(files))
+
+
+def folder_bytes(
+    files: list[FilePlan], config: dict[str, Any] | Path, *, carried: Mapping[str, Path | bytes] | None = None
+) -> tuple[int, int]:
+    """Bytes and files of the folder that `finish_folder` completes."""
+    others = [config if isinstance(config, Path) else json_bytes(config), _index(files), *(carried or {}).values()]
+    nbytes = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in others)
+    return sum(plan.nbytes for plan in files) + nbytes, len(files) + len(others)
+
+
+def _index(files: list[FilePlan]) -> bytes:
     weight_map = {name: plan.file for plan in files for name in plan.tensors}
     total = sum(plan.nbytes for file in files for plan in file.tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_bytes(folder / INDEX_NAME, json_bytes(index))
+    return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _check_sizes(folder: Path, files: list[FilePlan]) -> None:
     for plan in files:
         found = (folder / plan.file).stat().st_size if (folder / plan.file).is_file() else 0
-        expected = len(_header(plan)) + sum(tensor.nbytes for tensor in plan.tensors.values())
-        if found != expected:
+        if found != plan.nbytes:
             raise ValueError(
-                f"{folder / plan.file}: found {found:,} bytes, expected the {expected:,} that were planned; write again"
+                f"{folder / plan.file}: found {found:,} bytes, expected the {plan.nbytes:,} that were planned; write "
+                "again"
             )
 
 

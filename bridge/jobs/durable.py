@@ -43,6 +43,12 @@ def copy_file(source: Path, target: Path) -> None:
             os.fsync(handle)
 
 
+def footprint(*paths: Path) -> tuple[int, int]:
+    """Bytes and number of files at and below some paths."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in files), len(files)
+
+
 def json_bytes(value: Any) -> bytes:
     """For people to read."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

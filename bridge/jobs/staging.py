@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from bridge.jobs.durable import json_bytes, sync, write_bytes
+from bridge.jobs.durable import footprint, json_bytes, sync, write_bytes
 from bridge.jobs.target import check_target, real_path
 
 LOCK_SECONDS = 10.0  # longer than a killed run's workers take to notice
@@ -126,7 +126,8 @@ class Staging:
     @property
     def kept_bytes(self) -> int:
         """Bytes in `folder`: what a run that failed leaves for the next one."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        nbytes, _ = footprint(self.folder)
+        return nbytes
 
     def publish(self, then: Callable[[], None] = lambda: None) -> None:
         """Put the folder in place, do what comes `then`, and forget the journal.

@@ -5,6 +5,7 @@
 `bridge.memory_plan.picture` draws it.
 """
 
+import os
 import re
 from collections.abc import Callable
 from itertools import groupby
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
+from bridge.formats import A_DISTRIBUTED_FOLDER, check_folder, check_model
+from bridge.huggingface.read_json import read_object
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from reference.advice import Advice, advise, default_layers
 from reference.config import ModelConfig
 from reference.memory import Bytes, Holding, holdings, training_bytes
@@ -69,11 +72,15 @@ class Plan(NamedTuple):
 def read_config(path_or_hub_id: str | Path) -> ModelConfig:
     """The model of a checkpoint's folder, of a config.json, or of a hub id; nothing but config.json is fetched or read.
 
+    Only sizes matter here, so how the checkpoint is quantised does not.
+
     Raises:
         ValueError: there is none, or it is not a MiniMax-M2's.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
+        if not os.path.lexists(path / CONFIG_NAME):
+            check_folder(path, A_DISTRIBUTED_FOLDER)
         path = path / CONFIG_NAME
     elif not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.suffix != ".json":
         try:
@@ -83,7 +90,9 @@ def read_config(path_or_hub_id: str | Path) -> ModelConfig:
                 f"{path_or_hub_id}: no such local folder, and the hub did not deliver its {CONFIG_NAME} ({error}); "
                 "give an existing folder, or check the id and the network"
             ) from error
-    return ModelConfig.from_hf(read_object(path))
+    config = read_object(path)
+    check_model(config, path)
+    return ModelConfig.from_hf({key: value for key, value in config.items() if key != "quantization_config"})
 
 
 def parse_memory(text: str) -> int:

@@ -5,7 +5,8 @@ side is float8, it is dequantised to the other's dtype, and the values are compa
 the report says by how much.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint, same_bits
+from bridge.huggingface.companions import companions
 from bridge.huggingface.quantization import SECTION, without_quantization
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
 from bridge.proof.checkpoint import Checkpoint, open_checkpoint
 from bridge.proof.reference_logits import random_tokens, reference_logits
+from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from reference.checkpoint import PLAIN_DTYPES, SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8
@@ -28,6 +30,8 @@ from reference.names import all_names
 from reference.weights import Dialect
 
 UNIT = 64  # weights that a worker takes at a time
+FILE_PIECE_BYTES = 2**20
+MTP_PIECE_BYTES = 256 * 2**20
 
 
 class Difference(NamedTuple):
@@ -105,6 +109,7 @@ def compare_pair(pair: Pair, *, workers: int = 1, progress: Progress = no_progre
     if isinstance(left, SafetensorsFolder) and isinstance(right, SafetensorsFolder):
         files, others = _compare_files(left, right)
         differences += others
+    differences += _compare_trained_mtp(pair.left, pair.right)
     return Comparison(
         tensors=sum(verdict.tensors for verdict in found),
         nbytes=sum(verdict.nbytes for verdict in found),
@@ -168,19 +173,61 @@ def _differs(name: str, what: str) -> _Verdict:
     return _Verdict(1, 0, 0, 0, Difference(name, what))
 
 
+def _compare_trained_mtp(left: Checkpoint, right: Checkpoint) -> list[Difference]:
+    """Trained multi-token-prediction layers of distributed checkpoints, which have no names in other formats."""
+    sides = [one if isinstance(one, MegatronCheckpoint) else None for one in (left, right)]
+    keys = [set(side.trained_mtp) if side else set() for side in sides]
+    differences = _one_sided("trained MTP tensor", *keys)
+    for key in sorted(keys[0] & keys[1]):
+        assert sides[0] is not None
+        assert sides[1] is not None
+        described = [(side.files.dtype(key), side.files.shapes[key]) for side in sides if side]
+        if described[0] != described[1]:
+            differences.append(Difference(key, f"{described[0]} against {described[1]}"))
+        elif not all(
+            same_bits(*(side.files.read(key, start, shape) for side in sides if side))
+            for start, shape in _pieces(described[0][1], described[0][0].itemsize)
+        ):
+            differences.append(Difference(key, "values differ"))
+    return differences
+
+
+def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(start, shape) of parts of a tensor, of at most `MTP_PIECE_BYTES` each unless a row is larger."""
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:]) * itemsize
+    if row <= MTP_PIECE_BYTES or len(shape) == 1:
+        band = max(1, MTP_PIECE_BYTES // max(1, row))
+        for start in range(0, shape[0], band):
+            yield (start, *(0 for _ in shape[1:])), (min(band, shape[0] - start), *shape[1:])
+        return
+    for index in range(shape[0]):
+        for start, part in _pieces(shape[1:], itemsize):
+            yield (index, *start), (1, *part)
+
+
 def _compare_files(left: SafetensorsFolder, right: SafetensorsFolder) -> tuple[int, list[Difference]]:
     """config.json and what is carried along, by bytes; tensors that one side has alone."""
-    names = [{str(path) for path in carried_files(side.folder)} | {CONFIG_NAME} for side in (left, right)]
+    names = [{str(path) for path in companions(side.folder).carried} | {CONFIG_NAME} for side in (left, right)]
     weights = [{name for name in side.tensors if not name.endswith(SCALE_SUFFIX)} for side in (left, right)]
     differences = [*_one_sided("file", *names), *_one_sided("tensor", *weights)]
     shared = sorted(names[0] & names[1])
     for name in shared:
-        contents = [(side.folder / name).read_bytes() for side in (left, right)]
-        if contents[0] != contents[1] and not (
-            name == CONFIG_NAME and _same_model(left.config_json, right.config_json)
-        ):
+        same_model = name == CONFIG_NAME and _same_model(left.config_json, right.config_json)
+        if not same_model and not _same_bytes(left.folder / name, right.folder / name):
             differences.append(Difference(name, "the files differ"))
     return len(shared), differences
+
+
+def _same_bytes(left: Path, right: Path) -> bool:
+    """Compared piece by piece: a file may be larger than memory."""
+    with left.open("rb") as one, right.open("rb") as other:
+        while piece := one.read(FILE_PIECE_BYTES):
+            if other.read(FILE_PIECE_BYTES) != piece:
+                return False
+        return not other.read(1)
 
 
 def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions, named
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from reference.checkpoint import Contents, contents, parameter_count
 from reference.config import ModelConfig
@@ -25,7 +25,7 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         ValueError: config.json is not a MiniMax-M2's.
     """
     config = ModelConfig.from_hf(files.config_json)
-    held = contents(files.header, config)
+    held, others = contents(files.header, config), companions(files.folder)
     facts = [
         ("model", f"{files.config_json['model_type']}, {parameter_count(config) / 1e9:.4g} B parameters"),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, vocabulary {config.vocab_size}"),
@@ -46,8 +46,9 @@ def inspect_checkpoint(files: SafetensorsFolder) -> Inspection:
         (
             "files",
             f"{files.num_files} safetensors files, {len(files.tensors)} tensors, "
-            f"{files.nbytes:,} bytes; {len(carried_files(files.folder))} other files",
+            f"{files.nbytes:,} bytes; {len(others.carried)} other files",
         ),
+        *([("left behind", named(others.left_behind))] if others.left_behind else []),
         *_by_dtype(files),
     ]
     return Inspection(facts, files.notes, held.problems)

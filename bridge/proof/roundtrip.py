@@ -17,7 +17,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from bridge.huggingface.writer import replaces
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero, raise_on_all_ranks, rank_and_world_size
@@ -119,7 +119,7 @@ def roundtrip(
         with raise_on_all_ranks():  # what can be wrong is found now, not after the reference has run
             files = bridge.checkpoint.files
             check_apart(out, [files.folder])
-            carried = map(str, carried_files(files.folder))
+            carried = map(str, companions(files.folder).carried)
             check_target(real_path(out), replaces=replaces(carried) if overwrite else None)
             _check_layout(group_parallelism(bridge.config), tokens)
             logits, truth = {}, None

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bridge.formats import check_distributed, check_model
+from bridge.huggingface.read_json import read_object
 from bridge.huggingface.regular_files import file_inside
-from bridge.huggingface.safetensors_folder import CONFIG_NAME, read_object
-from bridge.torch_dist.reader import TorchDistFolder
+from bridge.huggingface.safetensors_folder import CONFIG_NAME
+from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
 from reference.dist_checkpoint import Entry, entries
@@ -30,9 +32,13 @@ class MegatronCheckpoint:
     """
 
     def __init__(self, files: TorchDistFolder | Path | str, config: ModelConfig | None = None):
-        self.files = files if isinstance(files, TorchDistFolder) else TorchDistFolder(files)
+        self.files = files if isinstance(files, TorchDistFolder) else _open(Path(files))
+        check_distributed(self.files.folder, self.files.shapes)
         if config is None:
-            config = ModelConfig.from_hf(read_object(beside(self.files) / CONFIG_NAME))
+            path = beside(self.files) / CONFIG_NAME
+            found = read_object(path)
+            check_model(found, path)
+            config = ModelConfig.from_hf(found)
         self.config = config
         self.entries = _entries(self.files, config)
         self._homes = {name: entry for entry in self.entries for name in entry.parameter.sources}
@@ -47,6 +53,11 @@ class MegatronCheckpoint:
     def notes(self) -> list[str]:
         """What lies in the folder and is not read: nothing that this says."""
         return []
+
+    @property
+    def trained_mtp(self) -> list[str]:
+        """Keys of multi-token-prediction layers that were trained: megatron-core's own, with no on-disk names here."""
+        return sorted(key for key in self.files.shapes if key.startswith(_OF_MTP))
 
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""
@@ -79,6 +90,16 @@ class MegatronCheckpoint:
         return {name: unshard(places, held) for name, places in placements({0: [parameter]}).items()}
 
 
+def _open(path: Path) -> TorchDistFolder:
+    try:
+        return TorchDistFolder(path)
+    except ValueError:
+        check_distributed(iteration_folder(path), ())  # another format's metadata may hold what torch_dist's may not
+        raise
+
+
+# megatron-core 0.19: GPTModel (mtp.layers.0.transformer_layer...) and HybridModel (...mtp_model_layer...).
+_OF_MTP = "mtp."
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # the rest is the optimizer's
 
 

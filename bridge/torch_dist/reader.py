@@ -20,6 +20,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
+from bridge.formats import A_HUGGING_FACE_FOLDER, check_folder
 from bridge.huggingface.regular_files import file_inside, regular_file
 from bridge.torch_dist.metadata import METADATA_NAME, Span, StoredChunk, StoredTensor, read_metadata
 from bridge.torch_dist.writer import COMMON_STATE
@@ -215,6 +216,7 @@ def iteration_folder(path: Path) -> Path:
         return path
     tracker = path / TRACKER
     if not os.path.lexists(tracker):
+        check_folder(path, A_HUGGING_FACE_FOLDER)
         raise ValueError(
             f"{path}: neither .metadata nor {TRACKER} is there; give the folder of a torch_dist checkpoint"
         )
@@ -224,5 +226,6 @@ def iteration_folder(path: Path) -> Path:
         raise ValueError(f"{tracker}: found {text[:40]!r}, expected an iteration or 'release'")
     folder = path / (text if text == "release" else f"iter_{int(text):07d}")
     if not os.path.lexists(folder / METADATA_NAME):
+        check_folder(folder, A_HUGGING_FACE_FOLDER)
         raise ValueError(f"{folder}: {TRACKER} names this iteration and it has no .metadata; the save was not finished")
     return folder

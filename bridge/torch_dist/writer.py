@@ -9,8 +9,11 @@ the common state with the training arguments.
 import io
 import json
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
@@ -19,13 +22,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -35,13 +37,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 
+from bridge.formats import BACKEND, FORMAT_NAME
 from bridge.jobs.durable import write_bytes
+from bridge.torch_dist.metadata import METADATA_NAME
 from reference.config import ModelConfig
 
-FORMAT_NAME = "metadata.json"
-FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+FORMAT = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"
 
 # Modules with an extra state in megatron-core's Transformer Engine spec (seen, 0.19.2 with Transformer Engine 2.20).
@@ -75,13 +77,10 @@ class Stored(NamedTuple):
 
 
 class _Writer(FileSystemWriter):
-    """Writes one item after the other, and the same bytes on every run: torch's notes a random id and the folder."""
+    """Writes one item after the other."""
 
     def __init__(self, folder: Path):
         super().__init__(folder, per_thread_copy_ahead=0)
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -108,35 +107,53 @@ def write_chunks(folder: Path, unit: int, chunks: Iterable[tuple[Chunk, Callable
 
 def write_states(folder: Path, unit: int, config: ModelConfig, common: dict[str, Any]) -> list[Stored]:
     """Write the file with the extra states and the common state."""
-    extra, state = _serialized([torch.empty(0, dtype=torch.uint8)]), _serialized([common])
+    extra, state = _states(common)
     make = {MetadataIndex(key): lambda: io.BytesIO(extra) for key in extra_state_keys(config)}
     make[MetadataIndex(COMMON_STATE)] = lambda: io.BytesIO(state)
     return _write(folder, unit, [WriteItem(index, WriteItemType.BYTE_IO) for index in make], make)
 
 
+def plan_chunks(unit: int, chunks: Iterable[Chunk]) -> list[Stored]:
+    """What `write_chunks` will return, without the values."""
+    return _in_a_row(unit, [(chunk.key, chunk.start, _archive_bytes(chunk.shape, chunk.dtype)) for chunk in chunks])
+
+
+def plan_states(unit: int, config: ModelConfig, common: dict[str, Any]) -> list[Stored]:
+    """What `write_states` will return."""
+    extra, state = _states(common)
+    return _in_a_row(unit, [*((key, None, len(extra)) for key in extra_state_keys(config)),
+                            (COMMON_STATE, None, len(state))])  # fmt: skip
+
+
 def finish(folder: Path, chunks: Iterable[Chunk], stored: Iterable[Stored]) -> None:
     """Write `metadata.json` and `.metadata`: from here on the folder is a checkpoint.
-
-    pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
-    worker and by an earlier run give the same bytes.
 
     Raises:
         ValueError: what is stored is not exactly the chunks.
     """
     chunks, stored = list(chunks), list(stored)
     _check_all_stored(chunks, stored)
-    write_bytes(folder / FORMAT_NAME, json.dumps(FORMAT).encode())
+    for name, data in metadata_files(chunks, stored).items():
+        write_bytes(folder / name, data)
+
+
+def metadata_files(chunks: Iterable[Chunk], stored: Iterable[Stored]) -> dict[str, bytes]:
+    """`metadata.json` and `.metadata`, as torch's `FileSystemWriter.finish` pickles it.
+
+    pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
+    worker and by an earlier run give the same bytes.
+    """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for chunk in chunks:
         empty = TensorStorageMetadata(_properties(chunk), torch.Size(chunk.whole), [])
         entries.setdefault(intern(chunk.key), empty).chunks.append(_region(chunk))
-    results = []
+    spans = {}
     for key, start, file, offset, nbytes in stored:
         key, file = intern(key), intern(file)
         entries.setdefault(key, BytesStorageMetadata())
-        index = MetadataIndex(key, None if start is None else torch.Size(start))
-        results.append(WriteResult(index, nbytes, _StorageInfo(file, offset, nbytes)))
-    _Writer(folder).finish(Metadata(entries), [results])
+        spans[MetadataIndex(key, None if start is None else torch.Size(start))] = _StorageInfo(file, offset, nbytes)
+    metadata = Metadata(entries, storage_data=spans, version=CURRENT_DCP_VERSION)
+    return {FORMAT_NAME: json.dumps(FORMAT).encode(), METADATA_NAME: pickle.dumps(metadata)}
 
 
 def _check_all_stored(chunks: list[Chunk], stored: list[Stored]) -> None:
@@ -185,6 +202,27 @@ def _region(chunk: Chunk) -> ChunkStorageMetadata:
 
 def _properties(chunk: Chunk) -> TensorProperties:
     return TensorProperties(dtype=chunk.dtype)
+
+
+def _states(common: dict[str, Any]) -> tuple[bytes, bytes]:
+    """The extra state of a module, and the common state."""
+    return _serialized([torch.empty(0, dtype=torch.uint8)]), _serialized([common])
+
+
+def _in_a_row(unit: int, items: Iterable[tuple[str, tuple[int, ...] | None, int]]) -> list[Stored]:
+    """Items of (key, start, bytes) as they lie in the file of a unit."""
+    items = list(items)
+    ends = accumulate(nbytes for *_, nbytes in items)
+    return [
+        Stored(key, start, f"__{unit}_0{DEFAULT_SUFFIX}", end - nbytes, nbytes)
+        for (key, start, nbytes), end in zip(items, ends, strict=True)
+    ]
+
+
+@cache
+def _archive_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of torch.save's archive of a tensor: they depend on nothing else."""
+    return len(_serialized(torch.empty(shape, dtype=dtype)))
 
 
 def _serialized(value: Any) -> bytes:

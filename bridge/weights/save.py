@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bridge.huggingface.carried_files import carried_files
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
+from bridge.huggingface.companions import companions, say_left_behind
 from bridge.huggingface.quantization import StoragePlan
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, replaces, write_file
 from bridge.jobs.progress import Progress, no_progress
@@ -50,8 +50,11 @@ def save_weights(
     owners = _owners(sharded.shard_map, files)
     leads = sharded.rank == 0
     with raise_on_all_ranks():
-        source = checkpoint.files.folder
-        carried = {str(path): source / path for path in carried_files(source)} if leads else {}
+        source, carried = checkpoint.files.folder, dict[str, Path]()
+        if leads:
+            others = companions(source)
+            say_left_behind(others.left_behind)
+            carried = {str(path): source / path for path in others.carried}
         replaced = replaces(carried) if overwrite else None
         staging = Staging(out, inputs=None, replaces=replaced) if leads else None
     with staging or Staging.join(out, None) as folder:

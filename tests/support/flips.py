@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
@@ -99,7 +99,7 @@ def torch_dist_contents(folder: Path) -> dict[str, object]:
 def hf_contents(folder: Path) -> dict[str, object]:
     with SafetensorsFolder(folder) as opened:
         found: dict[str, object] = {"config": (folder / "config.json").read_bytes(), "metadata": opened.metadata}
-        found |= {str(path): (folder / path).read_bytes() for path in carried_files(folder)}
+        found |= {str(path): (folder / path).read_bytes() for path in companions(folder).carried}
         for name, info in opened.tensors.items():
             found[name] = (info.dtype, info.shape, opened.read(name).view(-1).view(torch.uint8).numpy().tobytes())
         return found

@@ -105,7 +105,7 @@ def difference(folder: Path, text: str) -> list[object]:
     other.mkdir()
     for path in folder.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    (other / text.replace("/", "_")).write_text("more")
+    (other / f"LICENSE {text}".replace("/", "_")).write_text("more")
     return ["verify", folder, other]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from bridge.huggingface.safetensors_folder import SafetensorsFolder
 from bridge.huggingface.safetensors_header import TensorInfo
 
@@ -388,7 +388,7 @@ def test_carried_files_are_all_but_the_checkpoint_itself(folder: Path):
         (folder / name).write_text(name)
     (folder / "linked.txt").symlink_to(folder / "README.md")
     (folder / ".venv").symlink_to(folder / "docs")
-    assert carried_files(folder) == sorted(Path(name) for name in [*carried, "linked.txt"])
+    assert companions(folder).carried == sorted(Path(name) for name in [*carried, "linked.txt"])
 
 
 def test_tensor_info_counts_bytes():

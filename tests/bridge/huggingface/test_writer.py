@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.huggingface import writer
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SafetensorsFolder
 from bridge.huggingface.safetensors_header import DTYPES
 from bridge.huggingface.writer import FilePlan, TensorPlan, finish_folder, plan_files, write_file
@@ -267,7 +267,7 @@ def test_carried_files(tmp_path: Path) -> None:
     files = plan_files([{"a": planned(MATRIX)}])
     write_file(out, files[0], iter([("a", MATRIX)]))
     finish_folder(out, files, {}, carried={"sub/config.json": source, "tokenizer.json": source})
-    assert carried_files(out) == [Path("sub/config.json"), Path("tokenizer.json")]
+    assert companions(out).carried == [Path("sub/config.json"), Path("tokenizer.json")]
     assert (out / "sub/config.json").read_bytes() == (out / "tokenizer.json").read_bytes() == b"\x00\xff"
 
 

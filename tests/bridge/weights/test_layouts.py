@@ -16,7 +16,7 @@ from support.ranks import RankPool
 from support.sharded_models import Truth, groups_of, truth_of
 from torch import Tensor, distributed
 
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import parameters, shard
 from reference.weights import Dialect
@@ -149,7 +149,7 @@ def _check_saving(rank: int, bridge, model, truth: Truth, out: Path) -> None:
     saved = all_tensors(out)
     assert saved.keys() == disk.keys()
     assert all(torch.equal(_raw(saved[name]), _raw(value)) for name, value in disk.items())
-    for path in ("config.json", *carried_files(bridge.checkpoint.files.folder)):
+    for path in ("config.json", *companions(bridge.checkpoint.files.folder).carried):
         assert (out / path).read_bytes() == (bridge.checkpoint.files.folder / path).read_bytes()
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
     distributed.barrier()

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
 from bridge.cli import app
-from bridge.huggingface.carried_files import carried_files
+from bridge.huggingface.companions import companions
 from bridge.huggingface.regular_files import file_inside, regular_file
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 from bridge.jobs.durable import copy_file
@@ -102,12 +102,12 @@ def run(*words: object) -> tuple[int, str]:
 # -------------------------------------------------------------------------------------------------------- one by one
 
 
-@pytest.mark.parametrize("name", [TOKENIZER, ".gitattributes", "weights.bin"])
+@pytest.mark.parametrize("name", [TOKENIZER, "chat_templates/a.jinja", "LICENSE"])
 @pytest.mark.parametrize("impostor", IMPOSTORS)
 def test_what_is_not_carried(copy: Path, outside: Path, impostor: str, name: str) -> None:
     put(copy, name, impostor)
     with pytest.raises(ValueError, match=rf"{name}: .*({IMPOSTORS[impostor][1]})"):
-        carried_files(copy)
+        companions(copy)
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, INDEX_NAME, "the first shard"])
@@ -163,7 +163,7 @@ def test_files_that_may_not_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch)
     (copy / TOKENIZER).write_text("{}")
     (copy / TOKENIZER).chmod(0)
     with pytest.raises(ValueError, match=rf"{TOKENIZER}: is not readable by this user \(mode ----------\)"):
-        carried_files(copy)
+        companions(copy)
 
 
 def test_a_folder_that_cannot_be_listed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,18 +177,18 @@ def test_a_folder_that_cannot_be_listed(copy: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "scandir", deny)
     with pytest.raises(PermissionError, match="docs"):
-        carried_files(copy)
+        companions(copy)
 
 
 def test_links_to_folders(copy: Path, outside: Path) -> None:
     (copy / "docs").symlink_to(outside)
     with pytest.raises(ValueError, match=r"docs: leads to .*outside, outside"):
-        carried_files(copy)
+        companions(copy)
     (copy / "docs").unlink()
     (copy / "real").mkdir()
     (copy / "docs").symlink_to("real")
     with pytest.raises(ValueError, match="docs: is a folder, expected a regular file"):
-        carried_files(copy)
+        companions(copy)
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a\ud800b"])
@@ -220,7 +220,7 @@ def snapshot(copy: Path, tmp_path: Path) -> Path:
 
 
 def test_a_snapshot_is_read_and_carried(snapshot: Path, checkpoint: Path, tmp_path: Path) -> None:
-    assert Path("docs/card.md") in carried_files(snapshot)
+    assert Path("docs/card.md") in companions(snapshot).carried
     (tmp_path / "link").symlink_to(snapshot)
     for source in (snapshot, tmp_path / "link"):
         imported_from(source, tmp_path / f"megatron {source.name}")
@@ -244,7 +244,7 @@ def test_only_the_snapshots_own_blobs(snapshot: Path, case: str) -> None:
     target.write_text(SECRET)
     (snapshot / TOKENIZER).symlink_to(target)
     with pytest.raises(ValueError, match=rf"{TOKENIZER}: leads to .*, outside the checkpoint"):
-        carried_files(snapshot)
+        companions(snapshot)
 
 
 def test_blobs_that_are_a_link_themselves(snapshot: Path, outside: Path) -> None:
@@ -253,7 +253,7 @@ def test_blobs_that_are_a_link_themselves(snapshot: Path, outside: Path) -> None
     (snapshot.parents[1] / "blobs").symlink_to(outside)
     (snapshot / TOKENIZER).symlink_to("../../blobs/secret")
     with pytest.raises(ValueError, match=r"leads to .*, outside the checkpoint"):
-        carried_files(snapshot)
+        companions(snapshot)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
