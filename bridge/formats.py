@@ -103,7 +103,8 @@ _SAVE_PRETRAINED = "load it with transformers and save it with save_pretrained(s
 _ORIGINAL = "give the safetensors checkpoint that it was made from"
 _LOAD_AND_SAVE = "load it with the Megatron-LM that wrote it and save it with --ckpt-format torch_dist"
 A_DISTRIBUTED_FOLDER = Format(
-    _holds(".metadata", "*/.metadata"), "is a distributed checkpoint, expected a Hugging Face one",
+    _holds(".metadata", "iter_*/.metadata", "release/.metadata"),
+    "is a distributed checkpoint, expected a Hugging Face one",
     "`export` makes a Hugging Face checkpoint of it, and `verify` compares it",
 )  # fmt: skip
 A_HUGGING_FACE_FOLDER = Format(
@@ -195,7 +196,7 @@ def _is_bitsandbytes(config: dict[str, Any]) -> bool:
 
 
 _RELEASED = (
-    "give the released FP8 checkpoint or one in bfloat16 (if these weights are bfloat16 already, remove the "
+    "give the released FP8 checkpoint (fp8) or one in bfloat16 (if these weights are bfloat16 already, remove the "
     "quantisation from config.json); `plan` works with this one, since it needs the sizes alone"
 )
 QUANTISATIONS: tuple[Format, ...] = (
@@ -218,10 +219,11 @@ def check_quantisation(config: dict[str, Any], where: object) -> None:
     Raises:
         ValueError: it does; names the method and says what to do.
     """
-    _refuse_first(QUANTISATIONS, config, where)
     method = _section(config).get("quant_method")
+    said = where if method is None else f"{where}: quant_method is {method!r}"
+    _refuse_first(QUANTISATIONS, config, said)
     if isinstance(method, str) and method != "fp8":
-        raise ValueError(f"{where}: is quantised by {method!r}, which is not read here; {_RELEASED}")
+        raise ValueError(f"{said}, which is not read here; {_RELEASED}")
 
 
 # -------------------------------------------------------------------------------------------- a distributed checkpoint

@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bridge.jobs.ranks import TorchrunRanks, all_gather_objects, is_rank_zero, raise_on_all_ranks
+from bridge.jobs.third_party_logs import drop_remark_on_gpus
 
 LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
 
@@ -61,7 +62,7 @@ def reporting(*, models: bool = False) -> Iterator[None]:
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_remark_on_gpus)
+    drop_remark_on_gpus()
     try:
         with TorchrunRanks(models=models), _notes():
             yield
@@ -71,11 +72,6 @@ def reporting(*, models: bool = False) -> Iterator[None]:
         for line in others:  # set in: a name with a newline must not look like another message
             say_line(f"       {line}", console=errors)
         raise typer.Exit(2) from error
-
-
-def _is_no_remark_on_gpus(record: logging.LogRecord) -> bool:
-    """torch says on import that it has a compiler for GPUs and no GPU, which is as good a machine as any here."""
-    return not record.msg.startswith("No CUDA runtime is found")
 
 
 class _Notes(logging.Handler):

@@ -69,8 +69,8 @@ def companions(folder: Path) -> Companions:
     found = Companions([], [])
     for name in _entries(folder, "", opened):
         if name in code or _belongs(name):
-            file_inside(folder, name)
-            check_is_itself(folder / name)
+            if file_inside(folder, name).st_size or name.endswith(".json"):  # a list of merges may be empty
+                check_is_itself(folder / name)
             found.carried.append(Path(name))
         else:
             found.left_behind.append(name)
@@ -112,13 +112,13 @@ def _entries(folder: Path, below: str, opened: set[str]) -> Iterator[str]:
 
 def _code(folder: Path) -> set[str]:
     """The modules that auto_map names and those that they import from beside them, if they are there."""
-    pending = [
-        f"{reference.rpartition('.')[0].replace('.', '/')}.py"
-        for name in HAVE_AUTO_MAP
-        if os.path.lexists(folder / name)
-        for reference in _references(read_object(folder / name).get("auto_map"))
-        if "--" not in reference  # another repository's
-    ]
+    pending = []
+    for name in HAVE_AUTO_MAP:
+        if os.path.lexists(folder / name):
+            file_inside(folder, name)
+            references = _references(read_object(folder / name).get("auto_map"))
+            own = (one for one in references if "--" not in one)  # the others are in another repository
+            pending += [f"{one.rpartition('.')[0].replace('.', '/')}.py" for one in own]
     found: set[str] = set()
     while pending:
         path = pending.pop()

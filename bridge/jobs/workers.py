@@ -17,6 +17,7 @@ from typing import Any
 
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, end_with, raise_on_all_ranks, rank_and_world_size
+from bridge.jobs.third_party_logs import drop_remark_on_gpus
 
 Task = Callable[[Any, int], Any]
 """(opened, unit) -> result; a function of a module, since it is sent to other processes."""
@@ -81,6 +82,7 @@ def _start_worker(workers: int, reopen: Callable[[], Any]) -> None:
     global _reopen
     import torch
 
+    drop_remark_on_gpus()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     parent = parent_process()
     assert parent is not None

@@ -4,6 +4,7 @@ By the function, by opening the folder, and by the command; none may wait for a 
 outside the checkpoint may be copied.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.checkpoints import edit_config
 from support.conversions import export, imported_from
 from support.folders import contents
 from typer.testing import CliRunner
@@ -60,6 +62,11 @@ def bind(path: Path) -> None:
         os.close(here)
 
 
+def outside_of(path: Path) -> Path:
+    """The folder that the copy of the checkpoint is in, for a file anywhere in it."""
+    return next(parent for parent in path.parents if parent.name == "copy").parent
+
+
 def hidden(path: Path) -> Path:
     """A name that is not carried itself."""
     (path.parent / ".hidden").mkdir()
@@ -68,10 +75,13 @@ def hidden(path: Path) -> Path:
 
 # What is put in a file's place, and what the message says of it.
 IMPOSTORS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "link out": (lambda p: p.symlink_to(p.parents[1] / "outside/secret"), "leads to .*outside/secret, outside"),
-    "relative link out": (lambda p: p.symlink_to("../outside/secret"), "leads to .*outside/secret, outside"),
+    "link out": (lambda p: p.symlink_to(outside_of(p) / "outside/secret"), "leads to .*outside/secret, outside"),
+    "relative link out": (
+        lambda p: p.symlink_to(os.path.relpath(outside_of(p), p.parent) + "/outside/secret"),
+        "leads to .*outside/secret, outside",
+    ),
     "link to a link out": (
-        lambda p: (hidden(p).symlink_to("../../outside/secret"), p.symlink_to(".hidden/x")),
+        lambda p: (hidden(p).symlink_to(outside_of(p) / "outside/secret"), p.symlink_to(".hidden/x")),
         "leads to .*outside/secret, outside",
     ),
     "link to the machine's": (lambda p: p.symlink_to("/etc/passwd"), "leads to /etc/passwd, outside"),
@@ -167,27 +177,27 @@ def test_files_that_may_not_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_folder_that_cannot_be_listed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (copy / "docs").mkdir()
+    (copy / "chat_templates").mkdir()
     scandir = os.scandir
 
     def deny(path: object = ".") -> object:
-        if str(path).endswith("docs"):
+        if str(path).rstrip("/").endswith("chat_templates"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    with pytest.raises(PermissionError, match="docs"):
+    with pytest.raises(PermissionError, match="chat_templates"):
         companions(copy)
 
 
 def test_links_to_folders(copy: Path, outside: Path) -> None:
-    (copy / "docs").symlink_to(outside)
-    with pytest.raises(ValueError, match=r"docs: leads to .*outside, outside"):
+    (copy / "chat_templates").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"chat_templates: leads to .*outside, outside"):
         companions(copy)
-    (copy / "docs").unlink()
+    (copy / "chat_templates").unlink()
     (copy / "real").mkdir()
-    (copy / "docs").symlink_to("real")
-    with pytest.raises(ValueError, match="docs: is a folder, expected a regular file"):
+    (copy / "chat_templates").symlink_to("real")
+    with pytest.raises(ValueError, match="chat_templates: is a folder, expected a regular file"):
         companions(copy)
 
 
@@ -208,8 +218,8 @@ def snapshot(copy: Path, tmp_path: Path) -> Path:
     snapshot = repository / "snapshots/0123abc"
     snapshot.mkdir(parents=True)
     (repository / "blobs").mkdir()
-    (copy / "docs").mkdir()
-    (copy / "docs/card.md").write_text("card")
+    (copy / "chat_templates").mkdir()
+    (copy / "chat_templates/a.jinja").write_text("card")
     for number, path in enumerate(sorted(path for path in copy.rglob("*") if path.is_file())):
         link = snapshot / path.relative_to(copy)
         link.parent.mkdir(exist_ok=True)
@@ -220,12 +230,12 @@ def snapshot(copy: Path, tmp_path: Path) -> Path:
 
 
 def test_a_snapshot_is_read_and_carried(snapshot: Path, checkpoint: Path, tmp_path: Path) -> None:
-    assert Path("docs/card.md") in companions(snapshot).carried
+    assert Path("chat_templates/a.jinja") in companions(snapshot).carried
     (tmp_path / "link").symlink_to(snapshot)
     for source in (snapshot, tmp_path / "link"):
         imported_from(source, tmp_path / f"megatron {source.name}")
         found = contents(tmp_path / f"megatron {source.name}/hugging_face")
-        assert found.pop("docs/card.md") == b"card"
+        assert found.pop("chat_templates/a.jinja") == b"card"
         assert found == {name: data for name, data in contents(checkpoint).items() if "safetensors" not in name}
 
 
@@ -327,7 +337,7 @@ def test_a_copy_has_no_more_permissions(tmp_path: Path, mode: int, umask: int) -
 
 
 def test_import_and_export_keep_modes(copy: Path, tmp_path: Path) -> None:
-    modes = {CONFIG_NAME: 0o600, TOKENIZER: 0o640, "generation_config.json": 0o444, "run.sh": 0o750}
+    modes = {CONFIG_NAME: 0o600, TOKENIZER: 0o640, "generation_config.json": 0o444, "LICENSE": 0o750}
     for name, mode in modes.items():
         if name not in contents(copy):
             (copy / name).write_text("{}")
@@ -348,3 +358,139 @@ def test_a_file_that_became_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source: is not a regular file any more"):
         copy_file(tmp_path / "source", tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- kinds
+
+BELONG = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "sentencepiece.bpe.model",
+    "spiece.model", "minimax.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "tool_use.jinja", "chat_template.json",
+    "additional_chat_templates/tools.jinja", "chat_templates/default.jinja", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE", "LICENSE.txt",
+    "License-MODEL", "LICENCE.md", "NOTICE", "MODEL_LICENSE", "README.md", "readme", "README_zh.md", "MODEL_CARD.md",
+    "configuration.json",
+)  # fmt: skip
+STAY = (
+    "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "model.Q4_K_M.gguf", "tf_model.h5", "flax_model.msgpack", "consolidated.00.pth",
+    "train.log", "thesis.tex", "events.out.tfevents.1.host", "notes.txt", "modeling_other.py", "tokenizer.json.lock",
+    "tokenizer.json.bak", "figure.png", "hf_quant_config.json", "id_rsa", "weights.npz", "secrets.json",
+    "chat_templates/notes.txt", "chat_templates/.env.jinja",
+)  # fmt: skip
+STAY_FOLDERS = ("global_step10", "checkpoint-500", "checkpoints-1", "runs", "logs", "docs", "figures", "wandb", "src")
+HIDDEN = (".env", ".gitattributes", ".netrc", ".tokenizer.json", ".LICENSE")
+HIDDEN_FOLDERS = (".git", ".cache", ".venv")
+
+
+def fill(folder: Path) -> None:
+    """With everything that people have beside a checkpoint."""
+    for name in (*BELONG, *STAY, *HIDDEN, *(f"{one}/README.md" for one in (*STAY_FOLDERS, *HIDDEN_FOLDERS))):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}" if path.suffix == ".json" else name)
+
+
+def test_kinds(copy: Path) -> None:
+    fill(copy)
+    (copy / "other.safetensors").write_bytes((min(copy.glob("*.safetensors"))).read_bytes())
+    found = companions(copy)
+    assert set(map(str, found.carried)) == set(BELONG)
+    assert found.carried == sorted(found.carried)
+    shown = sorted([*STAY, *(f"{name}/" for name in STAY_FOLDERS)])
+    hidden = sorted([*HIDDEN, *(f"{name}/" for name in HIDDEN_FOLDERS)])
+    nested = [name for name in shown if "/." in name]
+    assert sorted(found.left_behind) == sorted(shown + hidden)
+    assert found.left_behind[-len(hidden) :] == hidden, "the last to be named"
+    assert nested == ["chat_templates/.env.jinja"]
+
+
+@pytest.mark.parametrize("name", ["weights.bin", ".env", "thesis.tex", "docs"])
+@pytest.mark.parametrize("impostor", IMPOSTORS)
+def test_what_stays_behind_is_not_touched(copy: Path, outside: Path, impostor: str, name: str) -> None:
+    put(copy, name, impostor)
+    assert name in companions(copy).left_behind
+
+
+CODE = {
+    "configuration_minimax_m2.py": "class MiniMaxM2Config: ...\n",
+    "modeling_minimax_m2.py": "from .configuration_minimax_m2 import MiniMaxM2Config\nfrom . import kernels, absent\n",
+    "kernels.py": "def f():\n    from .deep.norm import (\n        rms,\n    )\n    from ..above import x\n",
+    "deep/norm.py": "from .helpers import *\nfrom . import __version__\nimport os\n",
+    "deep/helpers.py": "rms = 1",
+    "deep/__init__.py": "__version__ = 1",
+    "tokenization_minimax_m2.py": "print 'Python 2'\nfrom .unseen import x\n",
+}
+
+
+def test_code_of_auto_map(copy: Path) -> None:
+    auto_map = {
+        "AutoConfig": "configuration_minimax_m2.MiniMaxM2Config",
+        "AutoModel": "owner/repo--elsewhere.Model",
+        "AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM",
+        "Evil": ["../outside.X", "/etc/passwd.X", "..outside.X", 7, None],
+    }
+    edit_config(copy, lambda config: config.update(auto_map=auto_map))
+    tokenizer = {"auto_map": {"AutoTokenizer": [None, "tokenization_minimax_m2.Tokenizer"]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, text in {**CODE, "unseen.py": "", "deep/unused.py": "", "elsewhere.py": "", "above.py": ""}.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(text)
+    found = companions(copy)
+    assert {str(path) for path in found.carried if path.suffix == ".py"} == set(CODE)
+    assert {"above.py", "deep/unused.py", "elsewhere.py", "unseen.py"} <= set(found.left_behind)
+
+
+def test_code_that_leads_out_is_refused(copy: Path, outside: Path) -> None:
+    edit_config(copy, lambda config: config.update(auto_map={"AutoConfig": "code.Config"}))
+    (copy / "code.py").symlink_to(outside / "secret")
+    with pytest.raises(ValueError, match=r"code\.py: leads to .*secret, outside the checkpoint"):
+        companions(copy)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (TOKENIZER, POINTER, "is a git-lfs pointer"),
+        ("tokenizer.model", POINTER, "is a git-lfs pointer"),
+        ("merges.txt", "<!DOCTYPE html><html>", "is a web page"),
+        (TOKENIZER, "", "is empty"),
+        ("generation_config.json", "Entry not found", "is the hub's error message"),
+        ("README.md", "<html>a card may begin so", None),
+        ("merges.txt", "", None),
+    ],
+)
+def test_what_stands_in_for_a_companion(copy: Path, name: str, text: str, said: str | None) -> None:
+    (copy / name).write_text(text)
+    if said is None:
+        assert Path(name) in companions(copy).carried
+    else:
+        with pytest.raises(ValueError, match=rf"{name}: {said}"):
+            companions(copy)
+
+
+def test_every_command_takes_the_same_along_and_says_once_what_stays(copy: Path, tmp_path: Path) -> None:
+    fill(copy)
+    megatron, hf = tmp_path / "megatron", tmp_path / "hf"
+    shown = "left behind: chat_templates/.env.jinja, chat_templates/notes.txt, checkpoint-500/, "
+    for words, target in (
+        (["import", copy, megatron, "--dry-run"], None),
+        (["import", copy, megatron], megatron / "hugging_face"),
+        (["export", megatron, hf, "--source", copy], hf),
+        (["roundtrip", copy, "--out", tmp_path / "around", "--tokens", "8", "--dtype", "bf16"], tmp_path / "around"),
+    ):
+        status, said = run(*words)
+        assert status in ((0, 1) if words[0] == "roundtrip" else (0,)), said
+        assert said.count(shown) == 1, said
+        assert ".netrc" not in said, "hidden files come last, and most are only counted"
+        if target is not None:
+            found = {name for name in contents(target) if not name.startswith("model") or "." not in name}
+            assert found == {*BELONG, CONFIG_NAME}
+    assert run("inspect", copy)[1].count("checkpoint-500/, checkpoints-1/") == 1
+    status, said = run("verify", copy, hf)
+    assert status == 0, said
+    status, said = run("import", copy, tmp_path / "again", "--dry-run", "--json")
+    assert ".env" in said.split("left_behind")[1], "all of them"

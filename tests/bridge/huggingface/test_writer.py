@@ -266,9 +266,9 @@ def test_carried_files(tmp_path: Path) -> None:
     source.write_bytes(b"\x00\xff")
     files = plan_files([{"a": planned(MATRIX)}])
     write_file(out, files[0], iter([("a", MATRIX)]))
-    finish_folder(out, files, {}, carried={"sub/config.json": source, "tokenizer.json": source})
-    assert companions(out).carried == [Path("sub/config.json"), Path("tokenizer.json")]
-    assert (out / "sub/config.json").read_bytes() == (out / "tokenizer.json").read_bytes() == b"\x00\xff"
+    finish_folder(out, files, {}, carried={"chat_templates/a.jinja": source, "tokenizer.json": source})
+    assert companions(out).carried == [Path("chat_templates/a.jinja"), Path("tokenizer.json")]
+    assert (out / "chat_templates/a.jinja").read_bytes() == (out / "tokenizer.json").read_bytes() == b"\x00\xff"
 
 
 @pytest.mark.parametrize("name", ["../f", "/f", "a/../../f", "", CONFIG_NAME, INDEX_NAME, "x.safetensors"])
@@ -276,9 +276,11 @@ def test_a_carried_name_that_is_not_free_is_refused(tmp_path: Path, name: str) -
     source = tmp_path / "source"
     source.write_text("x")
     (tmp_path / "out").mkdir()
+    files = plan_files([{"a": planned(MATRIX)}])
+    write_file(tmp_path / "out", files[0], iter([("a", MATRIX)]))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/out: cannot carry .* as '{name}'"):
-        finish_folder(tmp_path / "out", plan_files([{"a": planned(MATRIX)}]), {}, carried={name: source})
-    assert os.listdir(tmp_path / "out") == []
+        finish_folder(tmp_path / "out", files, {}, carried={name: source})
+    assert os.listdir(tmp_path / "out") == [files[0].file]
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
