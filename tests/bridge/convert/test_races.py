@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import EDGY_CONFIG
-from support.faults_runs import Job, checksums, export_job, import_job, run, siblings, start
+from support.conversions import Job, export_job, import_job, run, start
+from support.folders import checksums, siblings
 
 from bridge.convert.hf_to_torch_dist import import_checkpoint
 from bridge.huggingface.random_checkpoint import make_checkpoint
 
-pytestmark = pytest.mark.usefixtures("warm")
 LOST = ("is not empty", "another run is writing", "the run that this process belongs to has ended", "was empty when")
 
 
@@ -60,7 +60,7 @@ def race(jobs: list[Callable[[Path], Job]], folder: Path, trials: int, seed: str
         assert won, outcomes
         for number, outcome in outcomes.items():
             if number not in won:
-                kind, text = outcome.error
+                kind, text, _ = outcome.error
                 assert kind in ("ValueError", "OSError"), text
                 assert any(words in text for words in LOST), text
         if not same:

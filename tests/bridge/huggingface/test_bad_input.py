@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import GATE, SCALE, W2, Q, edit_config, edit_tensors
+from support.checkpoints import EDGY_CONFIG, GATE, SCALE, W2, Q, edit_config, edit_tensors
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
