@@ -45,8 +45,10 @@ def loaded(folder: Path, layout: Parallelism, rank: int) -> ShardedModel:
     return sharded
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+OTHER_LAYOUTS = [("zeros in float16", "etp4"), ("some bfloat16", "one rank")]
+
+
+@pytest.mark.parametrize(("kind", "layout"), [*((kind, "tp2") for kind in KINDS), *OTHER_LAYOUTS])
 def test_each_rank_is_loaded_with_its_slices(kind: str, layout: str, copy: Path) -> None:
     """Also in small pieces, of which many make a batch: scales of both dtypes lie side by side there."""
     as_other_tools(copy, kind)
