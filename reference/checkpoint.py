@@ -197,7 +197,7 @@ def _complaint(name: str, stored: Stored, scale: Stored | None, spec: _Spec) -> 
     if scale is None:
         return _Complaint("no scales", name + SCALE_SUFFIX, _no_scales(name))
     if scale[0] not in SCALE_DTYPES:
-        text = f"found dtype {_said(scale[0])}, expected {_one_of(SCALE_DTYPES)}; convert the scales"
+        text = f"found dtype {_said(scale[0])}, expected {_one_of(SCALE_DTYPES)}; store the scales as float32"
         return _Complaint("scale dtype", name + SCALE_SUFFIX, text)
     assert spec.grid is not None
     origin = "config.json's sizes and weight_block_size"

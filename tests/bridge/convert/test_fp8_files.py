@@ -253,7 +253,7 @@ def test_a_source_whose_scales_are_not_what_it_says(
 
     caplog.clear()
     export(megatron, tmp_path / "fresh", scales="fresh", source=str(folder))
-    assert not caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("bridge")]
     assert (tmp_path / "fresh/config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert all(powers_of_two(scales_of(all_tensors(tmp_path / "fresh"))))
 
