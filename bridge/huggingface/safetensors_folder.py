@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
-from bridge.formats import A_DISTRIBUTED_FOLDER, check_folder, check_model, check_quantisation
+from bridge.formats import A_DISTRIBUTED_FOLDER, check_folder, check_is_itself, check_model, check_quantisation
 from bridge.huggingface.read_json import read_object
 from bridge.huggingface.regular_files import file_inside, regular_file, stays_inside
 from bridge.huggingface.safetensors_header import TensorInfo, header_length, read_header
