@@ -15,7 +15,7 @@ from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
-from reference.dist_checkpoint import Entry, entries
+from reference.dist_checkpoint import Entry, dialect_of, entries
 from reference.sharding import placements, unshard
 from reference.weights import Layout
 
@@ -126,8 +126,7 @@ def _entries(files: TorchDistFolder, config: ModelConfig) -> list[Entry]:
             f"{files.folder}: holds {stored} weights and config.json describes {asked}; checkpoint and config do "
             "not belong together"
         )
-    stacked, per_layer = (list(entries(config, layer_keys=layer_keys)) for layer_keys in (False, True))
-    found = stacked if any(entry.key in files.shapes for entry in stacked if entry.index) else per_layer
+    found = list(entries(config, dialect=dialect_of(files.shapes)))
     for entry in found:
         if entry.key not in files.shapes:
             raise ValueError(f"{entry.key}: missing from {files.folder}; is it a MiniMax-M2 of these sizes?")
