@@ -145,7 +145,8 @@ def beside(files: TorchDistFolder) -> Path:
             return folder / HF_FOLDER
     raise ValueError(
         f"{files.folder}: no {HF_FOLDER}/{CONFIG_NAME} is there, which `minimax-m2 import` writes, so the model's "
-        "config is not known; give the Hugging Face checkpoint that training started from as source"
+        "config is not known; give the Hugging Face checkpoint that training started from as source (import: as "
+        "hugging_face)"
     )
 
 
