@@ -83,7 +83,7 @@ class Run(NamedTuple):
 def microbatches(case: Case, dtype: torch.dtype) -> Tensor:
     """Sequences whose choice of experts is far from a tie."""
     model = hf_model(case, {name: value.float() for name, value in weights_of(case, dtype).items()}, FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES * BATCH, seq=SEQ + 1).view(MICROBATCHES, BATCH, SEQ + 1)
+    return settled_tokens(model, batch=MICROBATCHES[case] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
 
 
 # ------------------------------------------------------------------------------------------ the oracle, in one process
@@ -95,7 +95,7 @@ def run_transformers(case: Case, weight_dtype: torch.dtype, dtype: torch.dtype, 
     losses, norms, first = [], [], {}
     for _ in range(steps_of(weight_dtype)):
         model.zero_grad()
-        loss = sum(model(batch, labels=batch).loss for batch in batches) / MICROBATCHES
+        loss = sum(model(batch, labels=batch).loss for batch in batches) / len(batches)
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item())
