@@ -65,6 +65,8 @@ def _load_and_give_back(name: str, kind: ModelClass, folder: str, scratch: str) 
         _check_exports(rank, layout, bridge, model, truth)
         if name in FURTHER:
             FURTHER[name](rank, bridge, model, truth, Path(scratch, "out"))
+        if name in PROVEN:
+            _check_roundtrip(layout, kind, bridge, Path(scratch, "roundtrip"))
 
 
 def _check_loading(rank: int, layout: Parallelism, dialect: Dialect, bridge, model, truth: Truth) -> None:
@@ -159,21 +161,27 @@ def _check_saving(rank: int, bridge, model, truth: Truth, out: Path) -> None:
     distributed.barrier()
 
 
-def _check_roundtrip(rank: int, bridge, model, truth: Truth, out: Path) -> None:
+def _check_roundtrip(layout: Parallelism, kind: ModelClass, bridge, out: Path) -> None:
     """The proof of `minimax-m2 roundtrip`, with the vocabulary cut and filled up; all ranks know what holds."""
     from bridge.proof.reference_logits import random_tokens
     from bridge.proof.roundtrip import roundtrip
 
     def prove(length: int, **options: Any) -> list[bool | None]:
         tokens = random_tokens(bridge.config, length=length)
-        return [finding.holds for finding in roundtrip(bridge, out, tokens, params_dtype=torch.float32, **options)]
+        found = roundtrip(bridge, out, tokens, model=kind, params_dtype=torch.float32, **options)
+        return [finding.holds for finding in found]
 
     def fails() -> Tensor:
-        assert rank == 0
+        assert distributed.get_rank() == 0
         raise ValueError("this model does not run")
 
-    with pytest.raises(ValueError, match="7 tokens a sequence, expected a multiple of the 2 ranks"):
-        prove(7)
+    if layout.vpp > 1:
+        with pytest.raises(ValueError, match="found 2 virtual stages a rank, expected 1"):
+            prove(8)
+        return
+    if layout.tp > 1:
+        with pytest.raises(ValueError, match=f"7 tokens a sequence, expected a multiple of the {layout.tp} ranks"):
+            prove(7)
     with pytest.raises(ValueError, match="this model does not run"):
         prove(8, others={"failing": fails})
     zero = torch.zeros(2, 8, bridge.config.vocab_size)
@@ -209,9 +217,9 @@ def _raw(tensor: Tensor) -> Tensor:
 
 # What is done to a loaded model of some layouts besides.
 FURTHER = {
-    "tp2": _check_roundtrip,
     "tp2 ep2, padded": _check_saving,
     "tp4, 2 key heads": _check_saving,
     "etp4": _check_one_changed_weight,
     "tp2 pp2 vpp2": _check_saving,
 }
+PROVEN = ("tp2", "pp2", "tp2 pp2 vpp2")  # also by the proof of a round trip
