@@ -8,12 +8,13 @@ weight byte-identical. Everything that megatron-core has no place for (MTP layer
 carried from the source.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from bridge.jobs.target import check_apart, real_path
 from bridge.model.build import build_model
-from bridge.model.config import gpt_model_arguments, transformer_config
+from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
 from bridge.weights.encode import WeightEncoder
 from bridge.weights.export import To, export_weights
 from bridge.weights.load import load_weights
@@ -37,6 +38,7 @@ from compiled.fp8 import dequantize_blockwise
 from reference.checkpoint import SCALE_SUFFIX
 from reference.config import ModelConfig
 from reference.fp8 import FP8, float32_scales
+from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism
 from reference.weights import Dialect
 
@@ -46,6 +48,13 @@ class GPTModelProvider(NamedTuple):
 
     transformer_config: TransformerConfig
     gpt_model_arguments: dict[str, Any]
+
+
+class HybridModelProvider(NamedTuple):
+    """megatron-core's arguments for one MiniMax-M2: a `TransformerConfig`, and what else `HybridModel` takes."""
+
+    transformer_config: TransformerConfig
+    hybrid_model_arguments: dict[str, Any]
 
 
 class MiniMaxM2Bridge:
@@ -83,9 +92,23 @@ class MiniMaxM2Bridge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def provider_bridge(self, *, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> GPTModelProvider:
-        """The source's config as megatron-core's; `overrides` are `TransformerConfig` fields."""
-        megatron = transformer_config(self.config, params_dtype=params_dtype, **overrides)
+    @overload
+    def provider_bridge(
+        self, *, model: Literal["gpt"] = ..., params_dtype: torch.dtype = ..., **overrides: Any
+    ) -> GPTModelProvider: ...
+
+    @overload
+    def provider_bridge(
+        self, *, model: Literal["hybrid"], params_dtype: torch.dtype = ..., **overrides: Any
+    ) -> HybridModelProvider: ...
+
+    def provider_bridge(
+        self, *, model: str = DEFAULT_MODEL, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any
+    ) -> GPTModelProvider | HybridModelProvider:
+        """The source's config as megatron-core's, for the class `model`; `overrides` are `TransformerConfig` fields."""
+        megatron = transformer_config(self.config, model=model, params_dtype=params_dtype, **overrides)
+        if ModelClass(model) is ModelClass.HYBRID:
+            return HybridModelProvider(megatron, hybrid_model_arguments(self.config, megatron))
         return GPTModelProvider(megatron, gpt_model_arguments(self.config))
 
     def mapping_registry(
@@ -124,24 +147,26 @@ class MiniMaxM2Bridge:
     def to_megatron_model(
         self,
         *,
+        model: ModelClass | str = DEFAULT_MODEL,
         params_dtype: torch.dtype = torch.bfloat16,
         load_weights: bool = True,
         progress: Progress = no_progress,
         **settings: Any,
-    ) -> GPTModel | list[GPTModel]:
-        """This rank's part of a `GPTModel` of this checkpoint, with its weights: one chunk, or the list of its chunks.
+    ) -> GPTModel | HybridModel | list[GPTModel] | list[HybridModel]:
+        """This rank's part of a model of this checkpoint, with its weights: one chunk, or the list of its chunks.
 
         Call it inside `bridge.model.process_groups.model_parallel(...)`, or where megatron-core is set up already: the
-        parallel sizes are those of its process groups. `settings` are `bridge.model.build.build_model`'s.
+        parallel sizes are those of its process groups. `model` is megatron-core's class: "gpt" or "hybrid"; `settings`
+        are further ones of `bridge.model.build.build_model`.
         """
         settings = {"perform_initialization": not load_weights, **settings}
         with raise_on_all_ranks():
-            model = build_model(self.config, params_dtype=params_dtype, **settings)
+            built = build_model(self.config, model=model, params_dtype=params_dtype, **settings)
         if load_weights:
-            self.load_hf_weights(model, progress=progress)
-        return model
+            self.load_hf_weights(built, progress=progress)
+        return built
 
-    def load_hf_weights(self, model: nn.Module | list[nn.Module], *, progress: Progress = no_progress) -> None:
+    def load_hf_weights(self, model: nn.Module | Sequence[nn.Module], *, progress: Progress = no_progress) -> None:
         """Fill a model with the source's weights, each rounded once to its parameter's dtype; all ranks must call it.
 
         Each rank reads only the rows that its own slices are in (`bridge.weights.read_plan` counts the bytes).
@@ -155,7 +180,7 @@ class MiniMaxM2Bridge:
 
     def export_hf_weights(
         self,
-        model: nn.Module | list[nn.Module],
+        model: nn.Module | Sequence[nn.Module],
         dtype: Literal["bf16", "fp8", "source"] = "bf16",
         *,
         to: To = "all",
@@ -199,7 +224,7 @@ class MiniMaxM2Bridge:
 
     def save_hf_pretrained(
         self,
-        model: nn.Module | list[nn.Module],
+        model: nn.Module | Sequence[nn.Module],
         out: str | Path,
         *,
         quantization: Literal["fp8"] | None = "fp8",

@@ -55,8 +55,9 @@ def _expected(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of weights, scales not counted."""
-    per_row = {Scope.MODEL: 1, Scope.LAYER: config.num_hidden_layers}
-    per_row[Scope.EXPERT] = config.num_hidden_layers * config.num_local_experts
+    layers = config.num_hidden_layers
+    experts = layers * config.num_local_experts
+    per_row = {Scope.MODEL: 1, Scope.ATTENTION: layers, Scope.MOE: layers, Scope.EXPERT: experts}
     return sum(per_row[row.scope] * sum(math.prod(shape) for shape in row.shapes(config)) for row in TABLE)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from reference.config import ModelConfig
-from reference.weights import TABLE, Dialect, Row, instances
+from reference.weights import LAYER_NUMBERS, TABLE, Dialect, Row, instances
 
 SCALE_SUFFIX = "_scale_inv"
 
@@ -26,7 +26,7 @@ class WeightKey(NamedTuple):
 
 # A number is an index where it stands alone between dots or ends `weight{expert}`; those in w1 or linear_fc1 are not.
 _INDEX = re.compile(r"(?:(?<=\.)|(?<=\.weight))(0|[1-9][0-9]*)(?=\.|$)")
-_FIELD = re.compile(r"\{(layer|expert)\}")
+_FIELD = re.compile(rf"\{{({'|'.join(LAYER_NUMBERS)}|expert)\}}")
 
 
 def _index_templates(dialect: Dialect) -> dict[str, tuple[Row, int, tuple[str, ...]]]:
@@ -49,8 +49,16 @@ def find(name: str, dialect: Dialect) -> WeightKey | None:
     if match is None or len(match[2]) != len(found):  # fewer were found: the name itself has a "#"
         return None
     row, part, field_names = match
-    indices = dict(zip(field_names, map(int, found), strict=True))
-    return WeightKey(row, part, indices.get("layer", 0), indices.get("expert", 0))
+    layer = expert = 0
+    for field, number in zip(field_names, map(int, found), strict=True):
+        if field == "expert":
+            expert = number
+            continue
+        step, first = LAYER_NUMBERS[field]
+        layer, rest = divmod(number - first, step)
+        if rest:  # attention in an odd layer of HybridModel, or experts in an even one
+            return None
+    return WeightKey(row, part, layer, expert)
 
 
 def parse(name: str, dialect: Dialect, config: ModelConfig) -> WeightKey:

@@ -148,6 +148,18 @@ def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(size + (first <= stage < first + extra) for stage in range(stages))
 
 
+def hybrid_layer_pattern(config: ModelConfig, parallelism: Parallelism) -> str:
+    """The layers of a `HybridModel` as megatron-core writes them: `*E`, attention and experts, for each layer.
+
+    `|` cuts the stages apart, virtual ones too, always between whole layers: "*E|*E*E" has one layer and then two.
+    Source: megatron-core hybrid_layer_allocation.
+
+    Raises:
+        ValueError: the layers do not fit the stages (`Parallelism.stages`).
+    """
+    return "|".join("*E" * len(layers) for layers in parallelism.stages(config))
+
+
 def padded_vocab_size(config: ModelConfig, parallelism: Parallelism) -> int:
     """Rows of embedding and head over all ranks: the vocabulary, filled up to a multiple of vocab_divisor x tp."""
     multiple = parallelism.vocab_divisor * parallelism.tp

@@ -2,12 +2,14 @@
 
 Everything that the project knows about one kind of weight stands in its row of `TABLE`; the rest of this package looks
 it up there. `{layer}` and `{expert}` in a name count over the whole model, from 0; a Megatron rank numbers its own
-from 0, which `reference.sharding` takes care of.
+from 0, which `reference.sharding` takes care of. `HybridModel` counts attention and experts as a layer each: its layer
+2i is the attention of layer i, `{attention}` in a name, and 2i + 1 the experts of layer i, `{moe}`.
 
 A new dialect is a member of `Dialect`, a line of `_PREFIXES` and a column of `TABLE`.
 
-Sources: the released files' headers; `transformers` conversion_mapping (minimax_m2); megatron-core gpt_layer_specs, and
-for the keys TransformerBlock.sharded_state_dict, TEGroupedLinear, SequentialMLP.
+Sources: the released files' headers; `transformers` conversion_mapping (minimax_m2); megatron-core gpt_layer_specs and
+HybridStack, and for the keys TransformerBlock.sharded_state_dict, HybridStack.sharded_state_dict, TEGroupedLinear,
+SequentialMLP.
 """
 
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from itertools import accumulate, groupby
 import torch
 
 from reference.config import ModelConfig
+from reference.model_class import ModelClass
 
 
 class Dialect(StrEnum):
@@ -26,17 +29,32 @@ class Dialect(StrEnum):
     HF_DISK = "hf_disk"  # the released safetensors files; also what transformers writes
     HF_MEMORY = "hf_memory"  # `MiniMaxM2ForCausalLM.state_dict()` in transformers 5: experts stacked
     MEGATRON_TE = "megatron_te"  # a megatron-core `GPTModel` built from the Transformer Engine layer spec
-    MEGATRON_LOCAL = "megatron_local"  # the same from the local layer spec
-    TORCH_DIST = "torch_dist"  # keys of a megatron-core distributed checkpoint: all layers, all experts stacked
+    HYBRID_TE = "hybrid_te"  # a megatron-core `HybridModel` of the pattern `*E` for each layer, Transformer Engine spec
+    MEGATRON_LOCAL = "megatron_local"  # a `GPTModel` from the local layer spec
+    HYBRID_LOCAL = "hybrid_local"  # a `HybridModel` from the local layer spec
+    TORCH_DIST = "torch_dist"  # keys of a `GPTModel`'s distributed checkpoint: all layers, all experts stacked
     TORCH_DIST_LAYERS = "torch_dist_layers"  # the same with `non_homogeneous_layers`: a key for each layer
+    TORCH_DIST_HYBRID = "torch_dist_hybrid"  # keys of a `HybridModel`'s: always one for each of its layers
+
+
+# The dialects of a model in memory, by its class, and of its distributed checkpoint; the first is what is written.
+MODEL_DIALECTS: dict[ModelClass, tuple[Dialect, ...]] = {
+    ModelClass.GPT: (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL),
+    ModelClass.HYBRID: (Dialect.HYBRID_TE, Dialect.HYBRID_LOCAL),
+}
+CHECKPOINT_DIALECTS: dict[ModelClass, tuple[Dialect, ...]] = {
+    ModelClass.GPT: (Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS),
+    ModelClass.HYBRID: (Dialect.TORCH_DIST_HYBRID,),
+}
 
 
 class Scope(StrEnum):
-    """How often a kind of weight occurs: once, once a layer, or once for each expert of each layer."""
+    """How often a kind of weight occurs, and in which half of a layer."""
 
-    MODEL = "model"
-    LAYER = "layer"
-    EXPERT = "expert"
+    MODEL = "model"  # once
+    ATTENTION = "attention"  # once a layer, in its first half: attention and the norm before it
+    MOE = "moe"  # once a layer, in its second half: the mixture of experts and the norm before it
+    EXPERT = "expert"  # once for each expert of each layer
 
 
 class Layout(StrEnum):
@@ -83,7 +101,8 @@ class Row:
 
     def format(self, dialect: Dialect, layer: int, expert: int) -> tuple[str, ...]:
         """The names in `dialect` for one layer and expert."""
-        return tuple(template.format(layer=layer, expert=expert) for template in self.names[dialect])
+        numbers = {field: step * layer + first for field, (step, first) in LAYER_NUMBERS.items()}
+        return tuple(template.format(expert=expert, **numbers) for template in self.names[dialect])
 
     def shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         """The shape of each on-disk tensor, in the order of their names."""
@@ -107,16 +126,22 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
+# What names call layer i: (step, first) means step x i + first.
+LAYER_NUMBERS: dict[str, tuple[int, int]] = {"layer": (1, 0), "attention": (2, 0), "moe": (2, 1)}
+
 # fmt: off
-# What stands before every name of a dialect.
-_PREFIXES: dict[Dialect, tuple[str, str, str]] = {
-    #                            of the model  of a layer                 of an expert
-    Dialect.HF_DISK:            ("",           "model.layers.{layer}.",   "model.layers.{layer}.block_sparse_moe.experts.{expert}."),
-    Dialect.HF_MEMORY:          ("",           "model.layers.{layer}.",   "model.layers.{layer}.mlp.experts."),
-    Dialect.MEGATRON_TE:        ("",           "decoder.layers.{layer}.", "decoder.layers.{layer}.mlp.experts."),
-    Dialect.MEGATRON_LOCAL:     ("",           "decoder.layers.{layer}.", "decoder.layers.{layer}.mlp.experts.local_experts.{expert}."),
-    Dialect.TORCH_DIST:         ("",           "decoder.layers.",         "decoder.layers.mlp.experts.experts."),
-    Dialect.TORCH_DIST_LAYERS:  ("",           "decoder.layers.{layer}.", "decoder.layers.{layer}.mlp.experts.experts."),
+# What stands before every name of a dialect: of the model, of a layer's attention, of its mixture of experts, of an expert.
+_LAYER, _ATTENTION, _MOE = "decoder.layers.{layer}.", "decoder.layers.{attention}.", "decoder.layers.{moe}."
+_PREFIXES: dict[Dialect, tuple[str, str, str, str]] = {
+    Dialect.HF_DISK:            ("", "model.layers.{layer}.", "model.layers.{layer}.", "model.layers.{layer}.block_sparse_moe.experts.{expert}."),
+    Dialect.HF_MEMORY:          ("", "model.layers.{layer}.", "model.layers.{layer}.", "model.layers.{layer}.mlp.experts."),
+    Dialect.MEGATRON_TE:        ("", _LAYER,                  _LAYER,                  _LAYER + "mlp.experts."),
+    Dialect.HYBRID_TE:          ("", _ATTENTION,              _MOE,                    _MOE + "mlp.experts."),
+    Dialect.MEGATRON_LOCAL:     ("", _LAYER,                  _LAYER,                  _LAYER + "mlp.experts.local_experts.{expert}."),
+    Dialect.HYBRID_LOCAL:       ("", _ATTENTION,              _MOE,                    _MOE + "mlp.experts.local_experts.{expert}."),
+    Dialect.TORCH_DIST:         ("", "decoder.layers.",       "decoder.layers.",       "decoder.layers.mlp.experts.experts."),
+    Dialect.TORCH_DIST_LAYERS:  ("", _LAYER,                  _LAYER,                  _LAYER + "mlp.experts.experts."),
+    Dialect.TORCH_DIST_HYBRID:  ("", _ATTENTION,              _MOE,                    _MOE + "mlp.experts.experts."),
 }
 # fmt: on
 
@@ -140,20 +165,20 @@ _BIAS = "e_score_correction_bias"
 
 # fmt: off
 TABLE: tuple[Row, ...] = (
-    #    scope     layout            storage        shapes on disk                          HF on disk                         HF in memory       Megatron, TE spec                              Megatron, local spec      torch_dist                                     by layer
-    _row("model",  "vocabulary",     "model_dtype", "vocab hidden",                         "model.embed_tokens.weight",       "=",               "embedding.word_embeddings.weight",            "=",                      "embedding.word_embeddings.weight",            "="),
-    _row("layer",  "replicated",     "model_dtype", "hidden",                               "input_layernorm.weight",          "=",               "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight", "="),
-    _row("layer",  "qkv",            "quantizable", "query hidden, key hidden, key hidden", _QKV,                              "=",               "self_attention.linear_qkv.weight",            "=",                      "self_attention.linear_qkv.weight",            "="),
-    _row("layer",  "query_heads",    "model_dtype", "query",                                "self_attn.q_norm.weight",         "=",               "self_attention.qk_norm.q_weight",             "=",                      "self_attention.q_layernorm.weight",           "="),
-    _row("layer",  "key_heads",      "model_dtype", "key",                                  "self_attn.k_norm.weight",         "=",               "self_attention.qk_norm.k_weight",             "=",                      "self_attention.k_layernorm.weight",           "="),
-    _row("layer",  "columns",        "quantizable", "hidden query",                         "self_attn.o_proj.weight",         "=",               "self_attention.linear_proj.weight",           "=",                      "self_attention.linear_proj.weight",           "="),
-    _row("layer",  "replicated",     "model_dtype", "hidden",                               "post_attention_layernorm.weight", "=",               "pre_mlp_layernorm.weight",                    "=",                      "pre_mlp_layernorm.weight",                    "="),
-    _row("layer",  "replicated",     "float32",     "experts hidden",                       "block_sparse_moe.gate.weight",    "mlp.gate.weight", "mlp.router.weight",                           "=",                      "mlp.router.weight",                           "="),
-    _row("layer",  "replicated",     "float32",     "experts",                              f"block_sparse_moe.{_BIAS}",       f"mlp.{_BIAS}",    "mlp.router.expert_bias",                      "=",                      "mlp.router.expert_bias",                      "=", trained=False),
-    _row("expert", "gate_up",        "quantizable", "width hidden, width hidden",           "w1.weight w3.weight",             "gate_up_proj",    "linear_fc1.weight{expert}",                   "linear_fc1.weight",      "linear_fc1.weight",                           "="),
-    _row("expert", "expert_columns", "quantizable", "hidden width",                         "w2.weight",                       "down_proj",       "linear_fc2.weight{expert}",                   "linear_fc2.weight",      "linear_fc2.weight",                           "="),
-    _row("model",  "replicated",     "model_dtype", "hidden",                               "model.norm.weight",               "=",               "decoder.final_layernorm.weight",              "=",                      "decoder.final_layernorm.weight",              "="),
-    _row("model",  "vocabulary",     "quantizable", "vocab hidden",                         "lm_head.weight",                  "=",               "output_layer.weight",                         "=",                      "output_layer.weight",                         "="),
+    #    scope        layout            storage        shapes on disk                          HF on disk                         HF in memory       GPTModel, TE spec                              HybridModel, TE              GPTModel, local                   HybridModel, local           GPTModel, torch_dist                           by layer  HybridModel, torch_dist
+    _row("model",     "vocabulary",     "model_dtype", "vocab hidden",                         "model.embed_tokens.weight",       "=",               "embedding.word_embeddings.weight",            "=",                         "=",                              "=",                         "embedding.word_embeddings.weight",            "=",      "="),
+    _row("attention", "replicated",     "model_dtype", "hidden",                               "input_layernorm.weight",          "=",               "self_attention.linear_qkv.layer_norm_weight", "=",                         "input_layernorm.weight",         "=",                         "self_attention.linear_qkv.layer_norm_weight", "=",      "="),
+    _row("attention", "qkv",            "quantizable", "query hidden, key hidden, key hidden", _QKV,                              "=",               "self_attention.linear_qkv.weight",            "=",                         "=",                              "=",                         "self_attention.linear_qkv.weight",            "=",      "="),
+    _row("attention", "query_heads",    "model_dtype", "query",                                "self_attn.q_norm.weight",         "=",               "self_attention.qk_norm.q_weight",             "=",                         "=",                              "=",                         "self_attention.q_layernorm.weight",           "=",      "="),
+    _row("attention", "key_heads",      "model_dtype", "key",                                  "self_attn.k_norm.weight",         "=",               "self_attention.qk_norm.k_weight",             "=",                         "=",                              "=",                         "self_attention.k_layernorm.weight",           "=",      "="),
+    _row("attention", "columns",        "quantizable", "hidden query",                         "self_attn.o_proj.weight",         "=",               "self_attention.linear_proj.weight",           "=",                         "=",                              "=",                         "self_attention.linear_proj.weight",           "=",      "="),
+    _row("moe",       "replicated",     "model_dtype", "hidden",                               "post_attention_layernorm.weight", "=",               "pre_mlp_layernorm.weight",                    "=",                         "=",                              "=",                         "pre_mlp_layernorm.weight",                    "=",      "="),
+    _row("moe",       "replicated",     "float32",     "experts hidden",                       "block_sparse_moe.gate.weight",    "mlp.gate.weight", "mlp.router.weight",                           "=",                         "=",                              "=",                         "mlp.router.weight",                           "=",      "="),
+    _row("moe",       "replicated",     "float32",     "experts",                              f"block_sparse_moe.{_BIAS}",       f"mlp.{_BIAS}",    "mlp.router.expert_bias",                      "=",                         "=",                              "=",                         "mlp.router.expert_bias",                      "=",      "=", trained=False),
+    _row("expert",    "gate_up",        "quantizable", "width hidden, width hidden",           "w1.weight w3.weight",             "gate_up_proj",    "linear_fc1.weight{expert}",                   "=",                         "linear_fc1.weight",              "=",                         "linear_fc1.weight",                           "=",      "="),
+    _row("expert",    "expert_columns", "quantizable", "hidden width",                         "w2.weight",                       "down_proj",       "linear_fc2.weight{expert}",                   "=",                         "linear_fc2.weight",              "=",                         "linear_fc2.weight",                           "=",      "="),
+    _row("model",     "replicated",     "model_dtype", "hidden",                               "model.norm.weight",               "=",               "decoder.final_layernorm.weight",              "decoder.final_norm.weight", "decoder.final_layernorm.weight", "decoder.final_norm.weight", "decoder.final_layernorm.weight",              "=",      "decoder.final_norm.weight"),
+    _row("model",     "vocabulary",     "quantizable", "vocab hidden",                         "lm_head.weight",                  "=",               "output_layer.weight",                         "=",                         "=",                              "=",                         "output_layer.weight",                         "=",      "="),
 )
 # fmt: on
 

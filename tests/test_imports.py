@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "bridge.cli": (
         "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",
-        "bridge.jobs",
+        "bridge.jobs", "reference",
     ),
     # The public names, each from its home, on first use.
     "bridge": ("bridge.convert", "bridge.minimax_m2_bridge", "bridge.model", "bridge.proof"),

@@ -8,6 +8,7 @@ import typer
 from bridge.cli.common import (
     AsJson,
     CheckpointPath,
+    Model,
     Workers,
     default_workers,
     is_rank_zero,
@@ -18,6 +19,7 @@ from bridge.cli.common import (
     say_line,
     say_notes,
 )
+from reference.model_class import DEFAULT_MODEL, ModelClass
 
 
 def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
@@ -95,6 +97,7 @@ def plan(
     path: CheckpointPath,
     gpus: Annotated[int, typer.Option(help="Number of GPUs; data parallel is what the other sizes leave.")],
     memory: Annotated[str, typer.Option(help="Memory of one: 80GB (80e9 bytes), 79.6GiB.")] = "80GB",
+    model: Model = DEFAULT_MODEL,
     tp: Annotated[int, typer.Option(help="Tensor parallel.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual pipeline chunks on each pipeline rank.")] = 1,
@@ -112,7 +115,8 @@ def plan(
 ) -> None:
     """What each rank would hold, in parameters and bytes, and what to change if it does not fit.
 
-    Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted.
+    Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted. Both classes
+    of model need as much; for a HybridModel the pattern of its layers is shown.
     """
     with reporting():
         from bridge.memory_plan import plan, report
@@ -138,7 +142,8 @@ def plan(
         if advice and advice.fits:
             headings, rows = report.advice_rows(advice)
             say("", rows, columns=tuple(headings))
-        for line in report.summary(found, advice):
+        lines = [f"--hybrid-layer-pattern '{report.pattern(found)}'"] if model is ModelClass.HYBRID else []
+        for line in [*report.summary(found, advice), *lines]:
             say_line(line)
     if advice:
         raise typer.Exit(1)

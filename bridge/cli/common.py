@@ -29,6 +29,7 @@ from rich.text import Text
 
 from bridge.jobs.ranks import TorchrunRanks, all_gather_objects, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.third_party_logs import drop_remark_on_gpus
+from reference.model_class import ModelClass
 
 LOG_WIDTH = 160  # where no terminal says how wide it is: names of tensors are long
 
@@ -36,6 +37,7 @@ output = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
 errors = Console(stderr=True)
 
 CheckpointPath = Annotated[Path, typer.Argument(help="A folder with a Hugging Face checkpoint, or a hub id.")]
+Model = Annotated[ModelClass, typer.Option(help="megatron-core's GPTModel, or its successor HybridModel.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that is in the output folder.")]
 DryRun = Annotated[bool, typer.Option(help="Say what would be read and written, and stop.")]

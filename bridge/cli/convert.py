@@ -8,8 +8,8 @@ import typer
 
 from bridge.cli.common import (
     AsJson,
-    CheckpointPath,
     DryRun,
+    Model,
     Overwrite,
     Workers,
     default_workers,
@@ -19,6 +19,7 @@ from bridge.cli.common import (
     say_json,
     say_notes,
 )
+from reference.model_class import DEFAULT_MODEL
 
 
 class StoredDtype(StrEnum):
@@ -43,11 +44,19 @@ class Scales(StrEnum):
 
 
 def import_(
-    path: CheckpointPath,
+    path: Annotated[
+        Path, typer.Argument(help="A folder with a Hugging Face checkpoint, or a hub id; or a torch_dist checkpoint.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make: Megatron-LM's --load.")],
+    model: Model = DEFAULT_MODEL,
     dtype: Annotated[
-        StoredDtype, typer.Option(help="Dtype of the weights; the router's stay float32.")
-    ] = StoredDtype.BF16,
+        StoredDtype | None,
+        typer.Option(help="Dtype of the weights; the router's stay float32 (default: bf16, or that of a torch_dist)."),
+    ] = None,
+    hugging_face: Annotated[
+        Path | None,
+        typer.Option(help="The Hugging Face checkpoint of a torch_dist one that has no hugging_face/ beside it."),
+    ] = None,
     iteration: Annotated[int, typer.Option(min=1, help="The iteration that the checkpoint says it is of.")] = 1,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -55,6 +64,9 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a megatron-core torch_dist checkpoint of a Hugging Face one, tensor by tensor, without a GPU.
+
+    Of a torch_dist one it makes another of --model: so a GPTModel's checkpoint loads into a HybridModel, and the other
+    way. The optimizer's state is left out.
 
     It loads at any parallel layout: in Megatron-LM with --load OUT --finetune --ckpt-format torch_dist, elsewhere with
     megatron.core.dist_checkpointing.load(sharded_state_dict, OUT/iter_0000001). Memory: about 1 GB a worker, whatever
@@ -65,7 +77,14 @@ def import_(
         from bridge.huggingface.hub import checkpoint_folder
 
         folder = checkpoint_folder(str(path))
-        job = ImportJob(str(folder), str(out), str(dtype), iteration)
+        job = ImportJob(
+            str(folder),
+            str(out),
+            dtype and str(dtype),
+            iteration,
+            model=str(model),
+            hugging_face=hugging_face and str(checkpoint_folder(str(hugging_face))),
+        )
         count = default_workers(workers, folder)
         summary = import_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
     _conclude(f"{path} -> {out}", summary, mtp="of them MTP, left out", dry_run=dry_run, as_json=as_json)
@@ -115,6 +134,7 @@ _LABELS = {
     "tensors": "tensors",
     "unneeded_tensors": "of them not needed, left out",
     "trained_mtp": "trained MTP tensors, not converted",
+    "other_tensors": "of them not the model's (optimizer), left out",
     "bytes_read": "bytes read",
     "bytes_written": "bytes written",
     "files": "files",

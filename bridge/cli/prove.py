@@ -12,6 +12,7 @@ from rich.text import Text
 from bridge.cli.common import (
     AsJson,
     CheckpointPath,
+    Model,
     Overwrite,
     folder,
     progress_bars,
@@ -21,6 +22,7 @@ from bridge.cli.common import (
     say_notes,
 )
 from bridge.jobs.ranks import launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
+from reference.model_class import DEFAULT_MODEL, ModelClass
 
 
 class ModelDtype(StrEnum):
@@ -31,8 +33,9 @@ class ModelDtype(StrEnum):
 
 
 TensorParallel = Annotated[
-    int | None, typer.Option(min=1, help="Tensor parallel size under torchrun (default: the number of ranks).")
+    int | None, typer.Option(min=1, help="Tensor parallel size under torchrun (default: all ranks of a stage).")
 ]
+PipelineParallel = Annotated[int, typer.Option(min=1, help="Pipeline parallel size under torchrun.")]
 ExpertParallel = Annotated[int, typer.Option(min=1, help="Expert parallel size under torchrun.")]
 
 
@@ -54,16 +57,18 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option(help="Keep the two checkpoints in this folder (default: a temporary one).")
     ] = None,
+    model: Model = DEFAULT_MODEL,
     seed: Annotated[int, typer.Option(help="Seed of the weights and tokens.")] = 0,
     tp: TensorParallel = None,
+    pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Make a small FP8 checkpoint, take it through a real megatron-core GPTModel and back, and prove it unchanged."""
+    """Make a small FP8 checkpoint, take it through a real megatron-core model and back, and prove it unchanged."""
     with reporting(models=True), folder(keep) as target, progress_bars() as progress:
         from bridge.proof.demo import demo as run
 
-        findings = run(target, seed=seed, sizes=_sizes(tp, ep), progress=progress)
+        findings = run(target, model=model, seed=seed, sizes=_sizes(tp, pp, ep), progress=progress)
     _conclude("Hugging Face FP8 -> megatron-core -> Hugging Face FP8", findings, as_json)
 
 
@@ -73,10 +78,12 @@ def roundtrip(
         Path | None, typer.Option(help="Write the exported checkpoint here and keep it (default: a temporary folder).")
     ] = None,
     overwrite: Overwrite = False,
+    model: Model = DEFAULT_MODEL,
     dtype: Annotated[ModelDtype, typer.Option(help="Dtype of the megatron-core model.")] = ModelDtype.BF16,
     tokens: Annotated[int, typer.Option(help="Length of the two random sequences whose logits are compared.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
     tp: TensorParallel = None,
+    pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -103,8 +110,9 @@ def roundtrip(
                 bridge,
                 target,
                 sample,
+                model=model,
                 params_dtype=params_dtype,
-                sizes=_sizes(tp, ep),
+                sizes=_sizes(tp, pp, ep),
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -121,6 +129,10 @@ def bench(
     ],
     out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
     gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm, layer and load.")] = 1,
+    model: Annotated[
+        ModelClass | None,
+        typer.Option(help=f"The class whose layers are measured by layer (default: {DEFAULT_MODEL})."),
+    ] = None,
 ) -> None:
     """Run a benchmark of tests/benchmarks, with its baselines, on this machine. norm and layer need a GPU."""
     import torch
@@ -131,6 +143,8 @@ def bench(
             raise ValueError("bench starts its own ranks: run it without torchrun, with --gpus")
         if not script.is_file():
             raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
+        if model is not None and what is not Benchmark.LAYER:
+            raise ValueError(f"--model {model}: bench {what} measures no layers; leave --model out")
         if gpus > 1 and what not in RUN_BY_RANKS:
             raise ValueError(f"--gpus {gpus}: bench {what} runs in one process; leave --gpus out")
         found, needed = torch.cuda.device_count(), gpus if gpus > 1 or what in NEED_A_GPU else 0
@@ -139,25 +153,29 @@ def bench(
                 f"bench {what} needs NVIDIA GPUs: {needed}, found {found}; run it on a machine that has them"
             )
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-    raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), str(out)], check=False).returncode)
+    arguments = [str(out), *([] if model is None else [str(model)])]
+    raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), *arguments], check=False).returncode)
 
 
-def _sizes(tp: int | None, ep: int) -> dict[str, int]:
-    """megatron-core's parallel sizes. Without `tp`, all of torchrun's ranks; an expert is cut over what `ep` leaves.
+def _sizes(tp: int | None, pp: int, ep: int) -> dict[str, int]:
+    """megatron-core's parallel sizes. Without `tp`, all ranks of a stage; an expert is cut over what `ep` leaves.
 
     Raises:
         ValueError: the ranks do not divide by them.
     """
     _, world = rank_and_world_size()
-    tp = tp or world
+    stage = world // pp
+    tp = tp or max(1, stage)
     expert_tp = max(1, tp // ep)
-    if world % tp or world % (ep * expert_tp):
+    if not stage or world % pp or stage % tp or stage % (ep * expert_tp):
         raise ValueError(
-            f"--tp {tp} --ep {ep}: the number of ranks must be a multiple of {tp}, and of {ep} experts' ranks x "
-            f"{expert_tp} for each expert; found {world}; choose other sizes or torchrun --nproc-per-node"
+            f"--tp {tp} --pp {pp} --ep {ep}: the number of ranks, over {pp} stages, must be a multiple of {tp}, and of "
+            f"{ep} experts' ranks x {expert_tp} for each expert; found {world}; choose other sizes or torchrun "
+            "--nproc-per-node"
         )
     return {
         "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": expert_tp,
     }

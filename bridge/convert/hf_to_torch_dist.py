@@ -1,5 +1,9 @@
 """Hugging Face -> megatron-core `torch_dist` checkpoint, without a model or a GPU: `minimax-m2 import`.
 
+It is one of a `GPTModel` or of a `HybridModel`. The source may be a `torch_dist` checkpoint too, of either class and
+saved at whatever layout: its weights are written again, under the keys of the class that is asked for. The optimizer's
+state is left out then.
+
 Weights are read, dequantised and written one chunk at a time (`CHUNK_BYTES`), in units of `unit_bytes`: a unit is one
 file of the checkpoint, and what an interrupted run is taken up by. The folder that results is what Megatron-LM loads
 for fine-tuning (`--load OUT --finetune --ckpt-format torch_dist`): tracker file, iteration folder, training arguments.
@@ -28,8 +32,8 @@ from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
-from bridge.torch_dist.checkpoint import HF_FOLDER
-from bridge.torch_dist.reader import TRACKER
+from bridge.torch_dist.checkpoint import HF_FOLDER, MegatronCheckpoint, beside, read_config
+from bridge.torch_dist.reader import TRACKER, is_torch_dist
 from bridge.torch_dist.writer import (
     Chunk,
     Stored,
@@ -41,7 +45,9 @@ from bridge.torch_dist.writer import (
     write_states,
 )
 from reference.dist_checkpoint import Entry, entries
+from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.sharding import Piece, rows_of
+from reference.weights import CHECKPOINT_DIALECTS
 
 CHUNK_BYTES = 64 * 2**20
 UNIT_BYTES = 512 * 2**20
@@ -54,9 +60,11 @@ class ImportJob(NamedTuple):
 
     source: str
     out: str
-    dtype: str = "bf16"
+    dtype: str | None = None  # None: bf16, or what a torch_dist source has
     iteration: int = 1
     unit_bytes: int = UNIT_BYTES
+    model: str = DEFAULT_MODEL
+    hugging_face: str | None = None  # with the config.json of a torch_dist source that has none beside it
     # import_checkpoint fills these in: whether `out` is a Megatron-LM folder that gains an iteration, and what of the
     # source was read (file, bytes, mtime_ns)
     adds: bool = False
@@ -75,7 +83,8 @@ class ImportJob(NamedTuple):
 class ImportSummary(NamedTuple):
     """What an import reads and writes: weights, metadata, and the files of Hugging Face beside them.
 
-    Of the `tensors`, MTP and unneeded ones are left out. `reused` of the files with weights were finished by an earlier
+    Of the `tensors`, MTP and unneeded ones are left out, and so are the `other_tensors` that a `torch_dist` source has
+    besides the model: the optimizer's state. `reused` of the files with weights were finished by an earlier
     run. `notes` says what lies in the source's weights and is not read; `left_behind` are names in its folder that
     belong to no model.
     """
@@ -83,6 +92,7 @@ class ImportSummary(NamedTuple):
     tensors: int
     mtp_tensors: int
     unneeded_tensors: int
+    other_tensors: int
     bytes_read: int
     bytes_written: int
     files: int
@@ -97,10 +107,11 @@ class _Part(NamedTuple):
 
 
 class _Import(NamedTuple):
-    """An import that is open: the source, what else its folder holds, and the chunks of each unit."""
+    """An import that is open: the source, the folder of its config.json, what else that holds, each unit's chunks."""
 
     job: ImportJob
-    source: HuggingFaceCheckpoint
+    source: HuggingFaceCheckpoint | MegatronCheckpoint
+    config_folder: Path
     others: Companions
     units: list[list[_Part]]
 
@@ -111,11 +122,17 @@ class _Import(NamedTuple):
     @property
     def common_state(self) -> dict[str, Any]:
         """What Megatron-LM keeps beside the weights."""
-        return common_state(self.source.config, DTYPES[self.job.dtype], self.job.iteration)
+        dtype = self.chunks[0].dtype  # the embedding's
+        return common_state(self.source.config, self.model, dtype, self.job.iteration)
+
+    @property
+    def model(self) -> ModelClass:
+        """The class whose checkpoint is written."""
+        return ModelClass(self.job.model)
 
     @property
     def laid_beside(self) -> list[Path]:
-        """The files of Hugging Face that go into the output, relative to the source."""
+        """The files of Hugging Face that go into the output, relative to `config_folder`."""
         return [Path(CONFIG_NAME), *self.others.carried]
 
 
@@ -135,16 +152,10 @@ def import_checkpoint(
         ValueError: the source is not a whole MiniMax-M2, a tensor is damaged or a file changed, or `out` is not fit.
         OSError: the disk is full, or a worker died; what was finished is kept.
     """
-    if job.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {list(DTYPES)}, found {job.dtype!r}")
-    if job.iteration < 1:
-        raise ValueError(f"iteration must be at least 1, as Megatron-LM asks, found {job.iteration}")
     with raise_on_all_ranks():
-        check_apart(job.out, [job.source])
-        out = real_path(job.out)
-        adds = (out / TRACKER).is_file() and not unfinished(out)
-        job = job._replace(source=str(Path(job.source).resolve()), out=str(out), adds=adds, source_versions=())
-        if adds:
+        job = _checked(job)
+        out = Path(job.out)
+        if job.adds:
             _check_iteration(out, job, overwrite=overwrite)
         elif not unfinished(out):
             check_target(out)
@@ -153,15 +164,37 @@ def import_checkpoint(
         say_left_behind(opened.others.left_behind)
     if dry_run:
         return _summary(opened, *_planned(opened))
-    work = Work(_open, _write_unit, opened.job, len(opened.units) + 1, out / job.iteration_folder if adds else out)
+    target = out / job.iteration_folder if job.adds else out
+    work = Work(_open, _write_unit, opened.job, len(opened.units) + 1, target)
     output = Output(partial(_complete, opened))
-    if adds:
+    if job.adds:
         point_to_it = partial(write_bytes, out / TRACKER, _tracker(job))
         output = output._replace(replaces=_is_of_an_import, then=point_to_it)
     done = run_resumable(work, opened, output, workers=workers, what="import", progress=progress)
-    written = [work.out, out / TRACKER] if adds else [work.out]
-    nbytes, files = footprint(*written)
+    nbytes, files = footprint(target, *([out / TRACKER] if job.adds else []))
     return _summary(opened, nbytes, files, reused=done.reused)
+
+
+def _checked(job: ImportJob) -> ImportJob:
+    """The job with its paths and what is known of its target; the source is not opened.
+
+    Raises:
+        ValueError: an argument is none of its choices, or the output is not apart from what is read.
+    """
+    if job.dtype is not None and job.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)} or None, found {job.dtype!r}")
+    if job.iteration < 1:
+        raise ValueError(f"iteration must be at least 1, as Megatron-LM asks, found {job.iteration}")
+    check_apart(job.out, [job.source, *([job.hugging_face] if job.hugging_face else [])])
+    out = real_path(job.out)
+    return job._replace(
+        source=str(Path(job.source).resolve()),
+        hugging_face=job.hugging_face and str(Path(job.hugging_face).resolve()),
+        model=str(ModelClass(job.model)),
+        out=str(out),
+        adds=(out / TRACKER).is_file() and not unfinished(out),
+        source_versions=(),
+    )
 
 
 def _is_of_an_import(name: str) -> bool:
@@ -190,36 +223,60 @@ def _check_iteration(out: Path, job: ImportJob, *, overwrite: bool) -> None:
 
 def _open(job: ImportJob) -> _Import:
     """Open the source; a job that names its versions wants exactly these."""
-    source = HuggingFaceCheckpoint(job.source)
+    source, config_folder = _open_source(job)
     if job.source_versions and source.files.versions != job.source_versions:
         raise ValueError(
             f"{job.source}: its files changed since the import began; start again once nothing writes there"
         )
     units: list[list[_Part]] = []
     room = 0
-    for entry in entries(source.config):
-        dtype = entry.row.plain_dtype(DTYPES[job.dtype])
-        for part in _parts(entry, dtype):
+    for entry in entries(source.config, dialect=CHECKPOINT_DIALECTS[ModelClass(job.model)][0]):
+        for part in _parts(entry, _dtype(source, entry, job)):
             if not units or part.chunk.nbytes > room:
                 units.append([])
                 room = job.unit_bytes
             units[-1].append(part)
             room -= part.chunk.nbytes
-    versions, others = source.files.versions, companions(source.files.folder)
-    return _Import(job._replace(source_versions=versions), source, others, units)
+    job = job._replace(source_versions=source.files.versions)
+    return _Import(job, source, config_folder, companions(config_folder), units)
+
+
+def _open_source(job: ImportJob) -> tuple[HuggingFaceCheckpoint | MegatronCheckpoint, Path]:
+    """The source, whichever format it has, and the folder with its config.json."""
+    if (Path(job.source) / CONFIG_NAME).is_file() or not is_torch_dist(Path(job.source)):
+        if job.hugging_face is not None:
+            raise ValueError(f"{job.source}: is no torch_dist checkpoint and has a config.json; leave out hugging_face")
+        source = HuggingFaceCheckpoint(job.source)
+        return source, source.files.folder
+    config = None if job.hugging_face is None else read_config(Path(job.hugging_face) / CONFIG_NAME)
+    source = MegatronCheckpoint(job.source, config)
+    return source, Path(job.hugging_face) if job.hugging_face else beside(source.files)
+
+
+def _dtype(source: HuggingFaceCheckpoint | MegatronCheckpoint, entry: Entry, job: ImportJob) -> torch.dtype:
+    if job.dtype is None and isinstance(source, MegatronCheckpoint):
+        return source.dtype(entry.parameter.sources[0])
+    return entry.row.plain_dtype(DTYPES[job.dtype or "bf16"])
 
 
 def _summary(opened: _Import, nbytes: int, files: int, *, reused: int = 0) -> ImportSummary:
-    source = opened.source.files
+    source = opened.source
+    if isinstance(source, MegatronCheckpoint):
+        tensors, read, notes = len(source.files.shapes), source.nbytes, source.notes
+        mtp, unneeded, others = len(source.trained_mtp), 0, source.other_tensors
+    else:
+        tensors, read, notes = len(source.files.tensors), source.files.nbytes, source.files.notes
+        mtp, unneeded, others = len(source.mtp_tensors), len(source.unneeded_tensors), 0
     return ImportSummary(
-        tensors=len(source.tensors),
-        mtp_tensors=len(opened.source.mtp_tensors),
-        unneeded_tensors=len(opened.source.unneeded_tensors),
-        bytes_read=source.nbytes,
+        tensors=tensors,
+        mtp_tensors=mtp,
+        unneeded_tensors=unneeded,
+        other_tensors=others,
+        bytes_read=read,
         bytes_written=nbytes,
         files=files,
         reused=reused,
-        notes=tuple(source.notes),
+        notes=tuple(notes),
         left_behind=tuple(opened.others.left_behind),
     )
 
@@ -228,15 +285,15 @@ def _planned(opened: _Import) -> tuple[int, int]:
     """Bytes and files that will be written."""
     job, config, units = opened.job, opened.source.config, opened.units
     stored = [item for unit, parts in enumerate(units) for item in plan_chunks(unit, [part.chunk for part in parts])]
-    stored += plan_states(len(units), config, opened.common_state)
+    stored += plan_states(len(units), config, opened.common_state, opened.model)
     small = [*metadata_files(opened.chunks, stored).values(), _written_by(job), _tracker(job)]
     nbytes = sum(item.nbytes for item in stored) + sum(map(len, small))
-    nbytes += sum((opened.source.files.folder / path).stat().st_size for path in opened.laid_beside)
+    nbytes += sum((opened.config_folder / path).stat().st_size for path in opened.laid_beside)
     return nbytes, len(units) + 1 + len(small) + len(opened.laid_beside)
 
 
 def _written_by(job: ImportJob) -> bytes:
-    return json_bytes({"written_by": "minimax-m2 import", "dtype": job.dtype})
+    return json_bytes({"written_by": "minimax-m2 import", "dtype": job.dtype, "model": job.model})
 
 
 def _tracker(job: ImportJob) -> bytes:
@@ -263,7 +320,7 @@ def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], li
     target = opened.job.staged_iteration(folder)
     target.mkdir(exist_ok=True)
     if unit == len(opened.units):
-        stored = write_states(target, unit, opened.source.config, opened.common_state)
+        stored = write_states(target, unit, opened.source.config, opened.common_state, opened.model)
     else:
         parts = [(part.chunk, partial(_value, opened.source, part)) for part in opened.units[unit]]
         stored = write_chunks(target, unit, parts)
@@ -271,7 +328,7 @@ def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], li
     return files, stored
 
 
-def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
+def _value(source: HuggingFaceCheckpoint | MegatronCheckpoint, part: _Part) -> Tensor:
     out = torch.empty(part.chunk.shape, dtype=part.chunk.dtype)
     axes = 1 if part.pieces[0].cols is None else 2
     source.read_pieces(part.pieces, out.view(part.chunk.shape[-axes:]))
@@ -280,12 +337,12 @@ def _value(source: HuggingFaceCheckpoint, part: _Part) -> Tensor:
 
 def _complete(opened: _Import, folder: Path, results: list[list[Any]]) -> None:
     """What makes the folder a checkpoint: metadata, the files of Hugging Face, and last the tracker."""
-    target, source = opened.job.staged_iteration(folder), opened.source.files.folder
+    target = opened.job.staged_iteration(folder)
     finish(target, opened.chunks, [Stored(*item) for stored in results for item in stored])
     write_bytes(target / WRITTEN_BY, _written_by(opened.job))
     for path in opened.laid_beside:
         copy = folder / HF_FOLDER / path
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source / path, copy)
+        copy_file(opened.config_folder / path, copy)
     if not opened.job.adds:
         write_bytes(folder / TRACKER, _tracker(opened.job))

@@ -163,13 +163,12 @@ def _say_trained_mtp(opened: _Export) -> None:
 
 def _summary(opened: _Export, counts: "list[_Count] | None", *, reused: int) -> ExportSummary:
     """`counts` is None where another process finished, and kept its counts."""
-    keys = {entry.key for entry in opened.entries.values()}
     known = counts is not None
     worst = max(counts or [], key=lambda count: count.worst_error, default=_Count(0, 0, "", 0.0))
     nbytes, files = folder_bytes(opened.files, opened.config_json, carried=opened.carried)
     return ExportSummary(
         tensors=sum(len(file.tensors) for file in opened.files),
-        bytes_read=sum(opened.megatron.files.nbytes(key) for key in keys),
+        bytes_read=opened.megatron.nbytes,
         bytes_written=nbytes,
         files=files,
         reused=reused,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from reference.config import ModelConfig
+from reference.model_class import ModelClass
+from reference.parallelism import Parallelism, hybrid_layer_pattern
 
 # Megatron-LM's training arguments that describe the model: by the config's field, and the same for every MiniMax-M2.
 _SIZES = {
@@ -49,10 +51,10 @@ _RUN: dict[str, Any] = {
 }
 
 
-def common_state(config: ModelConfig, dtype: torch.dtype, iteration: int) -> dict[str, Any]:
-    """What Megatron-LM keeps beside the weights: its training arguments and the iteration."""
+def common_state(config: ModelConfig, model: ModelClass, dtype: torch.dtype, iteration: int) -> dict[str, Any]:
+    """What Megatron-LM keeps beside the weights of a model: its training arguments and the iteration."""
     arguments = Namespace(
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()} | _layers(config, model),
         **_ARCHITECTURE,
         **_RUN,
         rotary_base=int(config.rope_theta),
@@ -62,3 +64,11 @@ def common_state(config: ModelConfig, dtype: torch.dtype, iteration: int) -> dic
         iteration=iteration,
     )
     return {"args": arguments, "checkpoint_version": 3.0, "iteration": iteration}
+
+
+def _layers(config: ModelConfig, model: ModelClass) -> dict[str, Any]:
+    """What the arguments of a `HybridModel` say of its layers, and those of a `GPTModel` do not."""
+    if model is not ModelClass.HYBRID:
+        return {}
+    pattern = hybrid_layer_pattern(config, Parallelism())
+    return {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "is_hybrid_model": True}

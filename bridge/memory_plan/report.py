@@ -8,7 +8,7 @@ from typing import Any
 from bridge.memory_plan.plan import Plan, RankGroup, advice, rank_groups
 from reference.advice import Advice, Fit
 from reference.checkpoint import parameter_count
-from reference.parallelism import spread_layers
+from reference.parallelism import hybrid_layer_pattern, spread_layers
 
 NOT_COUNTED = "activations, communication buffers and CUDA's own memory are not counted"
 
@@ -85,6 +85,11 @@ def summary(plan: Plan, found: Advice | None = None) -> list[str]:
     return lines
 
 
+def pattern(plan: Plan) -> str:
+    """The layers of a `HybridModel` in this layout, as megatron-core's `--hybrid-layer-pattern`."""
+    return hybrid_layer_pattern(plan.config, plan.parallelism)
+
+
 def advice_rows(found: Advice) -> tuple[list[str], list[list[str]]]:
     """Headings, and for each layout its options, what is different, and the bytes of its largest rank."""
     rows = [[flags(fit), ", ".join(fit.changes) or "more GPUs", gigabytes(fit.largest)] for fit in found.fits]
@@ -98,6 +103,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "parameters": parameter_count(plan.config),
         "gpus": plan.parallelism.world_size,
         "sizes": asdict(plan.parallelism) | {"etp": plan.parallelism.expert_tp},
+        "hybrid_layer_pattern": pattern(plan),
         "memory": plan.memory,
         "distributed_optimizer": plan.distributed_optimizer,
         "largest": plan.largest,

@@ -123,7 +123,7 @@ class MiniMaxM2SelfAttention(SelfAttention):
                 self._angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
                 self._packed, rotary_pos_emb = packed, None
         elif self.config.flash_decode:
-            _check_flash_decode()
+            _check_flash_decode(rotary_pos_cos)
         try:
             return super().forward(
                 hidden_states,
@@ -225,17 +225,24 @@ def packed_positions(packed: PackedSeqParams, tokens: int, context: ProcessGroup
     return position + chunk * (rank + 2 * (size - 1 - rank) * (position >= chunk))
 
 
-def _check_flash_decode() -> None:
+def _check_flash_decode(cos: Tensor | None) -> None:
     """Without an active engine megatron-core leaves out the rotation; without flash-attn it rotates by other angles.
 
+    Its HybridModel gives attention no `rotary_pos_cos`, and then the rotation is left out too.
+
     Raises:
-        ValueError: either is the case.
+        ValueError: one of these is the case.
     """
     if not InferenceMode.is_active():
         raise ValueError(
             "flash_decode is on, and there is an inference context, but no inference engine is active: megatron-core "
             "would not rotate queries and keys. Run inside megatron.core.inference.utils.InferenceMode.active(), or "
             "set flash_decode=False"
+        )
+    if cos is None:
+        raise ValueError(
+            "flash_decode is on, but attention is not given rotary_pos_cos, as in megatron-core's HybridModel: queries "
+            "and keys would not be rotated. Use GPTModel, or set flash_decode=False"
         )
     if megatron_attention.flash_attn_with_kvcache is None or rope_utils.apply_rotary_emb_flash is None:
         raise ValueError(

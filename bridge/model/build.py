@@ -1,21 +1,29 @@
-"""This rank's part of a `GPTModel` in whatever process groups megatron-core has: sizes, stages and padding follow them.
+"""This rank's part of a model in whatever process groups megatron-core has: sizes, stages and padding follow them.
 
-Layers that do not divide over the stages, such as 62 over 4, 8 or 16, are spread as equally as possible, fewer where
-the embedding and the head are (`reference.parallelism.spread_layers`).
+The model is a `GPTModel` or a `HybridModel` (`reference.model_class`). Layers that do not divide over the stages, such
+as 62 over 4, 8 or 16, are spread as equally as possible, fewer where the embedding and the head are
+(`reference.parallelism.spread_layers`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-from bridge.model.config import gpt_model_arguments, transformer_config
-from bridge.model.layer_spec import Backend, minimax_m2_block_spec
+from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
+from bridge.model.layer_spec import Backend, minimax_m2_block_spec, minimax_m2_hybrid_spec
 from bridge.model.process_groups import group_sizes
 from reference.config import ModelConfig
-from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
+from reference.model_class import DEFAULT_MODEL, ModelClass
+from reference.parallelism import Parallelism, hybrid_layer_pattern, padded_vocab_size, spread_layers
 from reference.rope import inverse_frequencies
+
+# megatron-core's default, no overlap, mixes up the messages of two pipeline ranks that have virtual stages: losses and
+# gradients are wrong without a word (seen, 0.19.2, gloo and NCCL, with megatron-core's own layer spec too).
+VIRTUAL_STAGES_ON_TWO_RANKS = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def group_parallelism(
@@ -36,16 +44,18 @@ def group_parallelism(
 def build_model(
     config: ModelConfig,
     *,
+    model: ModelClass | str = DEFAULT_MODEL,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
     layers_per_stage: tuple[int, ...] | None = None,
     vocab_divisor: int = 1,
     **overrides: Any,
-) -> GPTModel | list[GPTModel]:
+) -> GPTModel | HybridModel | list[GPTModel] | list[HybridModel]:
     """This rank's chunk, or the list of its chunks where megatron-core has virtual pipeline stages.
 
     Args:
         config: the model.
+        model: megatron-core's class, "gpt" or "hybrid".
         params_dtype: the parameters' dtype.
         backend: the layer spec's (`bridge.model.layer_spec.default_backend` if None).
         layers_per_stage: layers of each stage in model order; None spreads them.
@@ -53,10 +63,11 @@ def build_model(
         overrides: `TransformerConfig` fields.
 
     Raises:
-        ValueError: the model does not divide by the parallel sizes.
+        ValueError: the model does not divide by the parallel sizes, or `model` is no class.
     """
     parallelism = group_parallelism(config, layers_per_stage=layers_per_stage, vocab_divisor=vocab_divisor)
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    build, stages = _BUILDERS[ModelClass(model)]
     settings = {
         "tensor_model_parallel_size": parallelism.tp,
         "pipeline_model_parallel_size": parallelism.pp,
@@ -65,10 +76,11 @@ def build_model(
         "expert_tensor_parallel_size": parallelism.etp,
         "context_parallel_size": parallelism.cp,
         "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
-        "pipeline_model_parallel_layout": None if len({*parallelism.layers_per_stage}) == 1 else _stages(parallelism),
+        **(VIRTUAL_STAGES_ON_TWO_RANKS if virtual is not None and parallelism.pp == 2 else {}),
+        **stages(config, parallelism),
     }
     chunks = [
-        build_gpt_model(
+        build(
             config,
             params_dtype=params_dtype,
             backend=backend,
@@ -83,12 +95,18 @@ def build_model(
     return chunks[0] if virtual is None else chunks
 
 
-def _stages(parallelism: Parallelism) -> list[list[str]]:
-    """As megatron-core's `pipeline_model_parallel_layout` wants it."""
-    stages = [["decoder"] * layers for layers in parallelism.layers_per_stage]
+def _gpt_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]:
+    """As megatron-core's `pipeline_model_parallel_layout` wants them, where they are uneven."""
+    if len({len(layers) for layers in parallelism.stages(config)}) == 1:
+        return {}
+    stages = [["decoder"] * len(layers) for layers in parallelism.stages(config)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    return stages
+    return {"pipeline_model_parallel_layout": stages}
+
+
+def _hybrid_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]:
+    return {"pattern": hybrid_layer_pattern(config, parallelism)}
 
 
 def build_gpt_model(
@@ -108,7 +126,7 @@ def build_gpt_model(
     `perform_initialization=False` among the `overrides` saves time where a checkpoint is loaded next. `vocab_size` is
     the padded vocabulary's, where embedding and head are to have more rows than there are tokens.
     """
-    megatron = transformer_config(config, params_dtype=params_dtype, backend=backend, **overrides)
+    megatron = transformer_config(config, model=ModelClass.GPT, params_dtype=params_dtype, backend=backend, **overrides)
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage),
@@ -117,7 +135,47 @@ def build_gpt_model(
         vp_stage=vp_stage,
         **gpt_model_arguments(config) | ({} if vocab_size is None else {"vocab_size": vocab_size}),
     )
-    # Made on the CPU, as transformers does: CUDA's power function differs in the last bit.
+    return _with_frequencies_of_transformers(model, config)
+
+
+def build_hybrid_model(
+    config: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+    vocab_size: int | None = None,
+    pattern: str | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **overrides: Any,
+) -> HybridModel:
+    """As `build_gpt_model`; `pattern` is the `hybrid_layer_pattern`, where the layers are not to be spread."""
+    megatron = transformer_config(
+        config, model=ModelClass.HYBRID, params_dtype=params_dtype, backend=backend, **overrides
+    )
+    arguments = hybrid_model_arguments(config, megatron)
+    chosen = {"vocab_size": vocab_size, "hybrid_layer_pattern": pattern}
+    model = HybridModel(
+        config=megatron,
+        hybrid_stack_spec=minimax_m2_hybrid_spec(megatron, backend),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        **arguments | {name: value for name, value in chosen.items() if value is not None},
+    )
+    return _with_frequencies_of_transformers(model, config)
+
+
+def _with_frequencies_of_transformers[Model: (GPTModel, HybridModel)](model: Model, config: ModelConfig) -> Model:
+    """Rotation frequencies made on the CPU, as transformers does: CUDA's power function differs in the last bit."""
     inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta)
     model.rotary_pos_emb.inv_freq = inv_freq.to(torch.cuda.current_device())
     return model
+
+
+# How a chunk is built, and what says which layers are in it.
+_BUILDERS: dict[ModelClass, tuple[Callable[..., Any], Callable[[ModelConfig, Parallelism], dict[str, Any]]]] = {
+    ModelClass.GPT: (build_gpt_model, _gpt_stages),
+    ModelClass.HYBRID: (build_hybrid_model, _hybrid_stages),
+}

@@ -1,4 +1,4 @@
-"""A `ModelConfig` as megatron-core's configuration, and the model built from it.
+"""A `ModelConfig` as megatron-core's configuration, for `GPTModel` and for `HybridModel`.
 
 Every choice is a row of a table: what carries over under another name, what is the same for every MiniMax-M2, what
 follows from the dtype, and what differs between hosts with and without a GPU. Parallelism, recomputation and the like
@@ -13,6 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.model.layer_spec import Backend, default_backend
 from reference.config import ModelConfig
+from reference.model_class import DEFAULT_MODEL, ModelClass
+from reference.parallelism import Parallelism, hybrid_layer_pattern, spread_layers
 
 # TransformerConfig field: ModelConfig field
 SIZES = {
@@ -58,6 +60,9 @@ BACKEND_SETTINGS: dict[Backend, dict[str, Any]] = {
     "local": {"transformer_impl": "local"},
 }
 
+# What a HybridModel has besides twice as many layers: its initialisation is that of GPTModel with this.
+HYBRID_SETTINGS: dict[str, Any] = {"is_hybrid_model": True}
+
 # megatron-core's softmax goes to float32 only where these flags say that its input is 16 bits wide.
 DTYPE_FLAGS: dict[torch.dtype, dict[str, bool]] = {
     torch.float32: {},
@@ -83,17 +88,20 @@ CPU_OVERRIDES: dict[str, Any] = {
 def transformer_config(
     config: ModelConfig,
     *,
+    model: ModelClass | str = DEFAULT_MODEL,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
     """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
 
-    `backend` is the layer spec's (`bridge.model.layer_spec.default_backend` if None).
+    `model` is the class, "gpt" or "hybrid"; `backend` is the layer spec's (`default_backend` of
+    `bridge.model.layer_spec` if None).
 
     Raises:
-        ValueError: megatron-core has no mixed-precision mode for `params_dtype`.
+        ValueError: megatron-core has no mixed-precision mode for `params_dtype`; `model` is neither.
     """
+    hybrid = ModelClass(model) is ModelClass.HYBRID
     if params_dtype not in DTYPE_FLAGS:
         raise ValueError(f"params_dtype must be one of {list(DTYPE_FLAGS)}, found {params_dtype}")
     fields = {
@@ -104,6 +112,7 @@ def transformer_config(
         "params_dtype": params_dtype,
         "pipeline_dtype": params_dtype,
         **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
+        **(HYBRID_SETTINGS | {"num_layers": 2 * config.num_hidden_layers} if hybrid else {}),
     }
     return TransformerConfig(**{**fields, **overrides})
 
@@ -118,6 +127,16 @@ def gpt_model_arguments(config: ModelConfig) -> dict[str, Any]:
         "rotary_base": config.rope_theta,
         "share_embeddings_and_output_weights": False,
     }
+
+
+def hybrid_model_arguments(config: ModelConfig, megatron: TransformerConfig) -> dict[str, Any]:
+    """The arguments of `HybridModel` that are not in its `TransformerConfig`; the pattern has the pipeline's stages.
+
+    Layers that do not divide over the stages are spread (`reference.parallelism.spread_layers`).
+    """
+    pp, vpp = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
+    stages = Parallelism(pp=pp, vpp=vpp, layers_per_stage=spread_layers(config.num_hidden_layers, pp * vpp))
+    return gpt_model_arguments(config) | {"hybrid_layer_pattern": hybrid_layer_pattern(config, stages)}
 
 
 def _rotary_percent(rotary_dim: int, head_dim: int) -> float:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import utils as core_utils
+from megatron.core.models.hybrid import hybrid_block
 from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
@@ -73,6 +74,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (clip_grads, "torch", _TorchOnCPU()),  # the gradient norm
     (core_utils, "torch", _TorchOnCPU()),  # the same
     (utils, "torch", _TorchOnCPU()),  # the causal mask
+    (hybrid_block, "torch", _TorchOnCPU()),  # the positions of `flash_decode`
 )
 
 

@@ -13,16 +13,22 @@ from bridge.model.process_groups import model_parallel
 from bridge.proof.reference_logits import random_tokens
 from bridge.proof.roundtrip import Finding, roundtrip
 from bridge.proof.transformers_logits import missing_packages, transformers_logits
+from reference.model_class import DEFAULT_MODEL, ModelClass
 
 SHARD_BYTES = 4_000_000  # small, so that there are several files
 
 
 def demo(
-    folder: Path, *, seed: int = 0, sizes: Mapping[str, int] | None = None, progress: Progress = no_progress
+    folder: Path,
+    *,
+    model: ModelClass | str = DEFAULT_MODEL,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    progress: Progress = no_progress,
 ) -> list[Finding]:
     """Make an FP8 checkpoint in `folder`/source, take it through megatron-core into `folder`/exported, compare the two.
 
-    The model runs in float32, where equality of logits means most; over torchrun's ranks by `sizes`, as in `roundtrip`.
+    The model runs in float32, where equality of logits means most; `model` and `sizes` are those of `roundtrip`.
 
     Raises:
         ValueError: one of the two folders is there and not empty, or the model does not divide by `sizes`.
@@ -40,7 +46,8 @@ def demo(
             tokens = random_tokens(bridge.config, seed=seed)
             oracle = {"transformers MiniMaxM2ForCausalLM": lambda: transformers_logits(source, tokens)}
             others, target = {} if missing else oracle, folder / "exported"
-            findings = roundtrip(bridge, target, tokens, params_dtype=torch.float32, others=others, progress=progress)
+            options = {"model": model, "params_dtype": torch.float32, "others": others}
+            findings = roundtrip(bridge, target, tokens, **options, progress=progress)
             files = bridge.checkpoint.files
             made = Finding(
                 "made an FP8 checkpoint",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bridge.huggingface.companions import companions
 from bridge.huggingface.writer import replaces
@@ -27,6 +28,7 @@ from bridge.model.build import group_parallelism
 from bridge.model.process_groups import model_parallel
 from bridge.proof.compare import Comparison, compare_checkpoints
 from bridge.proof.reference_logits import reference_logits
+from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism
 
 
@@ -87,9 +89,32 @@ def judge_logits(who: str, logits: Tensor, truth: LogitTruth) -> Finding:
 
 @torch.no_grad()
 def megatron_logits(model: nn.Module, tokens: Tensor, vocab_size: int) -> Tensor:
-    """Logits [batch, seq, vocab] of a megatron-core model without pipeline stages, on every rank."""
+    """Logits [batch, seq, vocab] of a megatron-core model, on every rank; megatron-core's schedule runs the stages.
+
+    `model` is the rank's chunk: without virtual stages.
+    """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return gather_from_tensor_model_parallel_region(model.eval()(tokens, positions, None))[..., :vocab_size]
+
+    def forward_step(_: None, chunk: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+        return chunk(tokens, positions, None), lambda output, non_loss_data: output
+
+    (batch, length), last = tokens.shape, distributed.get_world_size() - 1
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=model.eval(),
+        num_microbatches=1,
+        seq_length=length,
+        micro_batch_size=batch,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if outputs:  # the last stage's
+        logits = gather_from_tensor_model_parallel_region(outputs[0])[..., :vocab_size].contiguous()
+    else:
+        logits = torch.empty((batch, length, vocab_size), dtype=model.config.params_dtype, device=tokens.device)
+    distributed.broadcast(logits, last)
+    return logits
 
 
 def roundtrip(
@@ -97,23 +122,25 @@ def roundtrip(
     out: Path,
     tokens: Tensor,
     *,
+    model: ModelClass | str = DEFAULT_MODEL,
     params_dtype: torch.dtype = torch.bfloat16,
     sizes: Mapping[str, int] | None = None,
     others: dict[str, Callable[[], Tensor]] | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> list[Finding]:
-    """Import the bridge's checkpoint into a real `GPTModel`, compare logits, export it to `out`, compare every byte.
+    """Import the bridge's checkpoint into a real megatron-core model, compare logits, export to `out`, compare bytes.
 
-    Under torchrun the model is spread over the ranks by `sizes`, as in `bridge.model.process_groups.model_parallel`;
-    all of them export and compare bytes, and all have the findings; the reference runs on rank 0. `others` are further
-    models whose logits on the same tokens are judged likewise, by name; rank 0 calls them. The reference runs before
-    the model is built, so that memory holds one layer and then one model. In a narrower `params_dtype` than the
-    source's own (float32 norms into bfloat16) bytes differ, and the findings say so.
+    `model` is the class, "gpt" or "hybrid". Under torchrun it is spread over the ranks by `sizes`, as in
+    `bridge.model.process_groups.model_parallel`; all of them export and compare bytes, and all have the findings; the
+    reference runs on rank 0. `others` are further models whose logits on the same tokens are judged likewise, by name;
+    rank 0 calls them. The reference runs before the model is built, so that memory holds one layer and then one model.
+    In a narrower `params_dtype` than the source's own (float32 norms into bfloat16) bytes differ, and the findings say
+    so.
 
     Raises:
-        ValueError: the checkpoint is damaged, `out` cannot be used, the model does not divide by `sizes`, or they have
-            pipeline stages. All ranks raise the same.
+        ValueError: the checkpoint is damaged, `out` cannot be used, or the model does not divide by `sizes`. All ranks
+            raise the same.
     """
     with model_parallel(**(sizes or {})):
         with raise_on_all_ranks():  # what can be wrong is found now, not after the reference has run
@@ -121,6 +148,7 @@ def roundtrip(
             check_apart(out, [files.folder])
             carried = map(str, companions(files.folder).carried)
             check_target(real_path(out), replaces=replaces(carried) if overwrite else None)
+            claim = f"megatron-core {ModelClass(model).class_name}"
             _check_layout(group_parallelism(bridge.config), tokens)
             logits, truth = {}, None
             if is_rank_zero():
@@ -128,12 +156,12 @@ def roundtrip(
                     logits = {who: call() for who, call in (others or {}).items()}
                     truth = logit_truth(bridge, tokens, params_dtype=params_dtype, progress=progress)
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.
-        model = bridge.to_megatron_model(params_dtype=params_dtype, backend="local", progress=progress)
-        device = next(model.parameters()).device
-        found = megatron_logits(model, tokens.to(device), bridge.config.vocab_size).cpu()
-        logits = {"megatron-core GPTModel": found, **logits}
+        chunk = bridge.to_megatron_model(model=model, params_dtype=params_dtype, backend="local", progress=progress)
+        device = next(chunk.parameters()).device
+        found = megatron_logits(chunk, tokens.to(device), bridge.config.vocab_size).cpu()
+        logits = {claim: found, **logits}
         quantization = "fp8" if bridge.checkpoint.quantized else None
-        bridge.save_hf_pretrained(model, out, quantization=quantization, overwrite=overwrite, progress=progress)
+        bridge.save_hf_pretrained(chunk, out, quantization=quantization, overwrite=overwrite, progress=progress)
         same = compare_checkpoints(bridge.checkpoint.files.folder, out, progress=progress)
         with raise_on_all_ranks():
             judged = [] if truth is None else [judge_logits(who, theirs, truth) for who, theirs in logits.items()]
@@ -141,8 +169,8 @@ def roundtrip(
 
 
 def _check_layout(layout: Parallelism, tokens: Tensor) -> None:
-    if layout.pp > 1:
-        raise ValueError(f"found {layout.pp} pipeline stages, expected 1: logits are compared on every rank")
+    if layout.vpp > 1:
+        raise ValueError(f"found {layout.vpp} virtual stages a rank, expected 1: they need several micro-batches")
     if tokens.shape[1] % layout.tp:
         raise ValueError(
             f"{tokens.shape[1]} tokens a sequence, expected a multiple of the {layout.tp} ranks they are cut over"

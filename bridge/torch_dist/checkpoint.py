@@ -15,8 +15,8 @@ from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.torch_dist.reader import TorchDistFolder, iteration_folder
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
-from reference.dist_checkpoint import Entry, entries
-from reference.sharding import placements, unshard
+from reference.dist_checkpoint import Entry, dialect_of, entries
+from reference.sharding import Piece, placements, unshard
 from reference.weights import Layout
 
 HF_FOLDER = "hugging_face"  # beside a torch_dist checkpoint: what megatron-core has no place for
@@ -34,12 +34,7 @@ class MegatronCheckpoint:
     def __init__(self, files: TorchDistFolder | Path | str, config: ModelConfig | None = None):
         self.files = files if isinstance(files, TorchDistFolder) else _open(Path(files))
         check_distributed(self.files.folder, self.files.shapes)
-        if config is None:
-            path = beside(self.files) / CONFIG_NAME
-            found = read_object(path)
-            check_model(found, path)
-            config = ModelConfig.from_hf(found)
-        self.config = config
+        self.config = config = config or read_config(beside(self.files) / CONFIG_NAME)
         self.entries = _entries(self.files, config)
         self._homes = {name: entry for entry in self.entries for name in entry.parameter.sources}
         self._parameter = lru_cache(maxsize=1)(self._read_parameter)  # q, k, v and w1, w3 come one after the other
@@ -83,6 +78,30 @@ class MegatronCheckpoint:
         at, shape = (*entry.index, start, *(0 for _ in cols)), (stop - start, *cols)
         return self.files.read(entry.key, at, (*(1 for _ in entry.index), *shape)).view(shape)
 
+    def read_pieces(self, pieces: tuple[Piece, ...], out: Tensor) -> None:
+        """Fill `out` with slices of weights, one below the other, each rounded once.
+
+        Raises:
+            ValueError: a file is damaged or changed.
+        """
+        start = 0
+        for source, rows, _ in pieces:
+            assert source is not None, "whole weights have no padding"
+            entry, stop = self._homes[source], start + rows[1] - rows[0]
+            alone = len(entry.parameter.sources) == 1
+            out[start:stop] = self.read_rows(entry, *rows) if alone else self.read_weight(source)[slice(*rows)]
+            start = stop
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        return sum(self.files.nbytes(key) for key in {entry.key for entry in self.entries})
+
+    @property
+    def other_tensors(self) -> int:
+        """How many tensors are in the folder that are not the model's, MTP layers included: the optimizer's."""
+        return len(self.files.shapes) - len({entry.key for entry in self.entries}) - len(self.trained_mtp)
+
     def _read_parameter(self, sources: tuple[str, ...]) -> dict[str, Tensor]:
         entry = self._homes[sources[0]]
         parameter = entry.parameter
@@ -96,6 +115,17 @@ def _open(path: Path) -> TorchDistFolder:
     except ValueError:
         check_distributed(iteration_folder(path), ())  # another format's metadata may hold what torch_dist's may not
         raise
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model of a config.json.
+
+    Raises:
+        ValueError: it is not a MiniMax-M2's.
+    """
+    found = read_object(path)
+    check_model(found, path)
+    return ModelConfig.from_hf(found)
 
 
 # megatron-core 0.19: GPTModel (mtp.layers.0.transformer_layer...) and HybridModel (...mtp_model_layer...).
@@ -115,7 +145,8 @@ def beside(files: TorchDistFolder) -> Path:
             return folder / HF_FOLDER
     raise ValueError(
         f"{files.folder}: no {HF_FOLDER}/{CONFIG_NAME} is there, which `minimax-m2 import` writes, so the model's "
-        "config is not known; give the Hugging Face checkpoint that training started from as source"
+        "config is not known; give the Hugging Face checkpoint that training started from as source (import: as "
+        "hugging_face)"
     )
 
 
@@ -126,8 +157,7 @@ def _entries(files: TorchDistFolder, config: ModelConfig) -> list[Entry]:
             f"{files.folder}: holds {stored} weights and config.json describes {asked}; checkpoint and config do "
             "not belong together"
         )
-    stacked, per_layer = (list(entries(config, layer_keys=layer_keys)) for layer_keys in (False, True))
-    found = stacked if any(entry.key in files.shapes for entry in stacked if entry.index) else per_layer
+    found = list(entries(config, dialect=dialect_of(files.shapes)))
     for entry in found:
         if entry.key not in files.shapes:
             raise ValueError(f"{entry.key}: missing from {files.folder}; is it a MiniMax-M2 of these sizes?")

@@ -206,6 +206,11 @@ def _version(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
+def is_torch_dist(path: Path) -> bool:
+    """Whether a folder is that of a distributed checkpoint: an iteration's, or one that names its iterations."""
+    return (path / ".metadata").is_file() or (path / TRACKER).is_file()
+
+
 def iteration_folder(path: Path) -> Path:
     """The folder with `.metadata`: `path` itself, or the iteration that its tracker file names.
 

@@ -42,14 +42,19 @@ from bridge.formats import BACKEND, FORMAT_NAME
 from bridge.jobs.durable import write_bytes
 from bridge.torch_dist.metadata import METADATA_NAME
 from reference.config import ModelConfig
+from reference.model_class import DEFAULT_MODEL, ModelClass
 
 FORMAT = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"
 
 # Modules with an extra state in megatron-core's Transformer Engine spec (seen, 0.19.2 with Transformer Engine 2.20).
-EXTRA_STATES_OF_A_LAYER = ("self_attention.linear_proj", "self_attention.linear_qkv", "pre_mlp_layernorm")
+EXTRA_STATES_OF_ATTENTION = ("self_attention.linear_proj", "self_attention.linear_qkv")
+EXTRA_STATES_OF_MOE = ("pre_mlp_layernorm",)
 EXTRA_STATES_OF_AN_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-EXTRA_STATES_OF_THE_MODEL = ("decoder.final_layernorm",)
+EXTRA_STATES_OF_THE_MODEL = {
+    ModelClass.GPT: ("decoder.final_layernorm",),
+    ModelClass.HYBRID: ("decoder.final_norm", "output_layer"),  # GPTModel leaves its output layer's out
+}
 
 
 class Chunk(NamedTuple):
@@ -105,10 +110,12 @@ def write_chunks(folder: Path, unit: int, chunks: Iterable[tuple[Chunk, Callable
     return _write(folder, unit, items, make)
 
 
-def write_states(folder: Path, unit: int, config: ModelConfig, common: dict[str, Any]) -> list[Stored]:
-    """Write the file with the extra states and the common state."""
+def write_states(
+    folder: Path, unit: int, config: ModelConfig, common: dict[str, Any], model: ModelClass = DEFAULT_MODEL
+) -> list[Stored]:
+    """Write the file with the extra states of a model class and the common state."""
     extra, state = _states(common)
-    make = {MetadataIndex(key): lambda: io.BytesIO(extra) for key in extra_state_keys(config)}
+    make = {MetadataIndex(key): lambda: io.BytesIO(extra) for key in extra_state_keys(config, model)}
     make[MetadataIndex(COMMON_STATE)] = lambda: io.BytesIO(state)
     return _write(folder, unit, [WriteItem(index, WriteItemType.BYTE_IO) for index in make], make)
 
@@ -118,10 +125,12 @@ def plan_chunks(unit: int, chunks: Iterable[Chunk]) -> list[Stored]:
     return _in_a_row(unit, [(chunk.key, chunk.start, _archive_bytes(chunk.shape, chunk.dtype)) for chunk in chunks])
 
 
-def plan_states(unit: int, config: ModelConfig, common: dict[str, Any]) -> list[Stored]:
+def plan_states(
+    unit: int, config: ModelConfig, common: dict[str, Any], model: ModelClass = DEFAULT_MODEL
+) -> list[Stored]:
     """What `write_states` will return."""
     extra, state = _states(common)
-    return _in_a_row(unit, [*((key, None, len(extra)) for key in extra_state_keys(config)),
+    return _in_a_row(unit, [*((key, None, len(extra)) for key in extra_state_keys(config, model)),
                             (COMMON_STATE, None, len(state))])  # fmt: skip
 
 
@@ -167,16 +176,25 @@ def _check_all_stored(chunks: list[Chunk], stored: list[Stored]) -> None:
         )
 
 
-def extra_state_keys(config: ModelConfig) -> Iterator[str]:
-    """The keys of all extra states: `{module}._extra_state/shard_{index}_{sizes}`."""
+def extra_state_keys(config: ModelConfig, model: ModelClass = DEFAULT_MODEL) -> Iterator[str]:
+    """The keys of all extra states: `{module}._extra_state/shard_{index}_{sizes}`.
+
+    As with weights, those of all layers of a `GPTModel` are one stack, and a `HybridModel`'s layers are apart.
+    """
     layers, experts = config.num_hidden_layers, config.num_local_experts
+    hybrid = model is ModelClass.HYBRID
     for layer in range(layers):
-        for module in EXTRA_STATES_OF_A_LAYER:
-            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        attention, moe = (f"{2 * layer}.", f"{2 * layer + 1}.") if hybrid else ("", "")
+        index, size = ("", "") if hybrid else (f"{layer}.", f"{layers}.")
+        alone = "0_1" if hybrid else f"{layer}_{layers}"
+        for module in EXTRA_STATES_OF_ATTENTION:
+            yield f"decoder.layers.{attention}{module}._extra_state/shard_{alone}"
+        for module in EXTRA_STATES_OF_MOE:
+            yield f"decoder.layers.{moe}{module}._extra_state/shard_{alone}"
         for module in EXTRA_STATES_OF_AN_EXPERT:
             for expert in range(experts):
-                yield f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
-    for module in EXTRA_STATES_OF_THE_MODEL:
+                yield f"decoder.layers.{moe}{module}._extra_state/shard_{index}{expert}_{size}{experts}"
+    for module in EXTRA_STATES_OF_THE_MODEL[model]:
         yield f"{module}._extra_state/shard_0_1"
 
 

@@ -129,7 +129,7 @@ class MappingRegistry:
         state = {(chunk, name): value for chunk, held in enumerate(states) for name, value in held.items()}
         for (chunk, name), mapping in self._by_name.items():
             if (chunk, name) not in state:
-                raise ValueError(f"{name}: the model lacks this parameter; build it with minimax_m2_layer_spec")
+                raise ValueError(f"{name}: the model lacks this parameter; build it with bridge.build_model")
             _check_shape(name, state[chunk, name], mapping.parameter.shape)
         unknown = state.keys() - self._by_name.keys()
         if unknown:
@@ -145,20 +145,21 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
-def model_rows(names: Sequence[str]) -> dict[Dialect, tuple[Row, ...]]:
-    """The row of `reference.weights.TABLE` of each name, for each dialect that has all the names.
+def model_rows(names: Sequence[str], dialects: Sequence[Dialect]) -> dict[Dialect, tuple[Row, ...]]:
+    """The row of `reference.weights.TABLE` of each name, for each of `dialects` that has all the names.
 
     Raises:
-        ValueError: some name belongs neither to the Transformer Engine nor to the local layer spec of MiniMax-M2.
+        ValueError: none has all the names, so that the model is neither of the Transformer Engine nor of the local
+            layer spec of MiniMax-M2.
     """
     found = {}
-    for dialect in (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL):
+    for dialect in dialects:
         keys = [find(name, dialect) for name in names]
         if None not in keys:
             found[dialect] = tuple(key.row for key in keys)
     if not found:
-        unknown = next(name for name in names if not find(name, Dialect.MEGATRON_LOCAL))
-        raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with minimax_m2_layer_spec")
+        unknown = next(name for name in names if not find(name, dialects[-1]))
+        raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with bridge.build_model")
     return found
 
 

@@ -1,4 +1,4 @@
-"""How a megatron-core model is sharded over the ranks, read from its process groups and from the model itself.
+"""How a `GPTModel` or `HybridModel` is sharded over the ranks, read from process groups and the model itself.
 
 The user is asked for nothing: the parallel sizes are those of megatron-core's process groups, the layers of each stage
 those that the chunks hold, the padded vocabulary size that of the embedding. What `reference.sharding` assumes is
@@ -6,7 +6,7 @@ checked: the order of the ranks, layers in order over the stages, experts in ord
 ranks exchange what they find, so all of them come to the same layout or raise the same error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,11 +18,12 @@ from torch import Tensor, distributed, nn
 
 from bridge.jobs.ranks import all_gather_objects, raise_on_all_ranks
 from bridge.model.process_groups import group_sizes
+from bridge.weights.decoder_layers import HeldLayers, held_layers
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
 from bridge.weights.shard_map import ShardMap
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
-from reference.weights import TABLE, Dialect, Row
+from reference.weights import MODEL_DIALECTS, TABLE, Dialect, Row
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Facts(NamedTuple):
     dtypes: dict[int, torch.dtype]
 
 
-def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> ShardedModel:
+def sharded_model(model: nn.Module | Sequence[nn.Module], config: ModelConfig) -> ShardedModel:
     """Read the layout of a model; all ranks must call it. `model` is one chunk, or the list of a rank's chunks.
 
     Raises:
@@ -85,9 +86,10 @@ def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> Sh
             "megatron.core.parallel_state.initialize_model_parallel() first"
         )
     with raise_on_all_ranks():
-        chunks = unwrap_model(model if isinstance(model, list) else [model])
+        chunks = unwrap_model([model] if isinstance(model, nn.Module) else list(model))
+        held = [held_layers(chunk) for chunk in chunks]
         states = [model_state(chunk) for chunk in chunks]
-        facts = _facts(chunks, states)
+        facts = _facts(held, states)
     everyone = all_gather_objects(facts)
     with raise_on_all_ranks():
         parallelism = _parallelism(everyone, config)
@@ -101,12 +103,11 @@ def sharded_model(model: nn.Module | list[nn.Module], config: ModelConfig) -> Sh
         return ShardedModel(registry, registry.bind(states), dtypes)
 
 
-def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
+def _facts(held: list[HeldLayers], states: list[dict[str, Tensor]]) -> _Facts:
     named = [(name, value.dtype) for state in states for name, value in state.items()]
-    rows = model_rows([name for name, _ in named])
+    rows = model_rows([name for name, _ in named], MODEL_DIALECTS[held[0].model])
     of_either = next(iter(rows.values()))  # names that are in both dialects have the same rows in both
-    layers = [list(chunk.decoder.layers) for chunk in chunks]
-    sizes = group_sizes(len(chunks))
+    sizes = group_sizes(len(held))
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
     return _Facts(
         sizes=sizes,
@@ -118,8 +119,8 @@ def _facts(chunks: list[nn.Module], states: list[dict[str, Tensor]]) -> _Facts:
             "cp": parallel_state.get_context_parallel_rank(),
             "dp": parallel_state.get_data_parallel_rank(),
         },
-        layers=[[layer.layer_number - 1 for layer in of_chunk] for of_chunk in layers],
-        experts={tuple(layer.mlp.local_expert_indices) for of_chunk in layers for layer in of_chunk},
+        layers=[of_chunk.layers for of_chunk in held],
+        experts={experts for of_chunk in held for experts in of_chunk.experts},
         vocabulary={sizes["tp"] * len(state[table]) for state in states for table in tables if table in state},
         dialects=tuple(rows),
         dtypes=_dtypes((TABLE.index(row), dtype, name) for row, (name, dtype) in zip(of_either, named, strict=True)),

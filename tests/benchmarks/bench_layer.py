@@ -8,7 +8,8 @@ to Transformer Engine; and two norms in the slots of megatron-core's own attenti
 Model of the difference: ours reads and writes qkv once each way, which the fused rotation and megatron-core's split do
 too, so nothing. Norms in the slots read and write it once more, some 300 us a layer at TP 1, under 1 % of it.
 
-    python tests/benchmarks/bench_layer.py OUT.json                                  one GPU
+    python tests/benchmarks/bench_layer.py OUT.json                                  one GPU, GPTModel
+    python tests/benchmarks/bench_layer.py OUT.json hybrid                           one GPU, HybridModel
     torchrun --nproc-per-node 2 tests/benchmarks/bench_layer.py OUT.json             TP 2 x EP 2
 """
 
@@ -23,17 +24,19 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.model.attention import MiniMaxM2SelfAttention
-from bridge.model.config import gpt_model_arguments, transformer_config
-from bridge.model.layer_spec import minimax_m2_layer_spec
+from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
+from bridge.model.layer_spec import minimax_m2_hybrid_spec, minimax_m2_layer_spec
 from bridge.model.process_groups import model_parallel
 from bridge.model.qk_norm import FullDimKNorm, FullDimQNorm
 from reference.config import ModelConfig
+from reference.model_class import DEFAULT_MODEL, ModelClass
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import environment, median_ms
@@ -76,10 +79,11 @@ VARIANTS = {
 }
 
 
-def build(variant: str, world: int) -> GPTModel:
+def build(variant: str, kind: ModelClass, world: int) -> GPTModel | HybridModel:
     model = ModelConfig(rotary_dim=64, num_hidden_layers=LAYERS, num_local_experts=EXPERTS, vocab_size=8192)
     config = transformer_config(
         model,
+        model=kind,
         backend="transformer_engine",
         tensor_model_parallel_size=world,
         expert_model_parallel_size=world,
@@ -90,11 +94,15 @@ def build(variant: str, world: int) -> GPTModel:
         moe_router_fusion=True,
         moe_router_force_load_balancing=True,
     )
+    if kind is ModelClass.HYBRID:
+        stack = minimax_m2_hybrid_spec(config, "transformer_engine")
+        VARIANTS[variant](stack.submodules.attention_layer)
+        return HybridModel(config, stack, **hybrid_model_arguments(model, config) | {"max_sequence_length": SEQ}).cuda()
     spec = VARIANTS[variant](minimax_m2_layer_spec(config, "transformer_engine"))
     return GPTModel(config, spec, **gpt_model_arguments(model) | {"max_sequence_length": SEQ}).cuda()
 
 
-def step_of(model: GPTModel) -> Callable[[], None]:
+def step_of(model: torch.nn.Module) -> Callable[[], None]:
     tokens = torch.randint(0, 8192, (BATCH, SEQ), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     positions = torch.arange(SEQ, device="cuda").expand(BATCH, -1)
 
@@ -105,7 +113,7 @@ def step_of(model: GPTModel) -> Callable[[], None]:
     return step
 
 
-def measure(models: dict[str, GPTModel]) -> dict[str, dict]:
+def measure(models: dict[str, torch.nn.Module]) -> dict[str, dict]:
     """The variants take turns, in every order: a step runs faster after one that left the GPU cooler."""
     steps = {variant: step_of(model) for variant, model in models.items()}
     rows = {variant: {"ms": [], "peak GiB": peak_gib(models[variant], step)} for variant, step in steps.items()}
@@ -127,7 +135,7 @@ def measure(models: dict[str, GPTModel]) -> dict[str, dict]:
     return rows
 
 
-def peak_gib(model: GPTModel, step: Callable[[], None]) -> float:
+def peak_gib(model: torch.nn.Module, step: Callable[[], None]) -> float:
     """Of a step of this model, its parameters included, those of the others not."""
     model.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats()
@@ -147,12 +155,12 @@ def kernels(step: Callable[[], None], *, most: int = 30) -> dict[str, float]:
     return {"all": round(sum(spent.values()), 3)} | {name[:120]: round(spent[name], 3) for name in longest}
 
 
-def main(out: Path) -> None:
+def main(out: Path, kind: ModelClass) -> None:
     warnings.simplefilter("ignore")
     world = int(os.environ.get("WORLD_SIZE", 1))
     sizes = {"tensor_model_parallel_size": world, "expert_model_parallel_size": world, "expert_tensor_parallel_size": 1}
     with model_parallel(**sizes):
-        rows = measure({variant: build(variant, world) for variant in VARIANTS})
+        rows = measure({variant: build(variant, kind, world) for variant in VARIANTS})
         rank = torch.distributed.get_rank()
     if rank == 0:
         for variant, row in rows.items():
@@ -161,9 +169,17 @@ def main(out: Path) -> None:
                 f"({' to '.join(f'{x:.3f}' for x in row['quartiles of it'])})  "
                 f"kernels {row['kernels, ms a step']['all']:.2f} ms  peak {row['peak GiB']:.2f} GiB"
             )
-        config = {"layers": LAYERS, "experts": EXPERTS, "tokens": SEQ * BATCH, "tp": world, "ep": world, "turns": RUNS}
+        config = {
+            "model": kind.class_name,
+            "layers": LAYERS,
+            "experts": EXPERTS,
+            "tokens": SEQ * BATCH,
+            "tp": world,
+            "ep": world,
+            "turns": RUNS,
+        }
         out.write_text(json.dumps({**environment(), "config": config, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), ModelClass(sys.argv[2]) if len(sys.argv) > 2 else DEFAULT_MODEL)

@@ -17,12 +17,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from support.checkpoints import EDGY_CONFIG
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_model
 from bridge.model.config import gpt_model_arguments, transformer_config
 from bridge.model.process_groups import model_parallel
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig
-from reference.dist_checkpoint import Entry, entries
+from reference.dist_checkpoint import Entry, dialect_of, entries
+from reference.model_class import ModelClass
 from reference.names import all_names
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
@@ -63,33 +64,52 @@ def place(entry: Entry) -> Place:
 
 @pytest.fixture(scope="module")
 def megatron() -> dict[str, dict[str, object]]:
-    """What the model says of itself, with a key for all layers and with one for each."""
+    """What the models say of themselves: `GPTModel` with a key for all layers and with one for each, `HybridModel`."""
     with model_parallel():
-        model = build_gpt_model(EDGY, backend="local", vocab_size=256, perform_initialization=False)
+        gpt, hybrid = (
+            build_model(EDGY, model=kind, backend="local", vocab_divisor=VOCAB_DIVISOR, perform_initialization=False)
+            for kind in ModelClass
+        )
         return {
-            "one key for all layers": model.sharded_state_dict(),
-            "a key for each layer": model.sharded_state_dict(metadata={"non_homogeneous_layers": True}),
+            Dialect.TORCH_DIST: gpt.sharded_state_dict(),
+            Dialect.TORCH_DIST_LAYERS: gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}),
+            Dialect.TORCH_DIST_HYBRID: hybrid.sharded_state_dict(),
         }
 
 
-@pytest.mark.parametrize("kind", ["one key for all layers", "a key for each layer"])
-def test_every_parameter_lies_where_megatron_puts_it(megatron: dict, kind: str) -> None:
-    found = list(entries(EDGY, vocab_divisor=VOCAB_DIVISOR, layer_keys=kind == "a key for each layer"))
+# Of each dialect of keys, that of the model's names, and where expert 4 of layer 1 lies.
+KINDS = {
+    Dialect.TORCH_DIST: (Dialect.MEGATRON_LOCAL, "decoder.layers.1.mlp.", (1, 4)),
+    Dialect.TORCH_DIST_LAYERS: (Dialect.MEGATRON_LOCAL, "decoder.layers.1.mlp.", (4,)),
+    Dialect.TORCH_DIST_HYBRID: (Dialect.HYBRID_LOCAL, "decoder.layers.3.mlp.", (4,)),
+}
+
+
+@pytest.mark.parametrize("dialect", KINDS)
+def test_every_parameter_lies_where_megatron_puts_it(megatron: dict, dialect: Dialect) -> None:
+    named, prefix, middle = KINDS[dialect]
+    found = list(entries(EDGY, vocab_divisor=VOCAB_DIVISOR, dialect=dialect))
     layout = Parallelism(vocab_divisor=VOCAB_DIVISOR)
-    names = [parameter.name for parameter in parameters(EDGY, layout, 0, Dialect.MEGATRON_LOCAL)]
+    names = [parameter.name for parameter in parameters(EDGY, layout, 0, named)]
     ours = {name: place(entry) for name, entry in zip(names, found, strict=True)}
-    theirs = {name: place_of(v) for name, v in megatron[kind].items() if "_extra_state" not in name}
+    theirs = {name: place_of(v) for name, v in megatron[dialect].items() if "_extra_state" not in name}
     assert ours == theirs
-    layered = ours["decoder.layers.1.mlp.experts.local_experts.4.linear_fc2.weight"]
-    middle = (1, 4) if kind == "one key for all layers" else (4,)
+    layered = ours[f"{prefix}experts.local_experts.4.linear_fc2.weight"]
     assert layered.start == (*middle, 0, 0), "the comparison is of something"
 
 
-@pytest.mark.parametrize("dialect", [Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS])
+@pytest.mark.parametrize("dialect", KINDS)
 def test_the_keys_are_those_of_the_table(megatron: dict, dialect: Dialect) -> None:
-    kind = "one key for all layers" if dialect is Dialect.TORCH_DIST else "a key for each layer"
-    theirs = {place_of(v).key for name, v in megatron[kind].items() if "_extra_state" not in name}
+    theirs = {place_of(v).key for name, v in megatron[dialect].items() if "_extra_state" not in name}
     assert set(all_names(EDGY, dialect)) == theirs
+    assert dialect_of(theirs) is dialect
+
+
+@pytest.mark.parametrize("dialect", KINDS)
+def test_a_damaged_checkpoint_is_still_of_its_dialect(dialect: Dialect) -> None:
+    """So that the message names what is missing, and not every key."""
+    keys = {key for key in all_names(EDGY, dialect) if not key.endswith(("fc1.weight", "norm.weight"))}
+    assert dialect_of(keys) is dialect
 
 
 @pytest.fixture(scope="module")

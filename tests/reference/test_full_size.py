@@ -14,7 +14,7 @@ from reference.names import all_names, parse
 from reference.parallelism import Parallelism, spread_layers
 from reference.quantization import is_quantized
 from reference.sharding import check_coverage, parameters, placements
-from reference.weights import Dialect
+from reference.weights import Dialect, Scope, instances
 
 BFLOAT16, FLOAT32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
@@ -166,3 +166,23 @@ def test_the_64_ranks_of_a_large_run_hold_every_tensor_once(config, released):
     placed = placements({rank: parameters(config, parallelism, rank, Dialect.MEGATRON_TE) for rank in range(64)})
     check_coverage(placed, config)
     assert sorted(placed) == sorted(name for name in released if not name.endswith("_scale_inv"))
+
+
+# ------------------------------------------------------------------------------------------------- HybridModel
+
+
+@pytest.mark.parametrize("dialect", [Dialect.HYBRID_TE, Dialect.HYBRID_LOCAL, Dialect.TORCH_DIST_HYBRID])
+def test_every_weight_has_its_name_in_a_hybrid_model_and_back(config, dialect):
+    """Of all 62 layers and 256 experts: layer i is layers 2i and 2i + 1 there, and no two weights share a name."""
+    found = set()
+    for row, layer, expert in instances(config):
+        (name,) = row.format(dialect, layer, expert)
+        key = parse(name, dialect, config)
+        stacked = dialect is Dialect.TORCH_DIST_HYBRID and row.scope is Scope.EXPERT
+        assert key == (row, 0, layer, 0 if stacked else expert), name
+        if row.scope is not Scope.MODEL:
+            assert name.startswith(f"decoder.layers.{2 * layer + (row.scope is not Scope.ATTENTION)}."), name
+        found.add(name)
+    assert found == set(all_names(config, dialect))
+    weights = sum(1 for _ in instances(config))
+    assert len(found) == weights if dialect is not Dialect.TORCH_DIST_HYBRID else 3 + 62 * (8 + 2)

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_model
 from bridge.model.process_groups import model_parallel
 from reference.config import ModelConfig
 from reference.fusion import merge_gate_up, split_gate_up, stack_experts, unstack_experts
 from reference.names import all_names, find, parse, remap
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
-from reference.weights import TABLE, Dialect
+from reference.weights import LAYER_NUMBERS, TABLE, Dialect
 
-DISK, MEMORY, TE, LOCAL, *_ = Dialect
+DISK, MEMORY, TE, LOCAL = Dialect.HF_DISK, Dialect.HF_MEMORY, Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL
 
 SIZES = {
     "hidden_size": 16,
@@ -109,13 +109,14 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------- megatron-core
 
 
-def test_local_names_and_shapes_are_those_of_a_megatron_core_model():
+@pytest.mark.parametrize(("kind", "dialect"), [("gpt", LOCAL), ("hybrid", Dialect.HYBRID_LOCAL)])
+def test_local_names_and_shapes_are_those_of_a_megatron_core_model(kind, dialect):
     config = model(2, 3)
     with model_parallel():
-        gpt = build_gpt_model(config, params_dtype=torch.float32)
-    theirs = {name: tuple(value.shape) for name, value in gpt.state_dict().items() if value is not None}
-    assert sorted(all_names(config, LOCAL)) == sorted(theirs)
-    assert {held.name: held.shape for held in parameters(config, Parallelism(), 0, LOCAL)} == theirs
+        megatron = build_model(config, model=kind, params_dtype=torch.float32, backend="local")
+    theirs = {name: tuple(value.shape) for name, value in megatron.state_dict().items() if value is not None}
+    assert sorted(all_names(config, dialect)) == sorted(theirs)
+    assert {held.name: held.shape for held in parameters(config, Parallelism(), 0, dialect)} == theirs
 
 
 TE_LAYER = [
@@ -132,6 +133,7 @@ TE_LAYER = [
     "mlp.experts.linear_fc2.weight0",
     "mlp.experts.linear_fc2.weight1",
 ]
+HYBRID = Dialect.HYBRID_TE
 TE_NAMES = [
     "embedding.word_embeddings.weight",
     *("decoder.layers.0." + name for name in TE_LAYER),
@@ -164,6 +166,10 @@ MADE_OF = [
     (LOCAL, "decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight", (_EXPERT + "w2.weight",)),
     (TE, "decoder.final_layernorm.weight", ("model.norm.weight",)),
     (TE, "output_layer.weight", ("lm_head.weight",)),
+    (HYBRID, "decoder.layers.2.self_attention.linear_qkv.weight", _QKV),
+    (HYBRID, "decoder.layers.3.pre_mlp_layernorm.weight", ("model.layers.1.post_attention_layernorm.weight",)),
+    (HYBRID, "decoder.layers.3.mlp.experts.linear_fc2.weight1", (_EXPERT + "w2.weight",)),
+    (HYBRID, "decoder.final_norm.weight", ("model.norm.weight",)),
 ]
 
 
@@ -233,15 +239,20 @@ INDICES = st.one_of(st.integers(0, 300).map(str), st.text("0123456789#٣-+_. \n"
 @settings(max_examples=50, deadline=None)
 @given(template=st.sampled_from(TEMPLATES), layer=INDICES, expert=INDICES)
 def test_only_the_name_that_the_table_writes_is_found(template, layer, expert):
-    """Leading zeros, signs, other alphabets' digits: None, or else the key whose name it is."""
+    """Leading zeros, signs, other alphabets' digits, an odd layer of attention: None, or else the key of that name."""
     dialect, text = template
-    name = text.format(layer=layer, expert=expert)
+    numbers = dict.fromkeys(LAYER_NUMBERS, layer) | {"expert": expert}
+    name = text.format(**numbers)
     key = find(name, dialect)
     assert key is None or key.row.format(dialect, key.layer, key.expert)[key.part] == name
-    written = {field: value for field, value in (("layer", layer), ("expert", expert)) if f"{{{field}}}" in text}
+    written = {field: value for field, value in numbers.items() if f"{{{field}}}" in text}
     if all(value.isdecimal() and value.isascii() and str(int(value)) == value for value in written.values()):
-        assert key is not None
-        assert {field: str(getattr(key, field)) for field in written} == written
+        steps = LAYER_NUMBERS | {"expert": (1, 0)}
+        counted = {field: divmod(int(value) - steps[field][1], steps[field][0]) for field, value in written.items()}
+        assert (key is None) == any(rest for _, rest in counted.values())
+        if key is not None:
+            found = {field: key.expert if field == "expert" else key.layer for field in written}
+            assert found == {field: index for field, (index, _) in counted.items()}
 
 
 # ------------------------------------------------------------------------------------------------- errors

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import parallel_state
+from megatron.core.models.hybrid import hybrid_layer_allocation
 from megatron.core.parallel_state import RankGenerator
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -16,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from reference.config import ModelConfig
-from reference.parallelism import Parallelism, padded_vocab_size, spread_layers
+from reference.parallelism import Parallelism, hybrid_layer_pattern, padded_vocab_size, spread_layers
 
 ORDER = "tp-cp-ep-dp-pp"
 
@@ -251,3 +252,31 @@ def test_a_model_that_does_not_divide(model_sizes, sizes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         Parallelism(**sizes).check(config)
     Parallelism().check(config)
+
+
+# ------------------------------------------------------------------------------------------------- HybridModel
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (2, 4)])
+def test_megatron_reads_the_stages_out_of_the_pattern(pp: int, vpp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own choice of a rank's layers: two of them for each of ours, in the order of the stages."""
+    config = model(num_hidden_layers=62)
+    parallelism = Parallelism(pp=pp, vpp=vpp, layers_per_stage=spread_layers(62, pp * vpp))
+    pattern = hybrid_layer_pattern(config, parallelism)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: pp)
+    monkeypatch.setattr(hybrid_layer_allocation, "log_on_each_pipeline_stage", lambda *_, **__: None)
+    for rank, chunk in itertools.product(range(pp), range(vpp)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda _, rank=rank: rank)
+        kinds, offset = hybrid_layer_allocation.select_pipeline_segment(
+            pattern, "the pipeline", chunk if vpp > 1 else None
+        )
+        layers = parallelism.stages(config)[chunk * pp + rank]
+        assert (kinds, offset) == (["*", "E"] * len(layers), 2 * layers.start)
+
+
+def test_the_pattern_follows_the_layers_of_each_stage() -> None:
+    layout = Parallelism(pp=3, layers_per_stage=(0, 1, 2))
+    assert hybrid_layer_pattern(model(num_hidden_layers=3), layout) == "|*E|*E*E"
+    assert hybrid_layer_pattern(model(num_hidden_layers=3), Parallelism()) == "*E*E*E"
+    with pytest.raises(ValueError, match="3 layers do not divide over pp x vpp = 2 stages"):
+        hybrid_layer_pattern(model(num_hidden_layers=3), Parallelism(pp=2))

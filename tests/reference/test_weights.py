@@ -5,6 +5,7 @@ The released files are in `test_full_size`, the names in `test_names`, the keys 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_model
 from bridge.model.process_groups import model_parallel
 from reference.checkpoint import parameter_count
 from reference.config import ModelConfig, QuantizationConfig
+from reference.model_class import ModelClass
 from reference.names import find
 from reference.quantization import is_quantized
-from reference.weights import TABLE, Dialect, Layout, Row, Scope, Storage, instances, sizes
+from reference.weights import LAYER_NUMBERS, TABLE, Dialect, Layout, Row, Scope, Storage, instances, sizes
 
 SIZES = {
     "hidden_size": 40,
@@ -58,23 +60,33 @@ def test_shapes_are_those_of_the_file_that_transformers_writes(tmp_path):
     assert parameter_count(CONFIG) == sum(torch.Size(shape).numel() for shape in written.values())
 
 
-@pytest.fixture(scope="module")
-def megatron() -> Iterator[nn.Module]:
-    """megatron-core's model in bfloat16."""
+LOCAL = {ModelClass.GPT: Dialect.MEGATRON_LOCAL, ModelClass.HYBRID: Dialect.HYBRID_LOCAL}
+
+
+class Megatron(NamedTuple):
+    """megatron-core's model in bfloat16, and the dialect of its names."""
+
+    model: nn.Module
+    dialect: Dialect
+
+
+@pytest.fixture(scope="module", params=ModelClass)
+def megatron(request) -> Iterator[Megatron]:
     with model_parallel():
-        yield build_gpt_model(CONFIG, params_dtype=torch.bfloat16, backend="local", perform_initialization=False)
+        model = build_model(CONFIG, model=request.param, backend="local", perform_initialization=False)
+        yield Megatron(model, LOCAL[request.param])
 
 
 def test_dtypes_are_those_of_a_megatron_core_model(megatron):
-    state = {name: value.dtype for name, value in megatron.state_dict().items() if value is not None}
-    assert {name: row_of(name, Dialect.MEGATRON_LOCAL).plain_dtype(torch.bfloat16) for name in state} == state
+    state = {name: value.dtype for name, value in megatron.model.state_dict().items() if value is not None}
+    assert {name: row_of(name, megatron.dialect).plain_dtype(torch.bfloat16) for name in state} == state
     assert set(state.values()) == {torch.bfloat16, torch.float32}
 
 
 def test_what_is_trained_are_the_parameters_of_a_megatron_core_model(megatron):
-    state = {name for name, value in megatron.state_dict().items() if value is not None}
-    trained = {name for name, parameter in megatron.named_parameters() if parameter.requires_grad}
-    assert {name for name in state if row_of(name, Dialect.MEGATRON_LOCAL).trained} == trained
+    state = {name for name, value in megatron.model.state_dict().items() if value is not None}
+    trained = {name for name, parameter in megatron.model.named_parameters() if parameter.requires_grad}
+    assert {name for name in state if row_of(name, megatron.dialect).trained} == trained
     assert trained < state
 
 
@@ -103,7 +115,7 @@ def test_a_row_has_a_shape_for_each_tensor_and_one_name_in_megatron():
 
 
 def test_indices_of_names_follow_the_scope():
-    """Which of layer and expert a name counts; what it leaves out is stacked in one tensor."""
+    """What a name counts; what it leaves out is stacked in one tensor. HybridModel counts each half of a layer."""
     counted = {
         dialect: {
             scope: {
@@ -111,7 +123,7 @@ def test_indices_of_names_follow_the_scope():
                 for row in TABLE
                 if row.scope is scope
                 for name in row.names[dialect]
-                for field in ("layer", "expert")
+                for field in (*LAYER_NUMBERS, "expert")
                 if f"{{{field}}}" in name
             }
             for scope in Scope
@@ -119,14 +131,19 @@ def test_indices_of_names_follow_the_scope():
         for dialect in Dialect
     }
     none, layer, both = set(), {"layer"}, {"layer", "expert"}
-    assert counted == {
-        Dialect.HF_DISK: {Scope.MODEL: none, Scope.LAYER: layer, Scope.EXPERT: both},
-        Dialect.HF_MEMORY: {Scope.MODEL: none, Scope.LAYER: layer, Scope.EXPERT: layer},
-        Dialect.MEGATRON_TE: {Scope.MODEL: none, Scope.LAYER: layer, Scope.EXPERT: both},
-        Dialect.MEGATRON_LOCAL: {Scope.MODEL: none, Scope.LAYER: layer, Scope.EXPERT: both},
-        Dialect.TORCH_DIST: {Scope.MODEL: none, Scope.LAYER: none, Scope.EXPERT: none},
-        Dialect.TORCH_DIST_LAYERS: {Scope.MODEL: none, Scope.LAYER: layer, Scope.EXPERT: layer},
+    expected = {
+        Dialect.HF_DISK: (none, layer, layer, both),
+        Dialect.HF_MEMORY: (none, layer, layer, layer),
+        Dialect.MEGATRON_TE: (none, layer, layer, both),
+        Dialect.HYBRID_TE: (none, {"attention"}, {"moe"}, {"moe", "expert"}),
+        Dialect.MEGATRON_LOCAL: (none, layer, layer, both),
+        Dialect.HYBRID_LOCAL: (none, {"attention"}, {"moe"}, {"moe", "expert"}),
+        Dialect.TORCH_DIST: (none, none, none, none),
+        Dialect.TORCH_DIST_LAYERS: (none, layer, layer, layer),
+        Dialect.TORCH_DIST_HYBRID: (none, {"attention"}, {"moe"}, {"moe"}),
     }
+    scopes = (Scope.MODEL, Scope.ATTENTION, Scope.MOE, Scope.EXPERT)
+    assert counted == {dialect: dict(zip(scopes, fields, strict=True)) for dialect, fields in expected.items()}
 
 
 def test_only_the_router_is_float32_and_only_its_bias_is_not_trained():

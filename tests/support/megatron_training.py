@@ -1,31 +1,52 @@
-"""Steps of training a small `GPTModel` with megatron-core, on one rank of many.
+"""Steps of training a small `GPTModel` or `HybridModel` with megatron-core, on one rank of many.
 
 Real `DistributedDataParallel`, pipeline schedule, sequence parallelism and `finalize_model_grads`. On a host with GPUs
 the Transformer Engine spec, else the local one.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
 from reference.sharding import Parameter, parameters, shard
-from reference.weights import Dialect
+from reference.weights import MODEL_DIALECTS, Dialect
 from support.oracles import FLOAT32, Case, disk_weights
+from support.sharded_models import groups_of
 
 CASE = Case(heads=8, groups=2, head_dim=16, rotary=8, hidden=32, width=24, experts=4, top_k=2, layers=2, vocab=64)
-STEPS, MICROBATCHES, BATCH, SEQ, LEARNING_RATE = 3, 2, 2, 8, 0.5
+DEEP_CASE = replace(CASE, layers=4)  # for four stages
+MICROBATCHES = {CASE: 2, DEEP_CASE: 4}  # more than there are ranks: else virtual stages cannot mix up their messages
+STEPS, BATCH, SEQ, LEARNING_RATE = 3, 2, 8, 0.5
 
 GPUS = torch.cuda.device_count()
-DIALECT = Dialect.MEGATRON_TE if GPUS else Dialect.MEGATRON_LOCAL
+DIALECTS = {kind: dialects[0 if GPUS else 1] for kind, dialects in MODEL_DIALECTS.items()}
 
 
-def weights_of(dtype: torch.dtype) -> dict[str, Tensor]:
-    return disk_weights(CASE, dtype=dtype)
+class Setup(NamedTuple):
+    """What is trained, and how. `drop_in`: megatron-core's own attention with `bridge.model.qk_norm` in its slots."""
+
+    case: Case
+    layout: Parallelism
+    model: ModelClass = ModelClass.GPT
+    drop_in: bool = False
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.model]
+
+    def held(self, rank: int) -> list[Parameter]:
+        return parameters(self.case.model_config(), self.layout, rank, self.dialect)
+
+
+def weights_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return disk_weights(case, dtype=dtype)
 
 
 def steps_of(dtype: torch.dtype) -> int:
@@ -45,105 +66,112 @@ def leave_out_the_backward_all_reduce(folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
-def train(layout: Parallelism, dtype: torch.dtype, batches: Tensor, drop_in: bool) -> dict[str, Any]:
-    """Losses and gradient norms of each step, this rank's gradients of the first, and its weights after the last."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
+    """Losses and gradient norms of each step, this rank's gradients of the first, and its weights after the last.
 
-    from bridge.model.process_groups import model_parallel
+    Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     from bridge.weights.param_mapping import model_state
 
-    rank, sizes = torch.distributed.get_rank(), _group_sizes(layout)
-    held = parameters(CASE.model_config(), layout, rank, DIALECT)
-    with model_parallel(**sizes):
-        model = _build(sizes, dtype, drop_in)
-        _load(model, held, dtype, drop_in)
-        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-        mine = batches.to(next(model.parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
+    rank, layout = torch.distributed.get_rank(), setup.layout
+    held = setup.held(rank)
+    with groups_of(layout):
+        chunks = _build(setup, dtype)
+        _load(chunks, held, weights_of(setup.case, dtype), setup.drop_in)
+        wrap = partial(
+            DistributedDataParallel, chunks[0].config, DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        )
+        ddp = [wrap(chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+        mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
-            ddp.zero_grad_buffer()
-            reduced = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=iter(mine),
-                model=[ddp],
-                num_microbatches=MICROBATCHES,
-                seq_length=SEQ,
-                micro_batch_size=BATCH // layout.dp,
-            )
-            losses.append(float(sum(step["loss"] for step in reduced)) / MICROBATCHES if reduced else None)
-            norms.append(_gradient_norm(model))
-            grads = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
-            first = first or _shards(grads, held, drop_in)
+            losses.append(_loss_of_a_step(ddp, mine, layout))
+            norms.append(_gradient_norm(chunks))
+            grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
+            first = first or _shards(grads, held, setup.drop_in)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= LEARNING_RATE * parameter.main_grad
-        weights = _shards(model_state(model), held, drop_in)
+                for chunk in chunks:
+                    for parameter in chunk.parameters():
+                        parameter -= LEARNING_RATE * parameter.main_grad
+        weights = _shards([model_state(chunk) for chunk in chunks], held, setup.drop_in)
         return {"losses": losses, "norms": norms, "grads": first, "weights": weights}
 
 
-def _group_sizes(layout: Parallelism) -> dict[str, int]:
-    return {
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.expert_tp,
-    }
+def _loss_of_a_step(ddp: list[torch.nn.Module], batches: Tensor, layout: Parallelism) -> float | None:
+    """Forward and backward by megatron-core's schedule; None where the loss is on another rank."""
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
+    reduced = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(batches) for _ in ddp] if len(ddp) > 1 else iter(batches),
+        model=ddp,
+        num_microbatches=len(batches),
+        seq_length=SEQ,
+        micro_batch_size=BATCH // layout.dp,
+    )
+    return float(sum(step["loss"] for step in reduced)) / len(batches) if reduced else None
 
 
-def _build(sizes: dict[str, int], dtype: torch.dtype, drop_in: bool) -> torch.nn.Module:
-    """This rank's `GPTModel`, with random weights."""
-    from megatron.core import parallel_state
+def _build(setup: Setup, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """This rank's chunks, with random weights."""
     from megatron.core.distributed import finalize_model_grads
+
+    from bridge.model.build import build_model
+
+    settings = {
+        "params_dtype": dtype,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": 0.0,
+        "finalize_model_grads_func": partial(finalize_model_grads, force_all_reduce=True),
+    }
+    if setup.drop_in:
+        return [_build_with_drop_in(setup, settings)]
+    built = build_model(setup.case.model_config(), model=setup.model, **settings)
+    return built if isinstance(built, list) else [built]
+
+
+def _build_with_drop_in(setup: Setup, settings: dict[str, Any]) -> torch.nn.Module:
     from megatron.core.models.gpt import GPTModel
 
     from bridge.model.config import gpt_model_arguments, transformer_config
     from bridge.model.layer_spec import minimax_m2_block_spec
 
-    config = CASE.model_config()
-    megatron = transformer_config(
-        config,
-        params_dtype=dtype,
-        sequence_parallel=sizes["tensor_model_parallel_size"] > 1,
-        moe_aux_loss_coeff=0.0,
-        moe_router_bias_update_rate=0.0,
-        finalize_model_grads_func=partial(finalize_model_grads, force_all_reduce=True),
-        **sizes,
-    )
+    config, tp = setup.case.model_config(), setup.layout.tp
+    parallel = {"tensor_model_parallel_size": tp, "expert_tensor_parallel_size": 1, "sequence_parallel": tp > 1}
+    megatron = transformer_config(config, **parallel, **settings)
     block = minimax_m2_block_spec(megatron)
-    if drop_in:
-        for layer in block.layer_specs:
-            _use_drop_in(layer.submodules.self_attention)
-    return GPTModel(
-        megatron,
-        block,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **gpt_model_arguments(config),
-    )
+    for layer in block.layer_specs:
+        _use_drop_in(layer.submodules.self_attention)
+    return GPTModel(megatron, block, **gpt_model_arguments(config))
 
 
-def _load(model: torch.nn.Module, held: list[Parameter], dtype: torch.dtype, drop_in: bool) -> None:
+def _load(chunks: list[torch.nn.Module], held: list[Parameter], weights: dict[str, Tensor], drop_in: bool) -> None:
     """This rank's slices; a drop-in norm has all heads."""
     from bridge.weights.param_mapping import model_state
 
-    state, weights = model_state(model), weights_of(dtype)
-    assert state.keys() == {_name_in(drop_in, parameter.name) for parameter in held}
+    states = [model_state(chunk) for chunk in chunks]
+    found = {(number, name) for number, state in enumerate(states) for name in state}
+    assert found == {(parameter.chunk, _name_in(drop_in, parameter.name)) for parameter in held}
     with torch.no_grad():
         for parameter in held:
             name = _name_in(drop_in, parameter.name)
             whole = name != parameter.name
-            state[name].copy_(weights[parameter.sources[0]] if whole else shard(parameter, weights))
+            value = weights[parameter.sources[0]] if whole else shard(parameter, weights)
+            states[parameter.chunk][name].copy_(value)
 
 
-def _shards(values: dict[str, Tensor], held: list[Parameter], drop_in: bool) -> dict[str, Tensor]:
+def _shards(values: list[dict[str, Tensor]], held: list[Parameter], drop_in: bool) -> dict[tuple[int, str], Tensor]:
     """Under the fused norms' names, and only this rank's heads of a drop-in norm."""
     found = {}
     for parameter in held:
         name = _name_in(drop_in, parameter.name)
-        if name in values:
+        if name in values[parameter.chunk]:
             own = slice(None) if name == parameter.name else slice(*parameter.pieces[0].rows)
-            found[parameter.name] = values[name][own].detach().cpu()
+            found[parameter.chunk, parameter.name] = values[parameter.chunk][name][own].detach().cpu()
     return found
 
 
@@ -169,7 +197,7 @@ def _forward_step(batches, model):
     return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
 
 
-def _gradient_norm(model: torch.nn.Module) -> float:
+def _gradient_norm(chunks: list[torch.nn.Module]) -> float:
     """megatron-core's own: each parameter once, dense and expert parameters over their own groups."""
     from megatron.core import parallel_state
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
@@ -184,7 +212,8 @@ def _gradient_norm(model: torch.nn.Module) -> float:
     for dense, group in groups.items():
         counted = [
             parameter.main_grad
-            for parameter in model.parameters()
+            for chunk in chunks
+            for parameter in chunk.parameters()
             if getattr(parameter, "allreduce", True) is dense
             and param_is_not_tensor_parallel_duplicate(parameter, tp, etp)
         ]

@@ -51,9 +51,10 @@ def test_packages_that_are_too_old_are_not_compared_with(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow  # tests/bridge/weights/test_layouts.py has the same proof on ranks that start at once
-def test_demo_on_torchruns_ranks() -> None:
+@pytest.mark.parametrize("options", [["--ep", "2"], ["--pp", "2", "--model", "hybrid"]], ids=" ".join)
+def test_demo_on_torchruns_ranks(options: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launcher, *COMMAND, "demo", "--ep", "2"]
+    words = [*launcher, *COMMAND, "demo", *options]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("holds") == 4
@@ -66,6 +67,9 @@ def test_parallel_sizes_need_their_ranks(checkpoint: Path) -> None:
     assert "must be a multiple of 2, and of 4 experts' ranks x 1 for each expert; found 1" in " ".join(
         result.output.split()
     )
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--pp", "2"])
+    assert result.exit_code == 2
+    assert "the number of ranks, over 2 stages, must be a multiple of 1" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(("what", "gpus"), [("norm", 1), ("norm", 2), ("load", 1), ("fp8", 1), ("offline", 1)])
@@ -89,9 +93,22 @@ def test_bench_starts_its_script(what: str, gpus: int, monkeypatch: pytest.Monke
     assert command[1:-2] == (["-m", "torch.distributed.run", "--nproc-per-node", "2"] if gpus == 2 else [])
 
 
+def test_bench_layer_measures_the_class_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        bridge.cli.prove.subprocess,
+        "run",
+        lambda command, check: started.append(command) or SimpleNamespace(returncode=0),
+    )
+    assert CliRunner().invoke(app, ["bench", "layer", "out.json", "--model", "hybrid"]).exit_code == 0
+    assert [command[-2:] for command in started] == [["out.json", "hybrid"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["fp8", "--model", "hybrid"], "--model hybrid: bench fp8 measures no layers"),
         (["norm"], "bench norm needs NVIDIA GPUs: 1, found 0"),
         (["load", "--gpus", "2"], "bench load needs NVIDIA GPUs: 2, found 0"),
         (["fp8", "--gpus", "2"], "--gpus 2: bench fp8 runs in one process"),
@@ -105,8 +122,8 @@ def test_bench_says_what_it_lacks(arguments: list[str], said: str, monkeypatch: 
     assert said in " ".join(result.output.split())
 
 
-def failing_claims(checkpoint: Path) -> list[str]:
-    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--dtype", "fp32", "--json"])
+def failing_claims(checkpoint: Path, *options: str) -> list[str]:
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--dtype", "fp32", "--json", *options])
     assert result.exit_code == 1, result.output
     findings = json.loads(result.stdout)["findings"]
     return [finding["claim"] for finding in findings if not finding["holds"]]
@@ -145,12 +162,17 @@ def test_roundtrip_fails_when_logits_differ(checkpoint: Path, monkeypatch: pytes
 
     monkeypatch.setattr(bridge.proof.roundtrip, "megatron_logits", disturbed)
     assert failing_claims(checkpoint) == ["logits: megatron-core GPTModel = reference"]
+    assert failing_claims(checkpoint, "--model", "hybrid") == ["logits: megatron-core HybridModel = reference"]
 
 
+@pytest.mark.parametrize("model", ["gpt", "hybrid"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_roundtrip_keeps_what_it_writes_where_it_is_told(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+def test_roundtrip_keeps_what_it_writes_where_it_is_told(
+    checkpoint: Path, tmp_path: Path, dtype: str, model: str
+) -> None:
     out = tmp_path / "deep" / "out"
-    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), "--out", str(out), "--dtype", dtype])
+    options = ["--out", str(out), "--dtype", dtype, "--model", model]
+    result = CliRunner().invoke(app, ["roundtrip", str(checkpoint), *options])
     assert result.exit_code == 0, result.output
     assert all_tensors(out).keys() == all_tensors(checkpoint).keys()
     assert [path.name for path in out.parent.iterdir()] == ["out"]

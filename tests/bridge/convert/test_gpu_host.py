@@ -11,13 +11,14 @@ from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
 from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.random_checkpoint import make_checkpoint
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_model
 from bridge.model.process_groups import model_parallel
 from bridge.proof.compare import compare_checkpoints
 from bridge.weights.param_mapping import model_state
+from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
 from reference.sharding import parameters, shard
-from reference.weights import Dialect
+from reference.weights import MODEL_DIALECTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,17 +29,18 @@ pytestmark = [
 CONFIG = {**EDGY_CONFIG, "head_dim": 64, "rotary_dim": 32, "num_local_experts": 4, "intermediate_size": 80}
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ModelClass)
+def test_there_and_back(tmp_path: Path, kind: ModelClass) -> None:
     source, megatron, saved, back = (tmp_path / name for name in ("source", "megatron", "saved", "back"))
     make_checkpoint(source, CONFIG, mtp_layers=1)
-    import_checkpoint(ImportJob(str(source), str(megatron)))
+    import_checkpoint(ImportJob(str(source), str(megatron), model=kind))
     weights = HuggingFaceCheckpoint(source)
     with model_parallel():
-        model = build_gpt_model(weights.config, backend="transformer_engine")
+        model = build_model(weights.config, model=kind, backend="transformer_engine")
         state = dist_checkpointing.load(model.sharded_state_dict(), str(megatron / "iter_0000001"))
         model.load_state_dict({name: value for name, value in state.items() if name in model.state_dict()})
         live = model_state(model)
-        for parameter in parameters(weights.config, Parallelism(), 0, Dialect.MEGATRON_TE):
+        for parameter in parameters(weights.config, Parallelism(), 0, MODEL_DIALECTS[kind][0]):
             tensors = {name: weights.read_weight(name, dtype=torch.bfloat16) for name in parameter.sources}
             assert torch.equal(live[parameter.name].cpu(), shard(parameter, tensors)), parameter.name
         saved.mkdir()

@@ -1,10 +1,14 @@
 """What a user writes of a plan: memory, sizes, layers a stage, and where the config is."""
 
+import json
 from pathlib import Path
 
 import pytest
 from support.plans import FULL
+from typer.testing import CliRunner
 
+from bridge.cli import app
+from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from bridge.memory_plan import plan
 from bridge.memory_plan.plan import layout, parse_layers, parse_memory, read_config
 
@@ -101,3 +105,12 @@ def test_config_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan, "hf_hub_download", unreachable)
     with pytest.raises(ValueError, match=r"owner/name: no such local folder, and the hub .*offline"):
         read_config("owner/name")
+
+
+def test_the_pattern_is_said_of_a_hybrid_model_only(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG | {"num_hidden_layers": 3}))
+    words = ["plan", str(tmp_path), "--gpus", "2", "--pp", "2"]
+    said = CliRunner().invoke(app, [*words, "--model", "hybrid"])
+    assert said.exit_code == 0, said.output
+    assert "--hybrid-layer-pattern '*E*E|*E'" in said.output
+    assert "*E" not in CliRunner().invoke(app, words).output

@@ -7,7 +7,7 @@ from support.plans import full_plan, large, too_large
 
 from bridge.memory_plan import report
 from bridge.memory_plan.plan import advice
-from bridge.memory_plan.report import NOT_COUNTED, advice_rows, compact, flags, runs, summary, table, to_json
+from bridge.memory_plan.report import NOT_COUNTED, advice_rows, compact, flags, pattern, runs, summary, table, to_json
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
@@ -50,6 +50,13 @@ def test_virtual_chunks():
         "embedding, layers 0-14, 31-46",
         "layers 15-30, 47-61, norm and head",
     ]
+
+
+def test_the_pattern_has_the_stages_of_the_plan():
+    planned = full_plan(2, pp=2, vpp=2)
+    assert [len(stage) for stage in pattern(planned).split("|")] == [30, 32, 32, 30]
+    assert to_json(planned)["hybrid_layer_pattern"] == pattern(planned)
+    assert pattern(too_large()) == "|".join(["*E" * 31] * 2)
 
 
 def test_a_plan_that_fits_needs_no_advice():

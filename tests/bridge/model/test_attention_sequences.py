@@ -30,7 +30,9 @@ from bridge.model.attention import packed_positions
 from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
 from bridge.weights.param_mapping import model_rows, model_state
+from reference.model_class import ModelClass
 from reference.sharding import Parallelism, parameters, placements, shard, unshard
+from reference.weights import MODEL_DIALECTS
 
 CASE = Case(heads=8, groups=2, head_dim=64, rotary=32, hidden=96, width=24, experts=4, top_k=2, layers=1, vocab=64)
 CONFIG = CASE.model_config()
@@ -184,7 +186,7 @@ class _OneSequenceAtATime(nn.Module):
 
 def held_by(model):
     """What `reference.sharding` says that the model holds, under the names of the layer spec it was built from."""
-    dialect = next(iter(model_rows(list(model_state(model)))))
+    dialect = next(iter(model_rows(list(model_state(model)), MODEL_DIALECTS[ModelClass.GPT])))
     return parameters(CONFIG, Parallelism(), 0, dialect)
 
 

@@ -1,5 +1,6 @@
 """megatron-core's own `dist_checkpointing` on real ranks: it loads what we import, at any layout; what it saves at one
-layout it loads at another, norms included, and we export it back to the source's bytes.
+layout it loads at another, norms included, and we export it back to the source's bytes, and turn it into a checkpoint
+of the other class. All of it for `GPTModel` and for `HybridModel`.
 
 On four gloo ranks; each compares every parameter with `reference.sharding.shard` of the dequantised source and reports
 what differs.
@@ -26,9 +27,10 @@ from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.writer import COMMON_STATE, extra_state_keys
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
+from reference.model_class import ModelClass
 from reference.parallelism import Parallelism, padded_vocab_size
 from reference.sharding import parameters, shard
-from reference.weights import Dialect
+from reference.weights import CHECKPOINT_DIALECTS, Dialect
 
 WORLD = 4
 DIST_CONFIG = EDGY_CONFIG | {"num_attention_heads": 8, "num_local_experts": 4}  # 2 key heads, 131 tokens, 72 wide
@@ -40,11 +42,22 @@ LAYOUTS = {
     "tp2 etp2 pp2": Parallelism(tp=2, etp=2, pp=2),
     "tp4, 2 key heads": Parallelism(tp=4, etp=4, vocab_divisor=16),
 }
-# Saved at one layout, loaded at others. The second of a pair says that each layer has its keys.
-SAVED = {("tp2 ep2", False): ["pp2"], ("pp2", False): ["tp2 ep2"], ("tp4, 2 key heads", False): ["pp2", "one rank"]}
-SAVED |= {("one rank", False): ["tp4, 2 key heads"], ("tp2 etp2 pp2", True): []}
+GPT, HYBRID = ModelClass
+STACKED, BY_LAYER, OF_HYBRID = Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS, Dialect.TORCH_DIST_HYBRID
+NAMES = {GPT: Dialect.MEGATRON_LOCAL, HYBRID: Dialect.HYBRID_LOCAL}
+BUILD = {GPT: "build_gpt_model", HYBRID: "build_hybrid_model"}
+# Saved at one layout under the keys of a dialect, loaded at others.
+SAVED = {
+    ("tp2 ep2", STACKED): ["pp2"],
+    ("pp2", STACKED): ["tp2 ep2"],
+    ("tp4, 2 key heads", STACKED): ["pp2", "one rank"],
+}
+SAVED |= {("one rank", STACKED): ["tp4, 2 key heads"], ("tp2 etp2 pp2", BY_LAYER): []}
+SAVED |= {("tp2 ep2", OF_HYBRID): ["pp2"], ("pp2", OF_HYBRID): ["tp4, 2 key heads"], ("tp2 etp2 pp2", OF_HYBRID): []}
 # What Transformer Engine has an extra state for and the local spec has not.
-ONLY_IN_TRANSFORMER_ENGINE = ("pre_mlp_layernorm._extra_state", "final_layernorm._extra_state")
+ONLY_IN_TRANSFORMER_ENGINE = tuple(
+    f"{name}._extra_state" for name in ("pre_mlp_layernorm", "final_layernorm", "final_norm")
+)
 
 
 def dequantised(folder: Path) -> dict[str, Tensor]:
@@ -61,26 +74,34 @@ def dequantised(folder: Path) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- one rank
 
 
-def load_imported(name: str, folder: Path) -> dict[str, Any]:
+def load_imported(name: str, kind: ModelClass, folder: Path) -> dict[str, Any]:
     """What is wrong after loading at a layout, and the keys; the model is saved where SAVED asks for it."""
     with in_layout(LAYOUTS[name]):
-        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], folder / "imported/iter_0000001")
+        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], kind, imported_as(folder, kind))
         report = {"wrong": model.wrong(torch.load(folder / "tensors.pt")), "keys": model.keys}
-        for layer_keys in (False, True):
-            if (name, layer_keys) in SAVED:
-                report["shapes"] = model.save(saved_at(folder, (name, layer_keys)), layer_keys)
+        for dialect in CHECKPOINT_DIALECTS[kind]:
+            if (name, dialect) in SAVED:
+                report["shapes"] = model.save(saved_at(folder, (name, dialect)), dialect)
     return report
 
 
-def load_saved(saved: tuple[str, bool], name: str, folder: Path) -> list[str]:
-    """What is wrong after loading at one layout what was saved at another."""
+def load_from(path: Path, name: str, kind: ModelClass, folder: Path) -> list[str]:
+    """What is wrong after loading a checkpoint at a layout."""
     with in_layout(LAYOUTS[name]):
-        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], saved_at(folder, saved))
+        model = LoadedModel(torch.distributed.get_rank(), LAYOUTS[name], kind, path)
         return model.wrong(torch.load(folder / "tensors.pt"))
 
 
-def saved_at(folder: Path, saved: tuple[str, bool]) -> Path:
+def saved_at(folder: Path, saved: tuple[str, Dialect]) -> Path:
     return folder / f"{saved[0]} {saved[1]}"
+
+
+def imported_as(folder: Path, kind: ModelClass) -> Path:
+    return folder / f"imported {kind}/iter_0000001"
+
+
+def class_of(dialect: Dialect) -> ModelClass:
+    return next(kind for kind, dialects in CHECKPOINT_DIALECTS.items() if dialect in dialects)
 
 
 def in_layout(layout: Parallelism) -> Any:
@@ -95,15 +116,15 @@ def in_layout(layout: Parallelism) -> Any:
 
 
 class LoadedModel:
-    """This rank's `GPTModel`, filled with NaN and then from a checkpoint by megatron-core."""
+    """This rank's part of a model, filled with NaN and then from a checkpoint by megatron-core."""
 
-    def __init__(self, rank: int, layout: Parallelism, path: Path):
+    def __init__(self, rank: int, layout: Parallelism, kind: ModelClass, path: Path):
         from megatron.core import dist_checkpointing, parallel_state
 
-        from bridge.model.build import build_gpt_model
+        from bridge.model import build
         from bridge.weights.param_mapping import model_state
 
-        self.model = build_gpt_model(
+        self.model = getattr(build, BUILD[kind])(
             CONFIG,
             backend="local",
             vocab_size=padded_vocab_size(CONFIG, layout),
@@ -116,7 +137,7 @@ class LoadedModel:
             sequence_parallel=layout.tp > 1,
             perform_initialization=False,
         )
-        self.held = parameters(CONFIG, layout, rank, Dialect.MEGATRON_LOCAL)
+        self.held = parameters(CONFIG, layout, rank, NAMES[kind])
         self.state = model_state(self.model)
         with torch.no_grad():
             for value in self.state.values():
@@ -138,7 +159,7 @@ class LoadedModel:
                 wrong.append(parameter.name)
         return wrong
 
-    def save(self, path: Path, layer_keys: bool) -> dict[str, list[int]]:
+    def save(self, path: Path, dialect: Dialect) -> dict[str, list[int]]:
         """Saves, and says the whole shape that each key of this rank's part has."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing import ShardedTensor
@@ -146,7 +167,8 @@ class LoadedModel:
         if torch.distributed.get_rank() == 0:
             path.mkdir()
         torch.distributed.barrier()
-        sharded = self.model.sharded_state_dict(metadata={"non_homogeneous_layers": True} if layer_keys else None)
+        metadata = {"non_homogeneous_layers": True} if dialect is BY_LAYER else None
+        sharded = self.model.sharded_state_dict(metadata=metadata)
         shapes = {v.key: list(v.global_shape) for v in sharded.values() if isinstance(v, ShardedTensor)}
         dist_checkpointing.save(sharded, str(path))
         return shapes
@@ -160,7 +182,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source and what we import of it; the ranks save beside them."""
     folder = tmp_path_factory.mktemp("ranks")
     make_checkpoint(folder / "source", DIST_CONFIG, mtp_layers=1, max_shard_bytes=150_000)
-    import_checkpoint(ImportJob(str(folder / "source"), str(folder / "imported"), unit_bytes=200_000))
+    for kind in ModelClass:
+        out = imported_as(folder, kind).parent
+        import_checkpoint(ImportJob(str(folder / "source"), str(out), unit_bytes=200_000, model=kind))
     torch.save(dequantised(folder / "source"), folder / "tensors.pt")
     return folder
 
@@ -171,37 +195,62 @@ def ranks() -> Iterator[RankPool]:
         yield pool
 
 
-Reports = Callable[[str], list[dict[str, Any]]]
+Reports = Callable[[str, ModelClass], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def reports(ranks: RankPool, folder: Path) -> Reports:
     """What every rank reports of a layout, which loads, and saves, when it is first asked for."""
-    return cache(lambda layout: ranks.call(load_imported, layout, folder))
+    return cache(lambda layout, kind: ranks.call(load_imported, layout, kind, folder))
 
 
+@pytest.mark.parametrize("kind", ModelClass)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_megatron_loads_what_we_import(reports: Reports, layout: str) -> None:
-    assert [report["wrong"] for report in reports(layout)] == [[]] * WORLD
+def test_megatron_loads_what_we_import(reports: Reports, layout: str, kind: ModelClass) -> None:
+    assert [report["wrong"] for report in reports(layout, kind)] == [[]] * WORLD
 
 
 @pytest.mark.parametrize(
     ("saved", "layout"), [(saved, name) for saved, names in SAVED.items() for name in names], ids=str
 )
 def test_what_megatron_saves_at_one_layout_loads_at_another(
-    ranks: RankPool, reports: Reports, folder: Path, saved: tuple[str, bool], layout: str
+    ranks: RankPool, reports: Reports, folder: Path, saved: tuple[str, Dialect], layout: str
 ) -> None:
-    reports(saved[0])
-    assert ranks.call(load_saved, saved, layout, folder) == [[]] * WORLD
+    kind = class_of(saved[1])
+    reports(saved[0], kind)
+    assert ranks.call(load_from, saved_at(folder, saved), layout, kind, folder) == [[]] * WORLD
 
 
+@pytest.mark.parametrize(
+    ("saved", "layout"),
+    [(("tp2 ep2", STACKED), "tp2 etp2 pp2"), (("tp2 etp2 pp2", BY_LAYER), "pp2"), (("pp2", OF_HYBRID), "tp2 ep2")],
+    ids=str,
+)
+def test_what_one_class_saves_loads_into_the_other(
+    ranks: RankPool, reports: Reports, folder: Path, tmp_path: Path, saved: tuple[str, Dialect], layout: str
+) -> None:
+    """By an import of it, at another layout too; the config is that of the source, since none is beside it."""
+    kind = class_of(saved[1])
+    other = next(one for one in ModelClass if one is not kind)
+    reports(saved[0], kind)
+    job = ImportJob(str(saved_at(folder, saved)), str(tmp_path / "other"), model=other)
+    with pytest.raises(ValueError, match=r"no hugging_face/config\.json is there"):
+        import_checkpoint(job)
+    summary = import_checkpoint(job._replace(hugging_face=str(folder / "source")))
+    assert summary.other_tensors == 0
+    assert ranks.call(load_from, tmp_path / "other/iter_0000001", layout, other, folder) == [[]] * WORLD
+
+
+@pytest.mark.parametrize("kind", ModelClass)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_keys_are_those_that_megatron_asks_for(folder: Path, reports: Reports, layout: str) -> None:
+def test_the_keys_are_those_that_megatron_asks_for(
+    folder: Path, reports: Reports, layout: str, kind: ModelClass
+) -> None:
     """And beyond those the common state, and the extra states of Transformer Engine's norms."""
-    asked = {key for report in reports(layout) for key in report["keys"]}
-    extra = {key for key in extra_state_keys(CONFIG) if any(part in key for part in ONLY_IN_TRANSFORMER_ENGINE)}
+    asked = {key for report in reports(layout, kind) for key in report["keys"]}
+    extra = {key for key in extra_state_keys(CONFIG, kind) if any(part in key for part in ONLY_IN_TRANSFORMER_ENGINE)}
     assert len(extra) == CONFIG.num_hidden_layers + 1
-    written = FileSystemReader(folder / "imported/iter_0000001").read_metadata().state_dict_metadata
+    written = FileSystemReader(imported_as(folder, kind)).read_metadata().state_dict_metadata
     assert set(written) == asked | extra | {COMMON_STATE}
 
 
@@ -209,22 +258,22 @@ def test_the_norms_have_megatron_bridges_keys_and_shapes(reports: Reports) -> No
     """Global shapes say nothing of the layout: all heads, also where 4 ranks share 2 key heads."""
     layers, query, key = CONFIG.num_hidden_layers, 8 * CONFIG.head_dim, 2 * CONFIG.head_dim
     for layout in ("tp2 ep2", "tp4, 2 key heads", "one rank", "pp2"):
-        for report in reports(layout):
+        for report in reports(layout, GPT):
             shapes = report["shapes"]
             assert shapes["decoder.layers.self_attention.q_layernorm.weight"] == [layers, query]
             assert shapes["decoder.layers.self_attention.k_layernorm.weight"] == [layers, key]
-    stages = [reports("tp2 etp2 pp2")[rank]["shapes"] for rank in (0, 2)]
+    stages = [reports("tp2 etp2 pp2", GPT)[rank]["shapes"] for rank in (0, 2)]
     for layer, shapes in enumerate(stages):
         norms = {name: shape for name, shape in shapes.items() if "q_layernorm" in name or "k_layernorm" in name}
         prefix = f"decoder.layers.{layer}.self_attention"
         assert norms == {f"{prefix}.q_layernorm.weight": [query], f"{prefix}.k_layernorm.weight": [key]}
 
 
-@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: f"{saved[0]}, a key for each layer: {saved[1]}")
+@pytest.mark.parametrize("saved", SAVED, ids=str)
 def test_what_megatron_saves_is_exported_to_the_sources_bytes(
-    reports: Reports, folder: Path, tmp_path: Path, saved: tuple[str, bool]
+    reports: Reports, folder: Path, tmp_path: Path, saved: tuple[str, Dialect]
 ) -> None:
-    reports(saved[0])
+    reports(saved[0], class_of(saved[1]))
     job = ExportJob(
         str(saved_at(folder, saved)), str(tmp_path / "out"), source=str(folder / "source"), max_shard_bytes=200_000
     )
@@ -239,19 +288,24 @@ def test_what_megatron_saves_is_exported_to_the_sources_bytes(
     assert (summary.identical, summary.requantised) == (weights, 0)
 
 
-@pytest.mark.parametrize("saved", [saved for saved in SAVED if saved[1]], ids=str)
-def test_a_config_of_fewer_layers_is_refused(reports: Reports, folder: Path, saved: tuple[str, bool]) -> None:
+@pytest.mark.parametrize("saved", [saved for saved in SAVED if saved[1] is not STACKED], ids=str)
+def test_a_config_of_fewer_layers_is_refused(reports: Reports, folder: Path, saved: tuple[str, Dialect]) -> None:
     """With a key for each layer every weight that it describes is there, and more."""
-    reports(saved[0])
+    reports(saved[0], class_of(saved[1]))
     fewer = replace(CONFIG, num_hidden_layers=CONFIG.num_hidden_layers - 1)
-    with pytest.raises(ValueError, match=rf"decoder.layers.{fewer.num_hidden_layers}.*no such weight"):
+    first = fewer.num_hidden_layers * (2 if saved[1] is OF_HYBRID else 1)
+    with pytest.raises(ValueError, match=rf"decoder.layers.{first}.*no such weight"):
         MegatronCheckpoint(saved_at(folder, saved), fewer)
 
 
 def test_megatron_reads_the_common_state(folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load_common_state_dict(str(folder / "imported/iter_0000001"))
+    state = dist_checkpointing.load_common_state_dict(str(imported_as(folder, HYBRID)))
+    of_hybrid = {name: getattr(state["args"], name) for name in ("num_layers", "hybrid_layer_pattern")}
+    assert of_hybrid == {"num_layers": 4, "hybrid_layer_pattern": "*E*E"}
+    state = dist_checkpointing.load_common_state_dict(str(imported_as(folder, GPT)))
+    assert not hasattr(state["args"], "hybrid_layer_pattern")
     arguments = state["args"]
     assert isinstance(arguments, Namespace)
     assert (state["iteration"], state["checkpoint_version"]) == (1, 3.0)
@@ -283,7 +337,7 @@ def test_one_process_loads_it_too(folder: Path) -> None:
     """A world of one, as a notebook or a test has it."""
     tensors = torch.load(folder / "tensors.pt")
     with in_layout(Parallelism()):
-        model = LoadedModel(0, Parallelism(), folder / "imported/iter_0000001")
+        model = LoadedModel(0, Parallelism(), GPT, imported_as(folder, GPT))
         assert model.wrong(tensors) == []
         name = "model.layers.1.self_attn.k_norm.weight"
         tensors[name] = tensors[name].flip(0)

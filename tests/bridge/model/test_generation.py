@@ -8,8 +8,9 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import attention as megatron_attention
 from support.small_model import DEVICE, SMALL, TOKENS, logits_of
 
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_gpt_model, build_model
 from bridge.model.process_groups import model_parallel
+from reference.model_class import ModelClass
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +34,17 @@ def _generate(model, *, decode_mode=False):
     return torch.cat(pieces, 1)
 
 
-def test_generation_with_a_cache_equals_the_whole_sequence():
+@pytest.mark.parametrize("kind", ModelClass)
+def test_generation_with_a_cache_equals_the_whole_sequence(kind):
     """megatron-core's static inference; the cache holds normed and rotated keys."""
-    model = build_gpt_model(SMALL, params_dtype=torch.float32).eval()
+    model = build_model(SMALL, model=kind, params_dtype=torch.float32).eval()
     torch.testing.assert_close(_generate(model), logits_of(model, TOKENS)[:, 4:], rtol=1e-5, atol=1e-5)
 
 
-def test_flash_decode_without_an_engine_is_refused():
+@pytest.mark.parametrize("kind", ModelClass)
+def test_flash_decode_without_an_engine_is_refused(kind):
     """megatron-core's own attention would leave queries and keys unrotated there."""
-    model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
+    model = build_model(SMALL, model=kind, params_dtype=torch.float32, flash_decode=True).eval()
     with pytest.raises(ValueError, match=r"InferenceMode\.active\(\), or set flash_decode=False"):
         _generate(model)
 
@@ -51,6 +54,13 @@ def test_flash_decode_without_flash_attn_is_refused(monkeypatch):
     monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", None)
     model = build_gpt_model(SMALL, params_dtype=torch.float32, flash_decode=True).eval()
     with InferenceMode.active(), pytest.raises(ValueError, match="install flash-attn, or set flash_decode=False"):
+        _generate(model)
+
+
+def test_flash_decode_in_a_hybrid_model_is_refused():
+    """Which prepares no cos and sin for it."""
+    model = build_model(SMALL, model="hybrid", params_dtype=torch.float32, flash_decode=True).eval()
+    with InferenceMode.active(), pytest.raises(ValueError, match=r"as in megatron-core's HybridModel: .*Use GPTModel"):
         _generate(model)
 
 

@@ -1,11 +1,10 @@
 """MiniMax-M2's megatron-core layer: parameter names, norms that round as transformers', a router that stays float32."""
 
-import re
+from dataclasses import replace
 
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from support.small_model import DEVICE, SMALL, TOKENS, logits_of
@@ -13,11 +12,16 @@ from transformers import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
 
 from bridge.model.attention import NOT_OF_THIS_MODEL
-from bridge.model.build import build_gpt_model
+from bridge.model.build import build_gpt_model, build_model
 from bridge.model.config import gpt_model_arguments, transformer_config
-from bridge.model.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
+from bridge.model.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_layer_spec
 from bridge.model.process_groups import model_parallel
 from bridge.model.router import Float32Router
+from reference.model_class import ModelClass
+from reference.names import find
+from reference.weights import Dialect, Layout
+
+LOCAL_DIALECTS = (Dialect.MEGATRON_LOCAL, Dialect.HYBRID_LOCAL)  # in the order of ModelClass
 
 LAYER_SHAPES = {
     "input_layernorm.weight": (32,),
@@ -184,36 +188,41 @@ def test_yarns_scaling_is_refused():
         GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
 
 
+def _same_weights(gpt, hybrid):
+    """`hybrid` gets the weights of `gpt`, under the names that the table gives them; those of both."""
+    names = [dict(gpt.named_parameters()), dict(hybrid.named_parameters())]
+    key = [{find(name, dialect): name for name in of} for of, dialect in zip(names, LOCAL_DIALECTS, strict=True)]
+    state = {find(name, LOCAL_DIALECTS[0]): value for name, value in gpt.state_dict().items() if value is not None}
+    theirs = {name: state[find(name, LOCAL_DIALECTS[1])] for name in hybrid.state_dict() if "_extra" not in name}
+    hybrid.load_state_dict(theirs, strict=False)
+    return [(key[0][which], key[1][which]) for which in key[0]]
+
+
 def test_hybrid_model_equals_gpt_model():
-    """`HybridModel` counts attention and experts as a layer each; everything else has the same name."""
-    gpt = build_gpt_model(SMALL, params_dtype=torch.float32)
-    config = transformer_config(SMALL, params_dtype=torch.float32, num_layers=2 * SMALL.num_hidden_layers)
-    hybrid = HybridModel(
-        config,
-        hybrid_stack_spec=minimax_m2_hybrid_spec(config),
-        hybrid_layer_pattern="*E" * SMALL.num_hidden_layers,
-        **gpt_model_arguments(SMALL),
-    )
-    state = {}
-    for name, value in gpt.state_dict().items():
-        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
-            half = "mlp" in match[2]  # pre_mlp_layernorm too
-            name = f"decoder.layers.{2 * int(match[1]) + half}.{match[2]}"
-        state[name.replace("final_layernorm", "final_norm")] = value
-    assert {name for name, value in hybrid.state_dict().items() if value is not None} <= state.keys()
-    hybrid.load_state_dict(state, strict=False)
-    hybrid.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq
-    outputs = {}
-    for model in (gpt, hybrid):
-        logits = logits_of(model, TOKENS)
-        logits.square().mean().backward()
-        outputs[model] = logits, {value.shape: value.grad for value in model.parameters()}
-    assert torch.equal(outputs[gpt][0], outputs[hybrid][0])
-    for name, parameter in hybrid.named_parameters():
-        theirs = next(key for key, value in state.items() if key == name)
-        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", theirs)
-        mine = f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else theirs
-        assert torch.equal(parameter.grad, gpt.get_parameter(mine.replace("final_norm", "final_layernorm")).grad), name
+    """Bit for bit: `HybridModel` runs the same operations in the same order, in twice as many layers."""
+    gpt, hybrid = (build_model(SMALL, model=kind, params_dtype=torch.float32, backend="local") for kind in ModelClass)
+    pairs = _same_weights(gpt, hybrid)
+    assert len(pairs) == len(list(gpt.parameters())) == len(list(hybrid.parameters()))
+    logits = [logits_of(model, TOKENS) for model in (gpt, hybrid)]
+    for one in logits:
+        one.square().mean().backward()
+    assert torch.equal(*logits)
+    for name, theirs in pairs:
+        assert torch.equal(gpt.get_parameter(name).grad, hybrid.get_parameter(theirs).grad), name
+
+
+def test_both_classes_are_initialised_alike():
+    """Projections back into the residual stream, by the depth: of attention and experts each once a layer."""
+    deep = replace(SMALL, num_hidden_layers=8, hidden_size=256, head_dim=64)
+    stds = []
+    for kind, dialect in zip(ModelClass, LOCAL_DIALECTS, strict=True):
+        model = build_model(deep, model=kind, params_dtype=torch.float32, backend="local")
+        weights = [
+            value for name, value in model.named_parameters() if find(name, dialect).row.layout is Layout.COLUMNS
+        ]
+        stds.append(torch.stack(weights).std().item())
+    assert stds[0] == pytest.approx(0.02 / (2 * 8) ** 0.5, rel=0.02)
+    assert stds[1] == pytest.approx(stds[0], rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

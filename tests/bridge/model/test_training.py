@@ -1,5 +1,7 @@
 """megatron-core training on many ranks: every gradient equals `transformers`' in one process.
 
+Of `GPTModel` and of `HybridModel`, whose losses and gradients are the same bits.
+
 On a host without a GPU: gloo ranks, the local layer spec, float32. On one with GPUs: NCCL, the Transformer Engine spec,
 as many ranks as there are GPUs; float32, and one step of bfloat16. (Start Python with NVIDIA_TF32_OVERRIDE=0 there:
 Transformer Engine's float32 products are TensorFloat-32 otherwise, with errors a thousand times float32's.)
@@ -10,6 +12,7 @@ The oracle is `MiniMaxM2ForCausalLM`; the truth that both are measured against i
 """
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +21,12 @@ import torch
 from support.megatron_training import (
     BATCH,
     CASE,
-    DIALECT,
+    DEEP_CASE,
     GPUS,
     LEARNING_RATE,
     MICROBATCHES,
     SEQ,
+    Setup,
     leave_out_the_backward_all_reduce,
     steps_of,
     train,
@@ -32,6 +36,7 @@ from support.oracles import (
     BFLOAT16,
     FLOAT32,
     FLOAT64,
+    Case,
     hf_model,
     remove_float32_casts,
     settled_tokens,
@@ -40,22 +45,29 @@ from support.oracles import (
 from support.ranks import RankPool
 from torch import Tensor
 
+from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
-from reference.sharding import parameters, placements, unshard
+from reference.sharding import placements, unshard
 
-LAYOUTS = {
-    "one rank": Parallelism(),
-    "tp2": Parallelism(tp=2, etp=1),
-    "tp2 ep2": Parallelism(tp=2, ep=2, etp=1),
-    "pp2": Parallelism(pp=2),
-    "tp4, 2 key heads": Parallelism(tp=4, etp=1),
-    "tp2 pp2": Parallelism(tp=2, pp=2, etp=1),
-    "tp2 dp2 ep2": Parallelism(tp=2, dp=2, ep=2, etp=1),
-    "tp2, drop-in": Parallelism(tp=2, etp=1),  # megatron-core's own attention with bridge.model.qk_norm in its slots
-    "tp4, 2 key heads, drop-in": Parallelism(tp=4, etp=1),
+GPT, HYBRID = ModelClass
+SETUPS = {
+    "one rank": Setup(CASE, Parallelism()),
+    "tp2": Setup(CASE, Parallelism(tp=2, etp=1)),
+    "tp2 ep2": Setup(CASE, Parallelism(tp=2, ep=2, etp=1)),
+    "pp2": Setup(CASE, Parallelism(pp=2)),
+    "pp2 vpp2": Setup(DEEP_CASE, Parallelism(pp=2, vpp=2)),
+    "tp4, 2 key heads": Setup(CASE, Parallelism(tp=4, etp=1)),
+    "tp2 pp2": Setup(CASE, Parallelism(tp=2, pp=2, etp=1)),
+    "tp2 dp2 ep2": Setup(CASE, Parallelism(tp=2, dp=2, ep=2, etp=1)),
+    "tp2, drop-in": Setup(CASE, Parallelism(tp=2, etp=1), drop_in=True),
+    "tp4, 2 key heads, drop-in": Setup(CASE, Parallelism(tp=4, etp=1), drop_in=True),
+}
+SETUPS |= {
+    f"{name}, HybridModel": SETUPS[name]._replace(model=HYBRID)
+    for name in ("one rank", "tp2", "tp2 ep2", "pp2", "pp2 vpp2", "tp2 pp2")
 }
 BACKEND = "nccl" if GPUS else "gloo"
-RUNNABLE = [name for name, layout in LAYOUTS.items() if not GPUS or layout.world_size <= GPUS]
+RUNNABLE = [name for name, setup in SETUPS.items() if not GPUS or setup.layout.world_size <= GPUS]
 DTYPES = [FLOAT32, BFLOAT16] if GPUS else [FLOAT32]
 
 
@@ -68,22 +80,22 @@ class Run(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def microbatches(dtype: torch.dtype) -> Tensor:
+def microbatches(case: Case, dtype: torch.dtype) -> Tensor:
     """Sequences whose choice of experts is far from a tie."""
-    model = hf_model(CASE, {name: value.float() for name, value in weights_of(dtype).items()}, FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES * BATCH, seq=SEQ + 1).view(MICROBATCHES, BATCH, SEQ + 1)
+    model = hf_model(case, {name: value.float() for name, value in weights_of(case, dtype).items()}, FLOAT32)
+    return settled_tokens(model, batch=MICROBATCHES[case] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
 
 
 # ------------------------------------------------------------------------------------------ the oracle, in one process
 
 
-def run_transformers(weight_dtype: torch.dtype, dtype: torch.dtype, batches: Tensor) -> Run:
-    weights = weights_of(weight_dtype)
-    model = hf_model(CASE, {name: value.to(dtype) for name, value in weights.items()}, dtype)
+def run_transformers(case: Case, weight_dtype: torch.dtype, dtype: torch.dtype, batches: Tensor) -> Run:
+    weights = weights_of(case, weight_dtype)
+    model = hf_model(case, {name: value.to(dtype) for name, value in weights.items()}, dtype)
     losses, norms, first = [], [], {}
     for _ in range(steps_of(weight_dtype)):
         model.zero_grad()
-        loss = sum(model(batch, labels=batch).loss for batch in batches) / MICROBATCHES
+        loss = sum(model(batch, labels=batch).loss for batch in batches) / len(batches)
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item())
@@ -97,19 +109,17 @@ def run_transformers(weight_dtype: torch.dtype, dtype: torch.dtype, batches: Ten
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
-def run_megatron(pool: RankPool, name: str, dtype: torch.dtype, batches: Tensor) -> Run:
+def run_megatron(pool: RankPool, setup: Setup, dtype: torch.dtype, batches: Tensor) -> Run:
     """Training at one layout; gradients and weights put together under on-disk names."""
-    layout = LAYOUTS[name]
-    ranks = pool.call(train, layout, dtype, batches, "drop-in" in name)
-    held = {rank: parameters(CASE.model_config(), layout, rank, DIALECT) for rank in range(layout.world_size)}
-    placed = placements(held)
+    ranks = pool.call(train, setup, dtype, batches)
+    placed = placements({rank: setup.held(rank) for rank in range(setup.layout.world_size)})
 
     def whole(what: str) -> dict[str, Tensor]:
-        values = {(rank, 0, key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
+        values = {(rank, *key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
         return {
             source: unshard(places, values)
             for source, places in placed.items()
-            if all((p.rank, 0, p.name) in values for p in places)  # the expert bias has no gradient
+            if all((p.rank, p.chunk, p.name) in values for p in places)  # the expert bias has no gradient
         }
 
     on_last_stage = [r["losses"] for r in ranks if r["losses"][0] is not None]
@@ -121,19 +131,18 @@ def run_megatron(pool: RankPool, name: str, dtype: torch.dtype, batches: Tensor)
 class Oracle(NamedTuple):
     """`transformers` in the dtype of the run, and the truth in float64, on the same weights and tokens."""
 
-    dtype: torch.dtype
     batches: Tensor
     theirs: Run
     truth: Run
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
-def oracle(request) -> Oracle:
-    dtype, batches = request.param, microbatches(request.param)
-    theirs = run_transformers(dtype, dtype, batches)
+@cache
+def oracle_of(case: Case, dtype: torch.dtype) -> Oracle:
+    batches = microbatches(case, dtype)
+    theirs = run_transformers(case, dtype, dtype, batches)
     with pytest.MonkeyPatch.context() as patch:
         remove_float32_casts(patch)
-        return Oracle(dtype, batches, theirs, run_transformers(dtype, FLOAT64, batches))
+        return Oracle(batches, theirs, run_transformers(case, dtype, FLOAT64, batches))
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +167,23 @@ def excess(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, 
 ALLOWED = 2.5
 
 
-@pytest.mark.parametrize(("pool", "layout"), [(LAYOUTS[name].world_size, name) for name in RUNNABLE], indirect=["pool"])
-def test_training_equals_transformers(pool: RankPool, layout: str, oracle: Oracle) -> None:
-    run = run_megatron(pool, layout, oracle.dtype, oracle.batches)
-    trained, unit = set(oracle.truth.grads), torch.finfo(oracle.dtype).eps / 2
+on_their_ranks = pytest.mark.parametrize(
+    ("pool", "name"), [(SETUPS[name].layout.world_size, name) for name in RUNNABLE], indirect=["pool"]
+)
+
+
+@on_their_ranks
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_equals_transformers(pool: RankPool, name: str, dtype: torch.dtype) -> None:
+    oracle = oracle_of(SETUPS[name].case, dtype)
+    run = run_megatron(pool, SETUPS[name], dtype, oracle.batches)
+    trained, unit = set(oracle.truth.grads), torch.finfo(dtype).eps / 2
     assert run.grads.keys() == trained
     for what, values in (("grads", run.grads), ("weights", {name: run.weights[name] for name in trained})):
         ratios = excess(values, getattr(oracle.theirs, what), getattr(oracle.truth, what), unit)
         worst = max(ratios, key=ratios.get)
         mean = sum(ratios.values()) / len(ratios)
-        print(f"{layout}, {what}: error over transformers' own: mean {mean:.2f}, max {ratios[worst]:.2f} ({worst})")
+        print(f"{name}, {what}: error over transformers' own: mean {mean:.2f}, max {ratios[worst]:.2f} ({worst})")
         assert ratios[worst] <= ALLOWED, (what, worst)
     # Losses and norms are sums of many roundings; a wrong gradient shows in the third digit (the test below).
     numbers = zip((*run.losses, *run.norms), (*oracle.truth.losses, *oracle.truth.norms), strict=True)
@@ -175,13 +191,33 @@ def test_training_equals_transformers(pool: RankPool, layout: str, oracle: Oracl
         assert ours == pytest.approx(exact, rel=200 * unit)
 
 
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [(SETUPS[name].layout.world_size, name) for name in RUNNABLE if f"{name}, HybridModel" in RUNNABLE],
+    indirect=["pool"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_classes_train_alike(pool: RankPool, name: str, dtype: torch.dtype) -> None:
+    """Losses, gradients and weights bit for bit; the gradient norm is summed over parameters in another order."""
+    batches = oracle_of(SETUPS[name].case, dtype).batches
+    gpt, hybrid = (run_megatron(pool, SETUPS[key], dtype, batches) for key in (name, f"{name}, HybridModel"))
+    assert gpt.losses == hybrid.losses
+    assert gpt.norms == pytest.approx(hybrid.norms, rel=1e-6)
+    for what in ("grads", "weights"):
+        ours, theirs = getattr(gpt, what), getattr(hybrid, what)
+        assert ours.keys() == theirs.keys()
+        assert [key for key, value in ours.items() if not torch.equal(value, theirs[key])] == []
+
+
 @pytest.mark.skipif("tp2" not in RUNNABLE, reason="needs two ranks")
-def test_without_the_backward_all_reduce_gradients_are_wrong(oracle: Oracle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_the_backward_all_reduce_gradients_are_wrong(dtype: torch.dtype, tmp_path: Path) -> None:
     """The peer's mistake, made on purpose: the proof above must not pass with it."""
+    oracle = oracle_of(CASE, dtype)
     with RankPool(2, BACKEND) as pool:
         pool.call(leave_out_the_backward_all_reduce, str(tmp_path))
-        run = run_megatron(pool, "tp2", oracle.dtype, oracle.batches)
-    grads = excess(run.grads, oracle.theirs.grads, oracle.truth.grads, torch.finfo(oracle.dtype).eps / 2)
+        run = run_megatron(pool, SETUPS["tp2"], dtype, oracle.batches)
+    grads = excess(run.grads, oracle.theirs.grads, oracle.truth.grads, torch.finfo(dtype).eps / 2)
     name = "model.layers.0.self_attn.q_proj.weight"
     exact = oracle.truth.grads[name]
     relative = ((run.grads[name].double() - exact).norm() / exact.norm()).item()

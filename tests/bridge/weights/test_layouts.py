@@ -17,11 +17,13 @@ from support.sharded_models import Truth, groups_of, truth_of
 from torch import Tensor, distributed
 
 from bridge.huggingface.companions import companions
+from reference.model_class import ModelClass
 from reference.parallelism import Parallelism, spread_layers
 from reference.sharding import parameters, shard
 from reference.weights import Dialect
 
 WORLD = 4
+DIALECTS = {ModelClass.GPT: Dialect.MEGATRON_LOCAL, ModelClass.HYBRID: Dialect.HYBRID_LOCAL}
 LAYOUTS = {
     "tp2": Parallelism(tp=2, dp=2),
     "tp2 ep2, padded": Parallelism(tp=2, ep=2, etp=1, dp=2, vocab_divisor=64),
@@ -38,32 +40,36 @@ def ranks() -> Iterator[RankPool]:
         yield pool
 
 
+@pytest.mark.parametrize("kind", ModelClass)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_rank_is_loaded_with_its_slices_and_gives_them_back(
-    ranks: RankPool, wide_checkpoint: Path, tmp_path: Path, name: str
+    ranks: RankPool, wide_checkpoint: Path, tmp_path: Path, name: str, kind: ModelClass
 ) -> None:
-    ranks.call(_load_and_give_back, name, str(wide_checkpoint), str(tmp_path))
+    ranks.call(_load_and_give_back, name, kind, str(wide_checkpoint), str(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------- on every rank
 
 
-def _load_and_give_back(name: str, folder: str, scratch: str) -> None:
+def _load_and_give_back(name: str, kind: ModelClass, folder: str, scratch: str) -> None:
     from bridge import MiniMaxM2Bridge
 
     rank, layout, truth = distributed.get_rank(), LAYOUTS[name], truth_of(folder)
     with groups_of(layout), MiniMaxM2Bridge.from_hf_pretrained(folder) as bridge:
         stages = layout.layers_per_stage if name == "pp2" else None  # None: as equally as can be
         model = bridge.to_megatron_model(
-            load_weights=False, vocab_divisor=layout.vocab_divisor, layers_per_stage=stages
+            model=kind, load_weights=False, vocab_divisor=layout.vocab_divisor, layers_per_stage=stages
         )
-        _check_loading(rank, layout, bridge, model, truth)
+        assert {type(chunk).__name__ for chunk in (model if isinstance(model, list) else [model])} == {kind.class_name}
+        _check_loading(rank, layout, DIALECTS[kind], bridge, model, truth)
         _check_exports(rank, layout, bridge, model, truth)
         if name in FURTHER:
             FURTHER[name](rank, bridge, model, truth, Path(scratch, "out"))
+        if name in PROVEN:
+            _check_roundtrip(layout, kind, bridge, Path(scratch, "roundtrip"))
 
 
-def _check_loading(rank: int, layout: Parallelism, bridge, model, truth: Truth) -> None:
+def _check_loading(rank: int, layout: Parallelism, dialect: Dialect, bridge, model, truth: Truth) -> None:
     from bridge.weights import load, read_plan
     from bridge.weights.sharded_model import sharded_model
 
@@ -89,7 +95,7 @@ def _check_loading(rank: int, layout: Parallelism, bridge, model, truth: Truth) 
     assert all(torch.equal(value, loaded[key]) for key, value in live.state.items()), "in small pieces"
     found, at = live.parallelism, layout.coordinates(rank)
     assert (found.coordinates(rank), found.stages(bridge.config)) == (at, layout.stages(bridge.config))
-    held = parameters(bridge.config, layout, rank, Dialect.MEGATRON_LOCAL)
+    held = parameters(bridge.config, layout, rank, dialect)
     assert live.state.keys() == {(parameter.chunk, parameter.name) for parameter in held}
     expected = 0
     for parameter in held:
@@ -155,21 +161,27 @@ def _check_saving(rank: int, bridge, model, truth: Truth, out: Path) -> None:
     distributed.barrier()
 
 
-def _check_roundtrip(rank: int, bridge, model, truth: Truth, out: Path) -> None:
+def _check_roundtrip(layout: Parallelism, kind: ModelClass, bridge, out: Path) -> None:
     """The proof of `minimax-m2 roundtrip`, with the vocabulary cut and filled up; all ranks know what holds."""
     from bridge.proof.reference_logits import random_tokens
     from bridge.proof.roundtrip import roundtrip
 
     def prove(length: int, **options: Any) -> list[bool | None]:
         tokens = random_tokens(bridge.config, length=length)
-        return [finding.holds for finding in roundtrip(bridge, out, tokens, params_dtype=torch.float32, **options)]
+        found = roundtrip(bridge, out, tokens, model=kind, params_dtype=torch.float32, **options)
+        return [finding.holds for finding in found]
 
     def fails() -> Tensor:
-        assert rank == 0
+        assert distributed.get_rank() == 0
         raise ValueError("this model does not run")
 
-    with pytest.raises(ValueError, match="7 tokens a sequence, expected a multiple of the 2 ranks"):
-        prove(7)
+    if layout.vpp > 1:
+        with pytest.raises(ValueError, match="found 2 virtual stages a rank, expected 1"):
+            prove(8)
+        return
+    if layout.tp > 1:
+        with pytest.raises(ValueError, match=f"7 tokens a sequence, expected a multiple of the {layout.tp} ranks"):
+            prove(7)
     with pytest.raises(ValueError, match="this model does not run"):
         prove(8, others={"failing": fails})
     zero = torch.zeros(2, 8, bridge.config.vocab_size)
@@ -178,8 +190,10 @@ def _check_roundtrip(rank: int, bridge, model, truth: Truth, out: Path) -> None:
 
 def _check_one_changed_weight(rank: int, bridge, model, truth: Truth, out: Path) -> None:
     """Rank 2 of four has rows 192 to 336 of q's 384, which start inside block 1; its first row changes."""
+    from bridge.weights.sharded_model import sharded_model
+
     disk = truth.disk
-    mapping = bridge.mapping_registry(parallelism=LAYOUTS["etp4"], rank=rank).hf_to_megatron_lookup(Q)
+    mapping = sharded_model(model, bridge.config).registry.hf_to_megatron_lookup(Q)
     if rank == 2:
         assert mapping.parameter.pieces[0].rows == (192, 336)
         with torch.no_grad():
@@ -203,9 +217,9 @@ def _raw(tensor: Tensor) -> Tensor:
 
 # What is done to a loaded model of some layouts besides.
 FURTHER = {
-    "tp2": _check_roundtrip,
     "tp2 ep2, padded": _check_saving,
     "tp4, 2 key heads": _check_saving,
     "etp4": _check_one_changed_weight,
     "tp2 pp2 vpp2": _check_saving,
 }
+PROVEN = ("tp2", "pp2", "tp2 pp2 vpp2")  # also by the proof of a round trip
