@@ -138,10 +138,10 @@ def plan(
         say_json(report.to_json(found))
     elif is_rank_zero():
         headings, rows = report.table(found)
-        say(str(path), rows, columns=tuple(headings))
+        say(str(path), map(tuple, rows), columns=tuple(headings))
         if advice and advice.fits:
             headings, rows = report.advice_rows(advice)
-            say("", rows, columns=tuple(headings))
+            say("", map(tuple, rows), columns=tuple(headings))
         lines = [f"--hybrid-layer-pattern '{report.pattern(found)}'"] if model is ModelClass.HYBRID else []
         for line in [*report.summary(found, advice), *lines]:
             say_line(line)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -124,7 +124,8 @@ def export_(
         from bridge.huggingface.hub import checkpoint_folder
 
         folder = source and str(checkpoint_folder(str(source)))
-        job = ExportJob(str(megatron), str(out), str(quantization), str(scales), folder)
+        # The enums' values are the job's literals.
+        job = ExportJob(str(megatron), str(out), cast(Any, quantization.value), cast(Any, scales.value), folder)
         count = default_workers(workers, megatron)
         summary = export_checkpoint(job, workers=count, overwrite=overwrite, dry_run=dry_run, progress=progress)
     _conclude(f"{megatron} -> {out}", summary, mtp="of them MTP, the source's", dry_run=dry_run, as_json=as_json)

@@ -202,8 +202,10 @@ def _open(job: ExportJob) -> _Export:
     raw, others = read_object(folder / CONFIG_NAME), companions(folder)
     storage = storage_plan(raw, job.quantization, source.quantized if source else frozenset())
     groups = [_group(entry, megatron, source, storage) for entry in megatron.entries]
-    kept = [] if source is None else source.carried_tensors
-    groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in kept]
+    kept: list[str] = []
+    if source is not None:
+        kept = source.carried_tensors
+        groups += [{name: TensorPlan(source.dtype(name), source.shape(name))} for name in kept]
     files = plan_files(groups, max_shard_bytes=job.max_shard_bytes)
     storage.check(files, set(kept))
     return _Export(

@@ -44,6 +44,8 @@ CHECKPOINT_KEYS = {
     if row.layout in (Layout.QUERY_HEADS, Layout.KEY_HEADS)
 }
 
+KEPT_TABLES = "_minimax_m2_tables"  # the attribute of the angles that keeps cos and sin with them
+
 NOT_OF_THIS_MODEL = (
     "fused_single_qkv_rope",
     "attention_output_gate",
@@ -79,7 +81,7 @@ class MiniMaxM2SelfAttention(SelfAttention):
         self.q_layernorm = self.k_layernorm = None
         self.qk_norm = FullDimQKNorm(
             config.num_attention_heads,
-            config.num_query_groups,
+            config.num_query_groups or config.num_attention_heads,
             self.hidden_size_per_attention_head,
             lambda: self.pg_collection.tp,
             eps=config.layernorm_epsilon,
@@ -149,9 +151,9 @@ class MiniMaxM2SelfAttention(SelfAttention):
         split_qkv: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's query, key and value heads: projected, normed, and rotated if `forward` said so."""
-        mixed_qkv, _ = super().get_query_key_value_tensors(
+        mixed_qkv: Any = super().get_query_key_value_tensors(
             hidden_states, key_value_states, output_gate, split_qkv=False
-        )
+        )[0]
         if self._angles is None:
             return self.qk_norm.forward_fused(mixed_qkv)
         if self._packed is None:
@@ -191,9 +193,10 @@ def kept_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if angles.is_cuda and torch.cuda.is_current_stream_capturing():
         return _tables(angles, dtype)
     made_of = angles._version, dtype
-    kept = getattr(angles, "_minimax_m2_tables", None)
+    kept = getattr(angles, KEPT_TABLES, None)
     if kept is None or kept[0] != made_of:
-        kept = angles._minimax_m2_tables = made_of, _tables(angles, dtype)
+        kept = made_of, _tables(angles, dtype)
+        setattr(angles, KEPT_TABLES, kept)
     return kept[1]
 
 

@@ -127,13 +127,19 @@ def build_gpt_model(
     the padded vocabulary's, where embedding and head are to have more rows than there are tokens.
     """
     megatron = transformer_config(config, model=ModelClass.GPT, params_dtype=params_dtype, backend=backend, **overrides)
+    arguments = gpt_model_arguments(config)
+    if vocab_size is not None:
+        arguments["vocab_size"] = vocab_size
+    block: Any = minimax_m2_block_spec(
+        megatron, backend, vp_stage=vp_stage
+    )  # GPTModel takes it, its signature does not
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage),
+        transformer_layer_spec=block,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
-        **gpt_model_arguments(config) | ({} if vocab_size is None else {"vocab_size": vocab_size}),
+        **arguments,
     )
     return _with_frequencies_of_transformers(model, config)
 

@@ -7,17 +7,19 @@ trainer, which has set up everything already, it does nothing. On exit only what
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from bridge.jobs.ranks import join_ranks, launched_by_torchrun
 from bridge.model.cpu import megatron_on_cpu
 
 
 @contextmanager
-def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
+def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
     """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
 
     Args:
@@ -41,9 +43,10 @@ def model_parallel(*, seed: int = 1234, **sizes: int) -> Iterator[None]:
                 f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "
                 "use the groups as they are, or call megatron.core.parallel_state.destroy_model_parallel() first"
             )
-        if not get_cuda_rng_tracker().is_initialized():
+        random_states: Any = get_cuda_rng_tracker()
+        if not random_states.is_initialized():
             model_parallel_cuda_manual_seed(seed)
-            stack.callback(get_cuda_rng_tracker().reset)
+            stack.callback(random_states.reset)
         yield
 
 
@@ -53,12 +56,12 @@ def _join_processes() -> None:
         join_ranks(models=True)
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def group_sizes(chunks: int) -> dict[str, int]:
     """The sizes of megatron-core's process groups, as `Parallelism` names them; a rank has so many chunks."""
-    return {
+    sizes: dict[str, Any] = {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "vpp": chunks,
@@ -67,3 +70,4 @@ def group_sizes(chunks: int) -> dict[str, int]:
         "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
     }
+    return sizes

@@ -47,8 +47,9 @@ class Float32Router(TopKRouter):
     def reset_parameters(self) -> None:
         """Initialise the weight and leave it in float32."""
         if self.config.perform_initialization:
+            assert self.config.init_method is not None  # the config's own __post_init__ sets one
             self.config.init_method(self.weight)
-        self.weight.sequence_parallel = self.config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010  # read by megatron-core
 
     def gating(self, input: Float[Tensor, "seq batch hidden"]) -> Float32[Tensor, "seq batch experts"]:
         """Logits in float32.

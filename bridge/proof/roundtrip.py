@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, distributed, nn
@@ -88,7 +90,7 @@ def judge_logits(who: str, logits: Tensor, truth: LogitTruth) -> Finding:
 
 
 @torch.no_grad()
-def megatron_logits(model: nn.Module, tokens: Tensor, vocab_size: int) -> Tensor:
+def megatron_logits(model: GPTModel | HybridModel, tokens: Tensor, vocab_size: int) -> Tensor:
     """Logits [batch, seq, vocab] of a megatron-core model, on every rank; megatron-core's schedule runs the stages.
 
     `model` is the rank's chunk: without virtual stages.
@@ -99,7 +101,8 @@ def megatron_logits(model: nn.Module, tokens: Tensor, vocab_size: int) -> Tensor
         return chunk(tokens, positions, None), lambda output, non_loss_data: output
 
     (batch, length), last = tokens.shape, distributed.get_world_size() - 1
-    outputs = get_forward_backward_func()(
+    run: Callable[..., Any] = get_forward_backward_func()
+    outputs = run(
         forward_step_func=forward_step,
         data_iterator=None,
         model=model.eval(),
@@ -157,6 +160,7 @@ def roundtrip(
                     truth = logit_truth(bridge, tokens, params_dtype=params_dtype, progress=progress)
         # The local spec: Transformer Engine's float32 products are TensorFloat-32, a thousand times less exact.
         chunk = bridge.to_megatron_model(model=model, params_dtype=params_dtype, backend="local", progress=progress)
+        assert not isinstance(chunk, list), "`sizes` have no virtual stages"
         device = next(chunk.parameters()).device
         found = megatron_logits(chunk, tokens.to(device), bridge.config.vocab_size).cpu()
         logits = {claim: found, **logits}
