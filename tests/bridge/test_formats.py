@@ -146,7 +146,7 @@ def test_folders_without_safetensors(copy: Path, checkpoint: Path, kind: str, wi
 
 
 def test_the_other_format(copy: Path, imported: Path) -> None:
-    for words in (["inspect", imported], ["import", imported, copy.parent / "out"], ["plan", imported, "--gpus", 8]):
+    for words in (["inspect", imported], ["plan", imported, "--gpus", 8]):
         status, found = run(*words)
         assert status == 2
         assert "is a distributed checkpoint, expected a Hugging Face one; `export` makes" in found
