@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge.convert.import_source import Source, counts, open_source
 from bridge.convert.training_arguments import common_state
 from bridge.formats import FORMAT_NAME
-from bridge.huggingface.checkpoint import HuggingFaceCheckpoint
 from bridge.huggingface.companions import Companions, companions, say_left_behind
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.jobs.durable import copy_file, footprint, json_bytes, write_bytes
@@ -32,8 +32,8 @@ from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
-from bridge.torch_dist.checkpoint import HF_FOLDER, MegatronCheckpoint, beside, read_config
-from bridge.torch_dist.reader import TRACKER, is_torch_dist
+from bridge.torch_dist.checkpoint import HF_FOLDER, MegatronCheckpoint
+from bridge.torch_dist.reader import TRACKER
 from bridge.torch_dist.writer import (
     Chunk,
     Stored,
@@ -110,7 +110,7 @@ class _Import(NamedTuple):
     """An import that is open: the source, the folder of its config.json, what else that holds, each unit's chunks."""
 
     job: ImportJob
-    source: HuggingFaceCheckpoint | MegatronCheckpoint
+    source: Source
     config_folder: Path
     others: Companions
     units: list[list[_Part]]
@@ -223,7 +223,7 @@ def _check_iteration(out: Path, job: ImportJob, *, overwrite: bool) -> None:
 
 def _open(job: ImportJob) -> _Import:
     """Open the source; a job that names its versions wants exactly these."""
-    source, config_folder = _open_source(job)
+    source, config_folder = open_source(Path(job.source), Path(job.hugging_face) if job.hugging_face else None)
     if job.source_versions and source.files.versions != job.source_versions:
         raise ValueError(
             f"{job.source}: its files changed since the import began; start again once nothing writes there"
@@ -241,43 +241,16 @@ def _open(job: ImportJob) -> _Import:
     return _Import(job, source, config_folder, companions(config_folder), units)
 
 
-def _open_source(job: ImportJob) -> tuple[HuggingFaceCheckpoint | MegatronCheckpoint, Path]:
-    """The source, whichever format it has, and the folder with its config.json."""
-    if (Path(job.source) / CONFIG_NAME).is_file() or not is_torch_dist(Path(job.source)):
-        if job.hugging_face is not None:
-            raise ValueError(f"{job.source}: is no torch_dist checkpoint and has a config.json; leave out hugging_face")
-        source = HuggingFaceCheckpoint(job.source)
-        return source, source.files.folder
-    config = None if job.hugging_face is None else read_config(Path(job.hugging_face) / CONFIG_NAME)
-    source = MegatronCheckpoint(job.source, config)
-    return source, Path(job.hugging_face) if job.hugging_face else beside(source.files)
-
-
-def _dtype(source: HuggingFaceCheckpoint | MegatronCheckpoint, entry: Entry, job: ImportJob) -> torch.dtype:
+def _dtype(source: Source, entry: Entry, job: ImportJob) -> torch.dtype:
     if job.dtype is None and isinstance(source, MegatronCheckpoint):
         return source.dtype(entry.parameter.sources[0])
     return entry.row.plain_dtype(DTYPES[job.dtype or "bf16"])
 
 
 def _summary(opened: _Import, nbytes: int, files: int, *, reused: int = 0) -> ImportSummary:
-    source = opened.source
-    if isinstance(source, MegatronCheckpoint):
-        tensors, read, notes = len(source.files.shapes), source.nbytes, source.notes
-        mtp, unneeded, others = len(source.trained_mtp), 0, source.other_tensors
-    else:
-        tensors, read, notes = len(source.files.tensors), source.files.nbytes, source.files.notes
-        mtp, unneeded, others = len(source.mtp_tensors), len(source.unneeded_tensors), 0
+    left_behind = tuple(opened.others.left_behind)
     return ImportSummary(
-        tensors=tensors,
-        mtp_tensors=mtp,
-        unneeded_tensors=unneeded,
-        other_tensors=others,
-        bytes_read=read,
-        bytes_written=nbytes,
-        files=files,
-        reused=reused,
-        notes=tuple(notes),
-        left_behind=tuple(opened.others.left_behind),
+        **counts(opened.source), bytes_written=nbytes, files=files, reused=reused, left_behind=left_behind
     )
 
 
@@ -328,7 +301,7 @@ def _write_unit(opened: _Import, unit: int, folder: Path) -> tuple[list[str], li
     return files, stored
 
 
-def _value(source: HuggingFaceCheckpoint | MegatronCheckpoint, part: _Part) -> Tensor:
+def _value(source: Source, part: _Part) -> Tensor:
     out = torch.empty(part.chunk.shape, dtype=part.chunk.dtype)
     axes = 1 if part.pieces[0].cols is None else 2
     source.read_pieces(part.pieces, out.view(part.chunk.shape[-axes:]))
