@@ -67,6 +67,8 @@ def _loaded_or_built(source: Path, what: str, instead: str) -> ModuleType | None
 
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # Python has a loader for names that end in .so
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -116,6 +118,8 @@ def _build(source: Path, path: Path) -> ModuleType:
         module = cpp_extension.load(
             path.stem, [str(source)], extra_cflags=["-O2"], build_directory=folder, with_cuda=False
         )
+        assert isinstance(module, ModuleType)  # torch has loaded it from its file
+        assert module.__file__ is not None
         try:
             os.link(module.__file__, path)
         except FileExistsError:

@@ -1,6 +1,5 @@
 """Triton kernels whose compiled forms are looked up here, which takes less processor time than Triton's own launch."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,7 +20,7 @@ class Launcher:
     multiples of 16; these are the key here. Triton's own launch works out the same and more, each time.
     """
 
-    def __init__(self, kernel: Callable) -> None:
+    def __init__(self, kernel: Any) -> None:
         self.kernel, self.compiled = kernel, {}
 
     def __call__(

@@ -159,7 +159,9 @@ def _require_positive_int(name: str, value: Any) -> None:
 
 
 def _require_positive_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # numbers.Real does not declare that an int can be compared with it
+    if not is_number or not 0 < value <= sys.float_info.max:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must be a positive number, found {value!r}")
 
 

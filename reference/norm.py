@@ -15,7 +15,7 @@ The all-reduce is an argument, so that these functions need no processes. Dtypes
 float32 and rounded twice, as Hugging Face does: y = w * round(x r). Float64 stays float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -130,12 +130,12 @@ def simulate_tensor_parallel(
         )
     n = sum(x.shape[-2] * x.shape[-1] for x in xs) // replicas
     flats = [x.flatten(-2).to(compute_dtype(x.dtype)) for x in xs]
-    squares = sum(flat.square().sum(-1, keepdim=True) for flat in flats)
+    squares = _sum(flat.square().sum(-1, keepdim=True) for flat in flats)
     law = {"eps": eps, "global_dim": n, "replicas": replicas}
     ys = [full_dim_rms_norm(x, w, **law, all_reduce=lambda _: squares) for x, w in zip(xs, weights, strict=True)]
     if grad_outputs is None:
         return [Shard(y, None, None) for y in ys]
-    sums = sum(
+    sums = _sum(
         _token_sums(x, g.flatten(-2).to(x.dtype), w.to(x.dtype))
         for x, g, w in zip(flats, grad_outputs, weights, strict=True)
     )
@@ -146,8 +146,13 @@ def simulate_tensor_parallel(
         ),
         strict=True,
     )
-    groups = [sum(dws[start : start + replicas]) for start in range(0, len(dws), replicas)]
+    groups = [_sum(dws[start : start + replicas]) for start in range(0, len(dws), replicas)]
     return [Shard(y, dx, groups[rank // replicas]) for rank, (y, dx) in enumerate(zip(ys, dxs, strict=True))]
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    """In order, from a zero without axes, whose dtype gives way to that of the tensors."""
+    return sum(tensors, torch.zeros(()))
 
 
 def _reduced(x: Tensor, all_reduce: AllReduce | None) -> Tensor:

@@ -109,7 +109,8 @@ class TorchDistFolder:
                     f"{span.nbytes} bytes that unpack to {unpacked}, expected an archive as torch saves it"
                 )
             archive.seek(0)
-            return torch.load(archive, map_location="cpu", weights_only=True)
+            # torch declares an IO[bytes], and calls nothing that io.RawIOBase does not have
+            return torch.load(archive, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
 
     def _check_unchanged(self, key: str, files: set[str]) -> None:
         for file in sorted(files):

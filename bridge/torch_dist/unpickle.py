@@ -32,6 +32,7 @@ class Record:
     """An instance: the name of its class, and its state (a dictionary of attributes, or a tuple)."""
 
     __slots__ = ("kind", "state")
+    state: dict[str, Any] | tuple[Any, ...] | None
 
     def __init__(self, kind: str):
         self.kind, self.state = kind, None

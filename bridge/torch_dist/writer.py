@@ -20,9 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    DEFAULT_SUFFIX,
+    FileSystemWriter,
+    _StorageInfo,
+    _StoragePrefix,
+)
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -152,10 +157,11 @@ def metadata_files(chunks: Iterable[Chunk], stored: Iterable[Stored]) -> dict[st
     pickle writes one string once and equal strings twice, so these are interned: units done by this process, by a
     worker and by an earlier run give the same bytes.
     """
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
     for chunk in chunks:
         empty = TensorStorageMetadata(_properties(chunk), torch.Size(chunk.whole), [])
-        entries.setdefault(intern(chunk.key), empty).chunks.append(_region(chunk))
+        tensors.setdefault(intern(chunk.key), empty).chunks.append(_region(chunk))
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
     spans = {}
     for key, start, file, offset, nbytes in stored:
         key, file = intern(key), intern(file)

@@ -3,7 +3,8 @@
 `GPTModel` has a module for each layer, `HybridModel` two: attention, then experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
@@ -44,17 +45,19 @@ def held_layers(chunk: nn.Module) -> HeldLayers:
 
 
 def _of_gpt(decoder: TransformerBlock) -> tuple[list[int], set[tuple[int, ...]]]:
-    for layer in decoder.layers:
+    layers: list[Any] = list(decoder.layers)
+    for layer in layers:
         if not isinstance(layer.mlp, MoELayer):
             raise ValueError(
                 f"decoder.layers.{layer.layer_number - 1}: found {type(layer.mlp).__name__}, expected experts "
                 "(MoELayer) as in every layer of MiniMax-M2; build the model with bridge.build_model"
             )
-    return [layer.layer_number - 1 for layer in decoder.layers], _experts(decoder.layers)
+    return [layer.layer_number - 1 for layer in layers], _experts(layers)
 
 
 def _of_hybrid(decoder: HybridStack) -> tuple[list[int], set[tuple[int, ...]]]:
-    kinds, numbers = decoder.layer_type_list, [layer.layer_number - 1 for layer in decoder.layers]
+    layers: list[Any] = list(decoder.layers)
+    kinds, numbers = decoder.layer_type_list, [layer.layer_number - 1 for layer in layers]
     for kind, number in zip(kinds, numbers, strict=True):
         expected = list(HALVES)[number % 2]
         if kind != expected:
@@ -68,8 +71,8 @@ def _of_hybrid(decoder: HybridStack) -> tuple[list[int], set[tuple[int, ...]]]:
             f"decoder.layers.{cut}: a pipeline stage is cut off before it, inside layer {cut // 2} of MiniMax-M2; put "
             "'|' between whole layers, as in '*E|*E'"
         )
-    return [number // 2 for number in numbers[::2]], _experts(decoder.layers[1::2])
+    return [number // 2 for number in numbers[::2]], _experts(layers[1::2])
 
 
-def _experts(layers: nn.ModuleList) -> set[tuple[int, ...]]:
+def _experts(layers: Iterable[Any]) -> set[tuple[int, ...]]:
     return {tuple(layer.mlp.local_expert_indices) for layer in layers}

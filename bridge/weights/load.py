@@ -115,6 +115,7 @@ def _reads(batch: Batch, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, str, 
 def _scales(batch: Batch, group: Group, buffer: Tensor) -> Tensor:
     """The scales of a group's slices, [slices, *grid], in float32: a view of the buffer if they are stored so."""
     first, start = group.slices[0], batch.scales_at + group.scales
+    assert first.scale_dtype is not None  # it has a grid of scales
     stored = buffer[start : start + len(group.slices) * first.scale_bytes].view(first.scale_dtype)
     return float32_scales(stored, name=first.source).view(-1, *first.grid)
 

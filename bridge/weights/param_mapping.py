@@ -154,8 +154,8 @@ def model_rows(names: Sequence[str], dialects: Sequence[Dialect]) -> dict[Dialec
     """
     found = {}
     for dialect in dialects:
-        keys = [find(name, dialect) for name in names]
-        if None not in keys:
+        keys = [key for name in names if (key := find(name, dialect)) is not None]
+        if len(keys) == len(names):
             found[dialect] = tuple(key.row for key in keys)
     if not found:
         unknown = next(name for name in names if not find(name, dialects[-1]))

@@ -115,7 +115,10 @@ def _split(piece: Piece, files: SafetensorsFolder, block_size: int, parameter: T
     step = max(1, SLICE_BYTES // (math.prod(row) * info.dtype.itemsize))
     for start in range(first, last, step):
         rows = slice(start, min(start + step, last))
-        blocked = (rows, cols) if info.dtype == FP8 else ()
+        blocked = ()
+        if info.dtype == FP8:
+            assert cols is not None  # float8 tensors are matrices
+            blocked = rows, cols
         blocks = tuple(slice(span.start // block_size, -(-span.stop // block_size)) for span in blocked)
         offsets = tuple(span.start % block_size for span in blocked)
         grid = (blocks[0].stop - blocks[0].start, -(-row[0] // block_size)) if blocks else ()

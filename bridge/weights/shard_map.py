@@ -103,8 +103,13 @@ class ShardMap:
     def _pattern(self) -> dict[tuple[Row, int], dict[tuple, list[int]]]:
         """For (row, part) the pieces (rows, cols, start), and the tensor- or expert-tensor-parallel ranks of each."""
         sizes, experts = self.parallelism, self.config.num_local_experts
-        one_expert_a_rank = {"ep": experts, "dp": experts * sizes.expert_tp}
-        grid = Parallelism(tp=sizes.tp, etp=sizes.expert_tp, vocab_divisor=sizes.vocab_divisor, **one_expert_a_rank)
+        grid = Parallelism(
+            tp=sizes.tp,
+            ep=experts,  # one expert a rank
+            etp=sizes.expert_tp,
+            dp=experts * sizes.expert_tp,
+            vocab_divisor=sizes.vocab_divisor,
+        )
         one_layer = replace(self.config, num_hidden_layers=1)
         found: dict[tuple[Row, int], dict[tuple, list[int]]] = {}
         for rank in range(max(sizes.tp, sizes.expert_tp)):

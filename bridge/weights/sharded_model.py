@@ -115,7 +115,8 @@ def _facts(held: list[HeldLayers], states: list[dict[str, Tensor]]) -> _Facts:
             "tp": parallel_state.get_tensor_model_parallel_rank(),
             "pp": parallel_state.get_pipeline_model_parallel_rank(),
             "ep": parallel_state.get_expert_model_parallel_rank(),
-            "etp": parallel_state.get_expert_tensor_parallel_rank(),
+            # megatron-core declares nothing; None would be its rank before the groups are made
+            "etp": parallel_state.get_expert_tensor_parallel_rank(),  # pyright: ignore[reportArgumentType]
             "cp": parallel_state.get_context_parallel_rank(),
             "dp": parallel_state.get_data_parallel_rank(),
         },

@@ -113,7 +113,7 @@ def _runs(tensors: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
             members.append(order.popleft())
             end += tensors[members[-1]].nbytes
         run = torch.empty(0, dtype=torch.uint8, device=first.device)
-        yield run.set_(storage, begin - storage.data_ptr(), (end - begin,)), members
+        yield run.set_(storage, begin - storage.data_ptr(), (end - begin,), (1,)), members
 
 
 def _drain(

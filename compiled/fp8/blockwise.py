@@ -25,6 +25,7 @@ first use, and the number of compilations does not grow with the number of shape
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import overload
 
 import torch
 from jaxtyping import Float, Float8e4m3fn, Float32
@@ -35,6 +36,32 @@ from reference.config import FP8_BLOCK, ScaleFormat
 from reference.fp8 import FP8, check_codes, check_scale_values, divisors, fresh_scales, scale_grid, zero_blocks
 
 
+@overload
+def dequantize_blockwise(
+    weight: Float8e4m3fn[Tensor, "*experts rows cols"],
+    scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],
+    *,
+    block_size: int = FP8_BLOCK,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Float[Tensor, "*experts rows cols"] | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    check_values: bool = True,
+    name: str = "weight",
+) -> Float[Tensor, "*experts rows cols"]: ...
+@overload
+def dequantize_blockwise(
+    weight: Float8e4m3fn[Tensor, "experts rows cols"],
+    scale_inv: Float32[Tensor, "experts row_blocks col_blocks"],
+    *,
+    block_size: int = FP8_BLOCK,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Sequence[Float[Tensor, "rows cols"]],
+    row_offset: int = 0,
+    col_offset: int = 0,
+    check_values: bool = True,
+    name: str = "weight",
+) -> Sequence[Float[Tensor, "rows cols"]]: ...
 def dequantize_blockwise(
     weight: Float8e4m3fn[Tensor, "*experts rows cols"],
     scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],
@@ -60,10 +87,12 @@ def dequantize_blockwise(
     if weight.dtype != FP8:
         raise ValueError(f"{name}: found {weight.dtype}, expected {FP8}; pass the codes as they are stored")
     _check_scales(weight, scale_inv, block_size, row_offset, col_offset, name)
-    each = isinstance(out, Sequence)
-    out = _results(out, weight, dtype, name) if each else _result(out, weight, dtype, name)
+    if isinstance(out, Sequence):
+        _check_results(out, weight, dtype, name)
+    else:
+        out = _result(out, weight, dtype, name)
     if weight.is_cuda:
-        result = [one.detach() for one in out] if each else _stack(out)
+        result = _stack(out) if isinstance(out, Tensor) else [one.detach() for one in out]
         operands = (_stack(weight), _stack(scale_inv), result, block_size, row_offset, col_offset)
         if not _launch("dequantize", *operands, dtype=dtype, check=check_values):
             _check_scale_values(weight, scale_inv, block_size, row_offset, col_offset, name)
@@ -71,7 +100,8 @@ def dequantize_blockwise(
         return out
     if check_values and not valid_scales(scale_inv):
         _check_scale_values(weight, scale_inv, block_size, row_offset, col_offset, name)
-    for codes, scales, values in zip(weight, scale_inv, out, strict=True) if each else [(weight, scale_inv, out)]:
+    matrices = [(weight, scale_inv, out)] if isinstance(out, Tensor) else zip(weight, scale_inv, out, strict=True)
+    for codes, scales, values in matrices:
         if cpu.decode(_stack(codes), _stack(scales), _stack(values), block_size, row_offset, col_offset):
             if check_values:
                 check_codes(weight, name=name)
@@ -202,9 +232,7 @@ def _result(out: Tensor | None, weight: Tensor, dtype: torch.dtype, name: str) -
     return out
 
 
-def _results(
-    out: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, name: str
-) -> Sequence[Float[Tensor, "rows cols"]]:
+def _check_results(out: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, name: str) -> None:
     if weight.ndim != 3 or len(out) != len(weight):
         raise ValueError(
             f"{name}: found {len(out)} tensors as out for a weight of {list(weight.shape)}, expected one for each of "
@@ -212,7 +240,6 @@ def _results(
         )
     for codes, one in zip(weight, out, strict=True):
         _result(one, codes, dtype, name)
-    return out
 
 
 def _stack(x: Tensor) -> Tensor:

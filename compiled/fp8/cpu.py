@@ -33,11 +33,15 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reference.fp8 import FP8, FP8_MAX
+
+if TYPE_CHECKING:
+    import torch._dynamo.exc  # at run time torch.compile imports it
 
 _NAN = 0x7F  # the code, without its sign
 _FP8_MAX_BITS = 0x43E00000  # 448 as float32
@@ -135,7 +139,7 @@ def _in_pairs(weight: Tensor, out: Tensor, block_size: int, col_offset: int) -> 
         if col != 1:
             return False
         bits |= expert | row | x.storage_offset()
-    return bits % 2 == 0
+    return not bits % 2
 
 
 def _all_within(x: Tensor, bound: float) -> bool:
@@ -149,19 +153,19 @@ def _flushes_subnormals() -> bool:
     return _LEAST_NORMAL * 0.5 == 0
 
 
-def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def _compiled[Result: Tensor | None](function: Callable[..., Result]) -> Callable[..., Result]:
     """`function`, compiled at its first call: importing torch._inductor alone takes a second."""
     compiled = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True, options=_OPTIONS))
 
     @functools.wraps(function)
-    def call(*operands: Tensor) -> Tensor | None:
-        operands = [x.data for x in operands]  # no views: compilations would depend on the shapes of their bases
+    def call(*operands: Tensor) -> Result:
+        tensors = [x.data for x in operands]  # no views: compilations would depend on the shapes of their bases
         with torch.no_grad():
             try:
-                return compiled()(*operands)
+                return compiled()(*tensors)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
                 with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILATIONS):
-                    return compiled()(*operands)
+                    return compiled()(*tensors)
 
     return call
 

@@ -8,7 +8,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import (
+    _resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]  # torch's own modules take it from here
+)
 
 GroupGetter = Callable[[], ProcessGroup | None]
 
@@ -34,7 +36,9 @@ def sum_over_ranks(x: Tensor, ranks: ProcessGroupInfo) -> Tensor:
     Compiled, it is a functional collective: torch 2.11 compiles in-place ones wrongly. In eager mode it is an in-place
     one: a functional one takes about ten times as much processor time.
     """
+    # torch declares names of groups as a NewType of str.
     if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.name))
-    dist.all_reduce(x, group=_resolve_process_group(ranks.name))
+        total = functional.all_reduce(x, "sum", ranks.name)  # pyright: ignore[reportArgumentType]
+        return functional.wait_tensor(total)
+    dist.all_reduce(x, group=_resolve_process_group(ranks.name))  # pyright: ignore[reportArgumentType]
     return x

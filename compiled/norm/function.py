@@ -14,10 +14,11 @@ calls on CUDA go to `host`, which has the same function in C++.
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compiled.norm import host, steps_torch, steps_triton
@@ -33,7 +34,7 @@ class HeadNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         spec: NormSpec,
         ranks: ProcessGroupInfo,
         replicas: tuple[int, ...],
@@ -53,7 +54,7 @@ class HeadNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, rstd, *tensors = ctx.saved_tensors
         weights, inputs = tensors[: len(ctx.replicas)], tensors[len(ctx.replicas) :]
         steps = _steps(inputs[0])
@@ -75,8 +76,8 @@ def head_norm(
     replicas: tuple[int, ...],
     cos: Tensor | None,
     sin: Tensor | None,
-    weights: list[Tensor],
-    inputs: list[Tensor],
+    weights: Sequence[Tensor],
+    inputs: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """`HeadNorm.apply`; in eager mode on a GPU its C++ form, which takes less processor time."""
     if not torch.compiler.is_compiling() and _steps(inputs[0]) is steps_triton:

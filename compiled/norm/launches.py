@@ -127,7 +127,7 @@ def fill_gradients(grads: list[Tensor], saved: Saved, spec: NormSpec, targets: T
     return [launch._replace(programs=resident), addition]
 
 
-def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, int, int, int], ...]:
+def _views(parts: list[Tensor]) -> tuple[tuple[Tensor, *tuple[int, ...]], ...]:
     """Each tensor with its strides over seq, batch, and groups (or heads); copied if its last axis is not dense."""
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in parts]
     return tuple([(x, *x.stride()[:3]) for x in dense])
@@ -137,7 +137,7 @@ def _table(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, int,
     """cos and sin with their strides over seq and batch."""
     if cos is None:
         return None
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()  # pyright: ignore[reportOptionalMemberAccess]  # given with cos
     return cos, sin, cos.stride(0), cos.stride(1) if cos.dim() == 3 else 0
 
 

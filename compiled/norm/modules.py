@@ -4,6 +4,7 @@ Outputs and gradients equal those of one process that has all heads, at any tens
 `compiled.norm.function`. All compile with `fullgraph=True`, at most twice for any number of sequence lengths.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ class FullDimQKNorm(nn.Module):
         """
         _check("query", query, self.heads, self.head_dim)
         _check("key", key, self.kv_heads, self.head_dim)
-        return self._apply_norm((), None, None, query, key)
+        query, key = self._apply_norm((), None, None, query, key)
+        return query, key
 
     def forward_fused(
         self, mixed_qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
@@ -187,7 +189,8 @@ class FullDimQKNorm(nn.Module):
             self._check_tables(mixed_qkv, cos, sin)
         own = self.heads // self.kv_heads
         split = (self.ranks.rank % self.replicas * own, own)
-        return self._apply_norm(split, cos, sin, mixed_qkv)
+        query, key, value = self._apply_norm(split, cos, sin, mixed_qkv)
+        return query, key, value
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -209,7 +212,7 @@ class FullDimQKNorm(nn.Module):
 
     def _apply_norm(
         self, split: tuple[int, ...], cos: Tensor | None, sin: Tensor | None, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Sequence[Tensor]:
         weights = [self.q_weight, self.k_weight]
         for names, tensors in (("q_weight and k_weight", weights), ("query and key", inputs)):
             if tensors[0].dtype != tensors[-1].dtype:
@@ -217,7 +220,7 @@ class FullDimQKNorm(nn.Module):
                     f"{names} must have one dtype: found {tensors[0].dtype} and {tensors[-1].dtype}; convert one"
                 )
         spec = NormSpec(self.terms, self.eps, self.head_dim, split)
-        return tuple(head_norm(spec, self.ranks, (1, self.replicas), cos, sin, weights, list(inputs)))
+        return head_norm(spec, self.ranks, (1, self.replicas), cos, sin, weights, list(inputs))
 
 
 class RMSNorm(nn.Module):
@@ -236,7 +239,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
-        self.weight.sequence_parallel = sequence_parallel
+        # megatron-core's mark, an attribute that torch does not declare
+        self.weight.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = len(self.weight)

@@ -47,7 +47,9 @@ def forward(
         y = w.view(x.shape[2:]) * (_wide(x) * r[..., None, None]).to(x.dtype)
         # Not a view: autograd would not let the caller change it in place.
         y = torch.ops.aten._unsafe_view(y.contiguous(), _by_head(x, spec))
-        outputs.append(y if cos is None else _rotate(y, cos, sin))
+        if cos is not None:
+            y = _rotate(y, cos, sin)  # pyright: ignore[reportArgumentType]  # given with cos
+        outputs.append(y)
     if passed is not None:
         value = passed.reshape(_by_head(passed, spec))
         outputs.append(value.to(outputs[0].dtype, copy=True, memory_format=torch.contiguous_format))
@@ -123,7 +125,9 @@ def _by_head(x: Tensor, spec: NormSpec) -> tuple[int, ...]:
 def _rotated_back(grads: list[Tensor], cos: Tensor | None, sin: Tensor | None) -> list[Tensor]:
     """The gradients with respect to RoPE's inputs: a rotation's transpose rotates by the opposite angle."""
     wide = [_wide(g) for g in grads]
-    return wide if cos is None else [_rotate(g, cos, -sin) for g in wide]
+    if cos is None:
+        return wide
+    return [_rotate(g, cos, -sin) for g in wide]  # pyright: ignore[reportOptionalOperand]  # given with cos
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

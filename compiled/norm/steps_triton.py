@@ -5,6 +5,7 @@ its arguments: a fused qkv's gradient is one new buffer, which the backward kern
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callabl
     size = len(NormSpec._fields)
 
     def decorate(function: Callable) -> Callable:
-        def launch(*args: object) -> object:
+        def launch(*args: Any) -> Any:
             with torch.cuda.device_of(args[0][0]):  # Triton launches on the current device
                 return function(*args)
 
