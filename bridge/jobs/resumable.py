@@ -7,7 +7,7 @@ appears).
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,8 +107,14 @@ def run_resumable(
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a result's bytes."""
-    return {f"version of {name}": version(name) for name in ("minimax-m2", "torch", "safetensors")}
+    """Of what decides a result's bytes; a package that runs from its sources has none."""
+    found = {}
+    for name in ("minimax-m2", "torch", "safetensors"):
+        try:
+            found[f"version of {name}"] = version(name)
+        except PackageNotFoundError:
+            found[f"version of {name}"] = "not installed"
+    return found
 
 
 def _finished_before(work: Work, staging: Staging, output: Output) -> Done | None:
