@@ -85,7 +85,7 @@ def say_left_behind(names: list[str]) -> None:
 
 def named(names: list[str]) -> str:
     """The first of some names, which do nothing to a terminal, and how many more there are."""
-    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:MOST_NAMED]]
+    shown = ["".join(one if one.isprintable() else ascii(one)[1:-1] for one in name) for name in names[:MOST_NAMED]]
     return ", ".join(shown) + (f", {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 

@@ -232,7 +232,9 @@ def _same_bytes(left: Path, right: Path) -> bool:
 
 def _same_model(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether one side's config is the other's with its quantisation removed."""
-    without = [without_quantization(side) for side in (left, right)]
+    without = [
+        {key: value for key, value in without_quantization(side).items() if key != SECTION} for side in (left, right)
+    ]
     return bool(left.get(SECTION)) != bool(right.get(SECTION)) and without[0] == without[1]
 
 

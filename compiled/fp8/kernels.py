@@ -8,7 +8,7 @@ Tensors are [experts, rows, cols] with any strides; `*_at` are the strides.
 (tests/benchmarks/results/fp8_h200.json):
 
     decoding                                       95 %
-    encoding, with given or fresh scales          102 %
+    encoding, with given or fresh scales          103 %
     torch.compile of the formula, sizes constant   95 % decoding, one compilation for each shape
     torch.compile of the formula, sizes free        6 % decoding
 

@@ -1,5 +1,6 @@
 """A conversion as a command: processes that are all of its own, workers or torchrun's ranks, as a user's are."""
 
+import json
 import os
 import re
 import subprocess
@@ -22,17 +23,17 @@ ENVIRONMENT = {
 
 # Converts under torchrun, or with some workers, as `minimax-m2 import` and `export` do.
 PROGRAM = """
-import os, sys
+import json, os, sys
 from bridge.convert.hf_to_torch_dist import ImportJob
 from bridge.convert.torch_dist_to_hf import ExportJob
 from bridge.jobs.ranks import TorchrunRanks
 from support.conversions import convert
 if __name__ == "__main__":
-    job = eval(sys.argv[1])
+    job = {"ImportJob": ImportJob, "ExportJob": ExportJob}[sys.argv[1]](**json.loads(sys.argv[2]))
     with TorchrunRanks():
         try:
             os.write(2, f"rank {os.environ.get('RANK')} is {os.getpid()}\\n".encode())  # at once: ranks share it
-            convert(job, workers=int(sys.argv[2]))
+            convert(job, workers=int(sys.argv[3]))
         except (ValueError, OSError) as error:
             os.write(2, f"refused: {error}\\n".encode())
             sys.exit(2)
@@ -60,7 +61,8 @@ def start_command(job: Job, folder: Path, *, ranks: int = 0, workers: int = 1) -
     (folder / "program.py").write_text(PROGRAM)
     mark = f"COMMAND_IN={folder}"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, str(folder / "program.py"), repr(job), str(workers)]
+    what = [type(job).__name__, json.dumps(job._asdict()), str(workers)]
+    command = [sys.executable, *launcher, str(folder / "program.py"), *what]
     environment = os.environ | ENVIRONMENT | dict([mark.split("=")])
     with (folder / "log").open("w") as log:
         return Command(subprocess.Popen(command, env=environment, stdout=log, stderr=log), folder / "log", mark)

@@ -134,8 +134,9 @@ CASES += [(source, text) for source in ANY_TEXT for text in HOSTILE]
 
 
 def _words(text: str) -> str:
-    """Without what a table's width decides: where lines end."""
-    return "".join(text.replace("/", "_").split())
+    """Without what a table's width decides: where lines end, and what is drawn there."""
+    drawn = str.maketrans(dict.fromkeys("│┃┌┐└┘├┤─━┏┓┗┛┡┩╇", ""))
+    return "".join(text.replace("/", "_").translate(drawn).split())
 
 
 @pytest.mark.parametrize(("source", "text"), CASES)
@@ -150,13 +151,13 @@ def test_what_the_command_prints(copy: Path, source: str, text: str) -> None:
         assert _words(escaped(HOSTILE[text])) in _words(said)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", [text for text in HOSTILE if text != "surrogate"])  # which no tensor's name can have
 def test_json_is_whole_and_harmless(copy: Path, text: str) -> None:
-    words = unquantised_module(copy, HOSTILE[text])
+    words = tensor_name(copy, HOSTILE[text])
     result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     assert_harmless(result.stdout)
-    assert HOSTILE[text] in json.loads(result.stdout)["facts"]["quantisation"]
+    assert HOSTILE[text] in "".join(json.loads(result.stdout)["problems"])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])

@@ -276,8 +276,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "header not JSON": (lambda f: rewrite(f / FIRST, lambda d: d[:8] + b"x" + d[9:]), [FIRST, "not a safetensors"]),
     "unknown dtype": (
-        lambda f: rewrite(f / SECOND, lambda d: edit_header(d, lambda h: h.replace('"BOOL"', '"F8_E8M0"'))),
-        [SECOND, "flags", "F8_E8M0", "BF16"],
+        lambda f: rewrite(f / SECOND, lambda d: edit_header(d, lambda h: h.replace('"BOOL"', '"F6_E2M3"'))),
+        [SECOND, "flags", "F6_E2M3", "BF16"],
     ),
     "tensor not in its shard": (
         lambda f: remap(f, lambda m: {**m, "lost.weight": FIRST}),

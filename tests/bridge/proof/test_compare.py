@@ -67,12 +67,12 @@ def test_the_error_is_measured(checkpoint: Path, copy: Path) -> None:
 def test_files_and_tensors_of_one_side_are_named(checkpoint: Path, copy: Path) -> None:
     edit_tensors(copy, lambda tensors: tensors.pop("model.layers.2.enorm.weight"))
     (copy / "generation_config.json").write_text("{}")
-    (copy / "more.txt").write_text("")
+    (copy / "tokenizer.json").write_text("{}")
     edit_config(copy, lambda config: config.update(eos_token_id=3))
     named = {difference.name: difference.what for difference in compare_checkpoints(checkpoint, copy).differences}
     assert named == {
         "model.layers.2.enorm.weight": "tensor only on the left",
-        "more.txt": "file only on the right",
+        "tokenizer.json": "file only on the right",
         "generation_config.json": "the files differ",
         "config.json": "the files differ",
     }
