@@ -80,7 +80,7 @@ def check_same_on_all_ranks(values: Mapping[str, Any]) -> None:
     """
     first, *others = all_gather_objects(dict(values))
     for rank, theirs in enumerate(others, 1):
-        for name in first.keys() | theirs.keys():
+        for name in first | theirs:  # in one order on every rank
             if first.get(name) != theirs.get(name):
                 ours, other = _difference(first.get(name), theirs.get(name))
                 raise ValueError(
