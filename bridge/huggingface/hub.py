@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 
 def checkpoint_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of that name if there is one (no network is touched), else the hub's repository, downloaded.
@@ -17,6 +14,9 @@ def checkpoint_folder(path_or_hub_id: str | Path, *, revision: str | None = None
         return folder
     if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
         raise ValueError(f"{folder}: no such folder; give the folder of a checkpoint, or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download  # 0.15 s, which a local folder need not wait for
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
