@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from bridge.jobs.escaped import escaped
 from bridge.jobs.ranks import TorchrunRanks, all_gather_objects, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.third_party_logs import drop_remark_on_gpus
 from reference.model_class import ModelClass
@@ -185,8 +186,7 @@ def printable(text: str, console: Console) -> str:
     That is control characters (\x1b), newlines, marks that turn the writing direction, lone surrogates and the like,
     and what the console's encoding lacks.
     """
-    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-    return shown.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    return escaped(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def say_line(text: str, *, label: str = "", console: Console | None = None) -> None:

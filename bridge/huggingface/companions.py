@@ -17,6 +17,7 @@ from bridge.formats import check_is_itself
 from bridge.huggingface.read_json import read_object
 from bridge.huggingface.regular_files import file_inside, stays_inside
 from bridge.huggingface.safetensors_folder import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
+from bridge.jobs.escaped import escaped
 
 # By kind, patterns of names in lower case.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -85,7 +86,7 @@ def say_left_behind(names: list[str]) -> None:
 
 def named(names: list[str]) -> str:
     """The first of some names, which do nothing to a terminal, and how many more there are."""
-    shown = ["".join(one if one.isprintable() else ascii(one)[1:-1] for one in name) for name in names[:MOST_NAMED]]
+    shown = [escaped(name) for name in names[:MOST_NAMED]]
     return ", ".join(shown) + (f", {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 

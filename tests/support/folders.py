@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 
 
@@ -34,3 +36,13 @@ def finished_files(out: Path) -> list[Path]:
     partial, journal = (out.with_name(f".{out.name}.{role}") for role in ("partial", "journal"))
     records = [json.loads(path.read_bytes()) for path in sorted(journal.glob("unit-*.json"))]
     return [partial / file for record in records for file in record["files"]]
+
+
+def bind(path: Path) -> None:
+    """A socket; its name may have about a hundred characters."""
+    here = os.open(path.parent, os.O_RDONLY)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(f"/proc/self/fd/{here}/{path.name}")
+    finally:
+        os.close(here)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import edit_config
 from support.conversions import export, imported_from
-from support.folders import contents
+from support.folders import bind, contents
 from typer.testing import CliRunner
 
 from bridge import MiniMaxM2Bridge
@@ -50,16 +49,6 @@ def outside(tmp_path: Path) -> Path:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret").write_text(SECRET)
     return tmp_path / "outside"
-
-
-def bind(path: Path) -> None:
-    """A socket; its name may have about a hundred characters."""
-    here = os.open(path.parent, os.O_RDONLY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{here}/{path.name}")
-    finally:
-        os.close(here)
 
 
 def outside_of(path: Path) -> Path:

@@ -4,7 +4,6 @@ import math
 import os
 import pickle
 import shutil
-import socket
 import time
 import zipfile
 from argparse import Namespace
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.folders import bind
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import metadata as older
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta
@@ -259,16 +259,6 @@ def replace_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
         make(folder / "__0_0.distcp")
 
     return apply
-
-
-def bind(path: Path) -> None:
-    """A socket; its name may have about a hundred characters."""
-    here = os.open(path.parent, os.O_RDONLY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{here}/{path.name}")
-    finally:
-        os.close(here)
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
