@@ -193,8 +193,20 @@ def _name_in(drop_in: bool, name: str) -> str:
 def _forward_step(batches, model):
     tokens = next(batches)
     positions = torch.arange(SEQ, device=tokens.device).expand(len(tokens), -1)
-    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+    everyone = tokens[:, 1:]
+    tokens, labels, positions = map(_own_part, (tokens[:, :-1], everyone, positions))
+    output = model(tokens, positions, None, labels=labels)
+    share = labels.numel() / everyone.numel()  # the schedule multiplies by the context-parallel size
+    return output, lambda losses: (losses.mean() * share, {"loss": losses.mean().detach()})
+
+
+def _own_part(tokens: Tensor) -> Tensor:
+    """Under context parallelism: of twice as many pieces of the sequence as ranks, one from each end."""
+    from megatron.core import parallel_state
+
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    pieces = tokens.chunk(2 * ranks, 1)
+    return torch.cat((pieces[rank], pieces[-1 - rank]), 1)
 
 
 def _gradient_norm(chunks: list[torch.nn.Module]) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from support.checkpoints import EDGY_CONFIG
+from torch.distributed.checkpoint import FileSystemReader
 
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
@@ -29,6 +30,11 @@ pytestmark = [
 CONFIG = {**EDGY_CONFIG, "head_dim": 64, "rotary_dim": 32, "num_local_experts": 4, "intermediate_size": 80}
 
 
+def keys_of(folder: Path) -> set[str]:
+    """Of tensors and objects, as torch reads them."""
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
 @pytest.mark.parametrize("kind", ModelClass)
 def test_there_and_back(tmp_path: Path, kind: ModelClass) -> None:
     source, megatron, saved, back = (tmp_path / name for name in ("source", "megatron", "saved", "back"))
@@ -45,6 +51,7 @@ def test_there_and_back(tmp_path: Path, kind: ModelClass) -> None:
             assert torch.equal(live[parameter.name].cpu(), shard(parameter, tensors)), parameter.name
         saved.mkdir()
         dist_checkpointing.save(model.sharded_state_dict(), str(saved))
+    assert keys_of(megatron / "iter_0000001") == keys_of(saved)  # Transformer Engine's extra states among them
     summary = export_checkpoint(ExportJob(str(saved), str(back), source=str(source)))
     assert summary.requantised == 0
     assert compare_checkpoints(source, back).differences == []
