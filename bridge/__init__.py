@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bridge.model.layer_spec import minimax_m2_block_spec, minimax_m2_hybrid_spec, minimax_m2_layer_spec
     from bridge.model.process_groups import model_parallel
     from bridge.model.qk_norm import FullDimKNorm, FullDimQNorm
+    from bridge.model.safe_settings import check_settings
     from bridge.proof.compare import compare_checkpoints
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "model_parallel": "bridge.model.process_groups",
     "FullDimKNorm": "bridge.model.qk_norm",
     "FullDimQNorm": "bridge.model.qk_norm",
+    "check_settings": "bridge.model.safe_settings",
     "ImportJob": "bridge.convert.hf_to_torch_dist",
     "import_checkpoint": "bridge.convert.hf_to_torch_dist",
     "ExportJob": "bridge.convert.torch_dist_to_hf",
@@ -42,6 +44,7 @@ __all__ = [
     "ImportJob",
     "MiniMaxM2Bridge",
     "build_model",
+    "check_settings",
     "compare_checkpoints",
     "export_checkpoint",
     "import_checkpoint",

@@ -28,6 +28,7 @@ from megatron.core.utils import deprecate_inference_params, get_pg_rank, get_pg_
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from bridge.model.safe_settings import check_settings
 from compiled import FullDimQKNorm
 from reference.weights import TABLE, Dialect, Layout, Row
 
@@ -46,30 +47,19 @@ CHECKPOINT_KEYS = {
 
 KEPT_TABLES = "_minimax_m2_tables"  # the attribute of the angles that keeps cos and sin with them
 
-NOT_OF_THIS_MODEL = (
-    "fused_single_qkv_rope",
-    "attention_output_gate",
-    "qk_l2_norm",
-    "rotary_interleaved",
-    "no_rope_freq",
-)
-
 
 class MiniMaxM2SelfAttention(SelfAttention):
     """`SelfAttention` whose queries and keys are normed over all heads of all ranks.
 
     Raises:
-        ValueError: the config asks for something that would bypass the norm (`fused_single_qkv_rope`,
-            `attention_output_gate`, `qk_l2_norm`), or for another rotation (`rotary_interleaved`, `no_rope_freq`,
-            YaRN's scaling).
+        ValueError: settings of the config do not work together or with this attention (`bridge.model.safe_settings`),
+            or ask for YaRN's scaling.
     """
 
     def __init__(
         self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int, **kwargs: Any
     ) -> None:
-        for name in NOT_OF_THIS_MODEL:
-            if getattr(config, name):
-                raise ValueError(f"{name} is on, which MiniMax-M2's attention does not have: set {name}=False")
+        check_settings(config)
         none = IdentityOp if config.qk_layernorm else None
         empty = replace(submodules, q_layernorm=none, k_layernorm=none)
         super().__init__(config, empty, layer_number, **kwargs)

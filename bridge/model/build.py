@@ -21,10 +21,6 @@ from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, padded_vocab_size, spread_layers
 from reference.rope import inverse_frequencies
 
-# megatron-core's default, no overlap, mixes up the messages of two pipeline ranks that have virtual stages: losses and
-# gradients are wrong without a word (seen, 0.19.2, gloo and NCCL, with megatron-core's own layer spec too).
-VIRTUAL_STAGES_ON_TWO_RANKS = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-
 
 def group_parallelism(
     config: ModelConfig, *, layers_per_stage: tuple[int, ...] | None = None, vocab_divisor: int = 1
@@ -63,7 +59,8 @@ def build_model(
         overrides: `TransformerConfig` fields.
 
     Raises:
-        ValueError: the model does not divide by the parallel sizes, or `model` is no class.
+        ValueError: the model does not divide by the parallel sizes, `model` is no class, or `overrides` do not work
+            together (`bridge.model.safe_settings`).
     """
     parallelism = group_parallelism(config, layers_per_stage=layers_per_stage, vocab_divisor=vocab_divisor)
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -76,7 +73,6 @@ def build_model(
         "expert_tensor_parallel_size": parallelism.etp,
         "context_parallel_size": parallelism.cp,
         "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
-        **(VIRTUAL_STAGES_ON_TWO_RANKS if virtual is not None and parallelism.pp == 2 else {}),
         **stages(config, parallelism),
     }
     chunks = [

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.model.layer_spec import Backend, default_backend
+from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, spread_layers
@@ -98,8 +99,11 @@ def transformer_config(
     `model` is the class, "gpt" or "hybrid"; `backend` is the layer spec's (`default_backend` of
     `bridge.model.layer_spec` if None).
 
+    Virtual stages on two pipeline ranks get the settings with which they are right, where `overrides` name no others.
+
     Raises:
-        ValueError: megatron-core has no mixed-precision mode for `params_dtype`; `model` is neither.
+        ValueError: megatron-core has no mixed-precision mode for `params_dtype`; `model` is neither; or `overrides` do
+            not work together (`bridge.model.safe_settings`).
     """
     hybrid = ModelClass(model) is ModelClass.HYBRID
     if params_dtype not in DTYPE_FLAGS:
@@ -114,7 +118,12 @@ def transformer_config(
         **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
         **(HYBRID_SETTINGS | {"num_layers": 2 * config.num_hidden_layers} if hybrid else {}),
     }
-    return TransformerConfig(**{**fields, **overrides})
+    megatron = TransformerConfig(**{**fields, **overrides})
+    if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:
+        for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
+            setattr(megatron, name, overrides.get(name, value))
+    check_settings(megatron)
+    return megatron
 
 
 def gpt_model_arguments(config: ModelConfig) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 import compiled
 from bridge.model.attention import MiniMaxM2SelfAttention
 from bridge.model.router import Float32Router
+from bridge.model.safe_settings import check_settings
 
 Backend = Literal["transformer_engine", "local"]
 
@@ -57,8 +58,10 @@ def minimax_m2_layer_spec(config: TransformerConfig, backend: Backend | None = N
     """One decoder layer, whether `config.qk_layernorm` is on or off.
 
     Raises:
-        ValueError: `backend` is neither None, "transformer_engine" nor "local".
+        ValueError: `backend` is neither None, "transformer_engine" nor "local"; or settings of the config do not work
+            together (`bridge.model.safe_settings`).
     """
+    check_settings(config)
     modules = _modules(backend)
     return ModuleSpec(
         module=TransformerLayer,
@@ -69,7 +72,12 @@ def minimax_m2_layer_spec(config: TransformerConfig, backend: Backend | None = N
 def minimax_m2_block_spec(
     config: TransformerConfig, backend: Backend | None = None, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage (and virtual stage), and the final norm."""
+    """The layers of this rank's pipeline stage (and virtual stage), and the final norm.
+
+    Raises:
+        ValueError: as `minimax_m2_layer_spec`.
+    """
+    check_settings(config)  # also where the stage has no layer
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[minimax_m2_layer_spec(config, backend)] * count, layer_norm=_modules(backend).layer_norm()
@@ -77,7 +85,12 @@ def minimax_m2_block_spec(
 
 
 def minimax_m2_hybrid_spec(config: TransformerConfig, backend: Backend | None = None) -> ModuleSpec:
-    """The stack of a `HybridModel` whose pattern has `*E` for each layer: attention, then experts."""
+    """The stack of a `HybridModel` whose pattern has `*E` for each layer: attention, then experts.
+
+    Raises:
+        ValueError: as `minimax_m2_layer_spec`.
+    """
+    check_settings(config)
     modules = _modules(backend)
     attention = TransformerLayerSubmodules(**_attention_half(modules))
     experts = TransformerLayerSubmodules(**_expert_half(modules, config))

@@ -62,8 +62,14 @@ class Float32Router(TopKRouter):
     def routing(
         self, logits: Float32[Tensor, "seq batch experts"], padding_mask: Bool[Tensor, "seq batch"] | None = None
     ) -> tuple[Float32[Tensor, "tokens experts"], Bool[Tensor, "tokens experts"]]:
-        """Choose experts and weigh them; megatron-core does not normalise the weight of a single chosen expert."""
+        """Choose experts and weigh them; megatron-core does not normalise the weight of a single chosen expert.
+
+        With `moe_router_padding_for_quantization` its dispatcher adds to the map in place. Where the router is fused,
+        autograd has kept the map for the backward pass, and would refuse one that was changed: it gets one of its own.
+        """
         probs, routing_map = super().routing(logits, padding_mask)
+        if self.config.moe_router_fusion and self.config.moe_router_padding_for_quantization:
+            routing_map = routing_map.clone()
         if self.topk == 1:
             probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
         return probs, routing_map

@@ -20,6 +20,7 @@ from bridge.jobs.ranks import all_gather_objects, raise_on_all_ranks
 from bridge.model.process_groups import group_sizes
 from bridge.weights.decoder_layers import HeldLayers, held_layers
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
+from bridge.weights.parameter_classes import check_plain
 from bridge.weights.shard_map import ShardMap
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
@@ -77,8 +78,9 @@ def sharded_model(model: nn.Module | Sequence[nn.Module], config: ModelConfig) -
     """Read the layout of a model; all ranks must call it. `model` is one chunk, or the list of a rank's chunks.
 
     Raises:
-        ValueError: megatron-core is not set up; the ranks, layers or experts are not in the order that
-            `reference.sharding` assumes; or the model is not of this config. All ranks raise the same error.
+        ValueError: megatron-core is not set up; a parameter is not a plain tensor (`parameter_classes`); the ranks,
+            layers or experts are not in the order that `reference.sharding` assumes; or the model is not of this
+            config. All ranks raise the same error.
     """
     if not (distributed.is_initialized() and parallel_state.model_parallel_is_initialized()):
         raise ValueError(
@@ -87,6 +89,8 @@ def sharded_model(model: nn.Module | Sequence[nn.Module], config: ModelConfig) -
         )
     with raise_on_all_ranks():
         chunks = unwrap_model([model] if isinstance(model, nn.Module) else list(model))
+        for chunk in chunks:
+            check_plain(chunk)
         held = [held_layers(chunk) for chunk in chunks]
         states = [model_state(chunk) for chunk in chunks]
         facts = _facts(held, states)

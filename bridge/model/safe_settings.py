@@ -1,0 +1,165 @@
+"""Settings that do not work together for this model: what happens, and what to set instead.
+
+megatron-core takes thousands of combinations and checks some. The rows below are those that are silently wrong or that
+fail far from their cause, each seen in a run (`bridge/model/README.md` says which). Everything that is given a
+`TransformerConfig` calls `check_settings`: the configuration, the layer specs, the attention, the builders. It can be
+called with a `DistributedDataParallelConfig` too, which a model never sees: a training loop calls it before it wraps.
+
+A row is data: the settings that must all be so, and the settings with which it works.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+Condition = Callable[[Any], object]
+"""Of a setting's value: whether it is one of those that a row is about."""
+
+
+def on(value: Any) -> bool:
+    """Anything but off: False, None, 0, "none" and nothing in a list."""
+    return bool(value) and value != "none"
+
+
+def off(value: Any) -> bool:
+    """The opposite of `on`."""
+    return not on(value)
+
+
+class Refusal(NamedTuple):
+    """Settings that are refused together."""
+
+    status: Literal["wrong", "broken"]
+    """Wrong: it trains, and losses or gradients are not the model's. Broken: an error, a hang or NaN."""
+    happens: str
+    instead: Mapping[str, Any]
+    """Settings with which it works, in place of those."""
+    model: Mapping[str, Condition]
+    """Fields of `TransformerConfig`."""
+    ddp: Mapping[str, Condition] = {}
+    """Fields of `DistributedDataParallelConfig`."""
+
+    def found(self, config: TransformerConfig, ddp: DistributedDataParallelConfig | None) -> dict[str, Any] | None:
+        """The settings that are refused, with their values; None if they are not all so."""
+        if self.ddp and ddp is None:
+            return None
+        pairs = [(config, self.model), (ddp, self.ddp)]
+        values = {
+            name: (getattr(side, name), condition)
+            for side, conditions in pairs
+            for name, condition in conditions.items()
+        }
+        if not all(condition(value) for value, condition in values.values()):
+            return None
+        return {name: value for name, (value, _) in values.items()}
+
+
+def _bypasses_the_norm(field: str) -> Refusal:
+    happens = "queries and keys go another way than through the norm over all heads, which MiniMax-M2 has"
+    return Refusal("wrong", happens, {field: False}, {field: on})
+
+
+# megatron-core's default, no overlap, is wrong on two pipeline ranks with virtual stages; `transformer_config` chooses
+# these.
+VIRTUAL_STAGES_ON_TWO_RANKS = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+REFUSALS: dict[str, Refusal] = {
+    "virtual stages on two pipeline ranks": Refusal(
+        "wrong",
+        "the two ranks mix up the messages of their stages, and losses and gradients are wrong without an error",
+        VIRTUAL_STAGES_ON_TWO_RANKS,
+        {
+            "pipeline_model_parallel_size": lambda size: size == 2,
+            "virtual_pipeline_model_parallel_size": lambda size: size is not None and size > 1,
+            "overlap_p2p_comm": off,
+        },
+    ),
+    "delayed weight gradients": Refusal(
+        "broken", "losses are NaN from the second step on", {"delay_wgrad_compute": False}, {"delay_wgrad_compute": on}
+    ),
+    "FP8 parameters": Refusal(
+        "broken",
+        "parameters that are stored as FP8 can be neither loaded from a checkpoint nor exported",
+        {"fp8_param": False},
+        {"fp8_param": on},
+    ),
+    "Megatron-FSDP": Refusal(
+        "wrong",
+        "the gradient norm is above that of the other ways to shard (1.3 % on two ranks), so clipping is another, and "
+        "its DTensor parameters can be neither loaded nor exported",
+        {"use_megatron_fsdp": False, "use_distributed_optimizer": True},
+        {},
+        {"use_megatron_fsdp": on},
+    ),
+    "MTP layers": Refusal(
+        "broken",
+        "the model has no multi-token prediction layers (a checkpoint's are carried along), and the loss asks for them",
+        {"mtp_num_layers": None},
+        {"mtp_num_layers": on},
+    ),
+    "meta device": Refusal(
+        "broken",
+        "Transformer Engine's modules are made without values, which only Megatron-FSDP gives them, and the others with",
+        {"init_model_with_meta_device": False},
+        {"init_model_with_meta_device": on},
+    ),
+    "operation fuser": Refusal(
+        "broken",
+        "megatron-core's experts refuse it with an assertion: their fused form is for GPUs with CuTe kernels",
+        {"use_transformer_engine_op_fuser": False},
+        {"use_transformer_engine_op_fuser": on},
+    ),
+    "local CUDA graphs": Refusal(
+        "broken",
+        "the capture includes the experts' dispatcher, which waits for the GPU, and that cannot be captured",
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router", "moe_preprocess"]},
+        {"cuda_graph_impl": lambda kind: kind == "local"},
+    ),
+    "CUDA graphs, router padding": Refusal(
+        "broken",
+        "with the router's padding the dispatcher waits for the GPU to count tokens, and that cannot be captured",
+        {"cuda_graph_impl": "none"},
+        {"cuda_graph_impl": on, "moe_router_padding_for_quantization": on},
+    ),
+    "CUDA graphs, gathering parameters": Refusal(
+        "broken",
+        "modules have hooks that gather their parameters, and a module with hooks cannot be captured",
+        {"overlap_param_gather": False},
+        {"cuda_graph_impl": on},
+        {"overlap_param_gather": on},
+    ),
+    "HybridModel, overlap of experts' communication": Refusal(
+        "broken",
+        "megatron-core's HybridModel has no build_schedule_plan, which the overlapped schedule calls",
+        {"overlap_moe_expert_parallel_comm": False},
+        {"is_hybrid_model": on, "overlap_moe_expert_parallel_comm": on},
+    ),
+    **{name: _bypasses_the_norm(name) for name in ("fused_single_qkv_rope", "attention_output_gate", "qk_l2_norm")},
+    "rotary_interleaved": Refusal(
+        "wrong",
+        "MiniMax-M2 rotates channel i with channel i + rotary_dim / 2, not with its neighbour",
+        {"rotary_interleaved": False},
+        {"rotary_interleaved": on},
+    ),
+    "no_rope_freq": Refusal(
+        "wrong", "every layer of MiniMax-M2 rotates", {"no_rope_freq": None}, {"no_rope_freq": on}
+    ),
+}
+
+
+def check_settings(config: TransformerConfig, ddp: DistributedDataParallelConfig | None = None) -> None:
+    """Refuse settings that do not work together for this model; without `ddp`, those of the model alone.
+
+    Raises:
+        ValueError: says what was found, what would happen, and what to set instead.
+    """
+    for refusal in REFUSALS.values():
+        found = refusal.found(config, ddp)
+        if found is not None:
+            raise ValueError(f"{_said(found)}: {refusal.happens}; set {_said(refusal.instead)}")
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
