@@ -101,7 +101,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "meta device": Refusal(
         "broken",
-        "Transformer Engine's modules are made without values, which only Megatron-FSDP gives them, and the others with",
+        "Transformer Engine makes its parameters without values, and only Megatron-FSDP would give them some",
         {"init_model_with_meta_device": False},
         {"init_model_with_meta_device": on},
     ),

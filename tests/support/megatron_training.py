@@ -5,6 +5,7 @@ the Transformer Engine spec, else the local one.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ class Setup(NamedTuple):
     layout: Parallelism
     model: ModelClass = ModelClass.GPT
     drop_in: bool = False
+    settings: Mapping[str, Any] = {}
+    """Of the `TransformerConfig`."""
+    changes: Mapping[str, Any] = {}
+    """Of the config of a model that has been built: what is refused when it is built."""
 
     @property
     def dialect(self) -> Dialect:
@@ -130,8 +135,12 @@ def _build(setup: Setup, dtype: torch.dtype) -> list[torch.nn.Module]:
     }
     if setup.drop_in:
         return [_build_with_drop_in(setup, settings)]
-    built = build_model(setup.case.model_config(), model=setup.model, **settings)
-    return built if isinstance(built, list) else [built]
+    built = build_model(setup.case.model_config(), model=setup.model, **settings | dict(setup.settings))
+    chunks = built if isinstance(built, list) else [built]
+    for chunk in chunks:
+        for name, value in setup.changes.items():
+            setattr(chunk.config, name, value)
+    return chunks
 
 
 def _build_with_drop_in(setup: Setup, settings: dict[str, Any]) -> torch.nn.Module:
