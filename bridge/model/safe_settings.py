@@ -143,9 +143,7 @@ REFUSALS: dict[str, Refusal] = {
         {"rotary_interleaved": False},
         {"rotary_interleaved": on},
     ),
-    "no_rope_freq": Refusal(
-        "wrong", "every layer of MiniMax-M2 rotates", {"no_rope_freq": None}, {"no_rope_freq": on}
-    ),
+    "no_rope_freq": Refusal("wrong", "every layer of MiniMax-M2 rotates", {"no_rope_freq": None}, {"no_rope_freq": on}),
 }
 
 

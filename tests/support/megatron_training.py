@@ -41,6 +41,8 @@ class Setup(NamedTuple):
     """Of the `TransformerConfig`."""
     changes: Mapping[str, Any] = {}
     """Of the config of a model that has been built: what is refused when it is built."""
+    packed: bool = False
+    """The sequences of a microbatch as one row. On a host without a GPU each goes through core attention alone."""
 
     @property
     def dialect(self) -> Dialect:
@@ -92,7 +94,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
         mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
-            losses.append(_loss_of_a_step(ddp, mine, layout))
+            losses.append(_loss_of_a_step(ddp, mine, layout, packed=setup.packed))
             norms.append(_gradient_norm(chunks))
             grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
             first = first or _shards(grads, held, setup.drop_in)
@@ -104,14 +106,14 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
         return {"losses": losses, "norms": norms, "grads": first, "weights": weights}
 
 
-def _loss_of_a_step(ddp: list[torch.nn.Module], batches: Tensor, layout: Parallelism) -> float | None:
+def _loss_of_a_step(ddp: list[torch.nn.Module], batches: Tensor, layout: Parallelism, *, packed: bool) -> float | None:
     """Forward and backward by megatron-core's schedule; None where the loss is on another rank."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     for chunk in ddp:
         chunk.zero_grad_buffer()
     reduced = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=_forward_step_of_packed if packed else _forward_step,
         data_iterator=[iter(batches) for _ in ddp] if len(ddp) > 1 else iter(batches),
         model=ddp,
         num_microbatches=len(batches),
@@ -140,6 +142,10 @@ def _build(setup: Setup, dtype: torch.dtype) -> list[torch.nn.Module]:
     for chunk in chunks:
         for name, value in setup.changes.items():
             setattr(chunk.config, name, value)
+        if setup.packed and not GPUS:
+            for layer in chunk.decoder.layers:
+                attention = layer.self_attention
+                attention.core_attention = OneSequenceAtATime(attention.core_attention)
     return chunks
 
 
@@ -216,6 +222,32 @@ def _own_part(tokens: Tensor) -> Tensor:
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     pieces = tokens.chunk(2 * ranks, 1)
     return torch.cat((pieces[rank], pieces[-1 - rank]), 1)
+
+
+def _forward_step_of_packed(batches, model):
+    """The same sequences and mean loss, in one row with their borders."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    tokens = next(batches)
+    starts = torch.arange(0, (len(tokens) + 1) * SEQ, SEQ, dtype=torch.int32, device=tokens.device)
+    packed = PackedSeqParams("thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=SEQ, max_seqlen_kv=SEQ)
+    positions = torch.arange(SEQ, device=tokens.device).repeat(len(tokens))[None]
+    row, labels = (part.reshape(1, -1) for part in (tokens[:, :-1], tokens[:, 1:]))
+    output = model(row, positions, None, labels=labels, packed_seq_params=packed)
+    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+
+
+class OneSequenceAtATime(torch.nn.Module):
+    """Core attention of packed sequences out of one that does not know them."""
+
+    def __init__(self, core_attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.core_attention = core_attention
+
+    def forward(self, query, key, value, mask, *, packed_seq_params, **kwargs) -> Tensor:
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        sequences = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self.core_attention(*sequence, mask, **kwargs) for sequence in sequences])
 
 
 def _gradient_norm(chunks: list[torch.nn.Module]) -> float:

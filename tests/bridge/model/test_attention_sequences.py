@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
+from support.megatron_training import OneSequenceAtATime
 from support.oracles import (
     BFLOAT16,
     FLOAT32,
@@ -171,19 +172,6 @@ def test_heads_are_those_of_each_sequence_alone(lengths, size, monkeypatch, on_h
 # --------------------------------------------------------------------------------------------- outputs and gradients
 
 
-class _OneSequenceAtATime(nn.Module):
-    """Core attention of packed sequences out of one that does not know them."""
-
-    def __init__(self, core_attention: nn.Module) -> None:
-        super().__init__()
-        self.core_attention = core_attention
-
-    def forward(self, query, key, value, mask, *, packed_seq_params, **kwargs) -> Tensor:
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        sequences = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
-        return torch.cat([self.core_attention(*sequence, mask, **kwargs) for sequence in sequences])
-
-
 def held_by(model):
     """What `reference.sharding` says that the model holds, under the names of the layer spec it was built from."""
     dialect = next(iter(model_rows(list(model_state(model)), MODEL_DIALECTS[ModelClass.GPT])))
@@ -270,7 +258,7 @@ def test_packed_attention_is_each_sequence_alone(dtype):
     alone = attend_alone(lambda *sequence: attend(model, *sequence), x, grad, LENGTHS)
     if not GPUS:
         attention = model.decoder.layers[0].self_attention
-        attention.core_attention = _OneSequenceAtATime(attention.core_attention)
+        attention.core_attention = OneSequenceAtATime(attention.core_attention)
     packed = attend(model, x, grad, packed=pack(LENGTHS))
     truth = truth_of(dtype, x, grad, LENGTHS)
     assert_as_exact(packed, alone, truth, dtype)

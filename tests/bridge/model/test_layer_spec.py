@@ -11,7 +11,6 @@ from support.small_model import DEVICE, SMALL, TOKENS, logits_of
 from transformers import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2TopKRouter
 
-from bridge.model.attention import NOT_OF_THIS_MODEL
 from bridge.model.build import build_gpt_model, build_model
 from bridge.model.config import gpt_model_arguments, transformer_config
 from bridge.model.layer_spec import RMSNorm, minimax_m2_block_spec, minimax_m2_layer_spec
@@ -171,14 +170,6 @@ def test_qk_layernorm_may_be_on_or_off(wrap):
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="found 'apex'"):
         minimax_m2_layer_spec(_config(), "apex")
-
-
-@pytest.mark.parametrize("field", NOT_OF_THIS_MODEL)
-def test_what_would_bypass_the_norm_or_rotate_otherwise_is_refused(field):
-    config = _config()
-    setattr(config, field, True)
-    with pytest.raises(ValueError, match=f"set {field}=False"):
-        GPTModel(config, minimax_m2_layer_spec(config), **gpt_model_arguments(SMALL))
 
 
 def test_yarns_scaling_is_refused():

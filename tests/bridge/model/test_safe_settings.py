@@ -4,6 +4,8 @@ That a row is true of megatron-core is shown where a processor can show it; the 
 `test_safe_settings_gpu` shows them there.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,9 +30,9 @@ from reference.parallelism import Parallelism
 class Trigger(NamedTuple):
     """Settings that a row is about."""
 
-    model: dict[str, Any]
-    ddp: dict[str, Any] = {}
-    needs: dict[str, Any] = {}
+    model: Mapping[str, Any]
+    ddp: Mapping[str, Any] = {}
+    needs: Mapping[str, Any] = {}
     """Without these megatron-core itself refuses them."""
 
 
@@ -81,7 +83,7 @@ def configs(name: str, *, remedied: bool = False) -> tuple[Any, DistributedDataP
     """
     trigger, remedy = TRIGGERS[name], REFUSALS[name].instead if remedied else {}
     config, ddp = transformer_config(SMALL), DistributedDataParallelConfig()
-    for field, value in (trigger.needs | trigger.model | trigger.ddp | dict(remedy)).items():
+    for field, value in ({**trigger.needs, **trigger.model, **trigger.ddp, **remedy}).items():
         sides = [side for side in (config, ddp) if hasattr(side, field)]
         assert sides, f"megatron-core has no {field}"
         setattr(sides[0], field, value)
@@ -123,9 +125,9 @@ def test_a_layer_is_not_made_with_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IS_BUILT_ON_CPU)
-def test_a_model_is_not_configured_with_them(name: str, checkpoint) -> None:
+def test_a_model_is_not_configured_with_them(name: str, checkpoint: Path) -> None:
     trigger = TRIGGERS[name]
-    settings = trigger.needs | trigger.model
+    settings = {**trigger.needs, **trigger.model}
     if "pipeline_model_parallel_size" in settings:
         settings |= {"num_layers": 4}
     with model_parallel(), MiniMaxM2Bridge.from_hf_pretrained(checkpoint) as bridge:
@@ -154,9 +156,13 @@ def test_virtual_stages_on_two_ranks_get_what_is_right(given: dict[str, bool]) -
         num_layers=4,
         pipeline_model_parallel_layout=[["embedding", "decoder"], ["decoder"], ["decoder"], ["decoder", "loss"]],
     )
-    assert (layout.virtual_pipeline_model_parallel_size, layout.overlap_p2p_comm, layout.batch_p2p_comm) == (2, True, False)
+    assert layout.virtual_pipeline_model_parallel_size == 2
+    assert (layout.overlap_p2p_comm, layout.batch_p2p_comm) == (True, False)
     four = transformer_config(SMALL, **sizes | {"pipeline_model_parallel_size": 4, "num_layers": 8})
-    assert (four.overlap_p2p_comm, four.batch_p2p_comm) == (False, True)  # megatron-core's default, which is right there
+    assert (four.overlap_p2p_comm, four.batch_p2p_comm) == (
+        False,
+        True,
+    )  # the default, right there
 
 
 # ------------------------------------------------------------------------------------------------ true of megatron-core
