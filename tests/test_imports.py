@@ -25,9 +25,10 @@ SPEAKS_MEGATRON = "compiled/norm/sharded_state.py"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reference": (),
     "compiled.cpp_build": (),
+    "compiled.tracing": (),
     "compiled.triton_launch": (),
-    "compiled.norm": ("compiled.cpp_build", "compiled.triton_launch", "reference"),
-    "compiled.fp8": ("compiled.triton_launch", "reference"),
+    "compiled.norm": ("compiled.cpp_build", "compiled.tracing", "compiled.triton_launch", "reference"),
+    "compiled.fp8": ("compiled.tracing", "compiled.triton_launch", "reference"),
     "compiled": ("compiled.norm",),
     "bridge.formats": (),
     "bridge.jobs": (),

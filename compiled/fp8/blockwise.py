@@ -20,6 +20,8 @@ then decides, does not.
 
 **Where.** On CPUs `compiled.fp8.cpu`, by torch.compile; on CUDA `compiled.fp8.kernels`, in Triton. Both compile at
 first use, and the number of compilations does not grow with the number of shapes; each module says what it depends on.
+In what torch traces, such as a function compiled with `fullgraph=True`, each call is an operator, by
+`compiled.fp8.operators`.
 """
 
 import math
@@ -32,6 +34,7 @@ from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from compiled.fp8 import cpu
+from compiled.fp8.operators import traceable_dequantize, traceable_quantize
 from reference.config import FP8_BLOCK, ScaleFormat
 from reference.fp8 import FP8, check_codes, check_scale_values, divisors, fresh_scales, scale_grid, zero_blocks
 
@@ -62,6 +65,7 @@ def dequantize_blockwise(
     check_values: bool = True,
     name: str = "weight",
 ) -> Sequence[Float[Tensor, "rows cols"]]: ...
+@traceable_dequantize
 def dequantize_blockwise(
     weight: Float8e4m3fn[Tensor, "*experts rows cols"],
     scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],
@@ -109,6 +113,7 @@ def dequantize_blockwise(
     return out
 
 
+@traceable_quantize
 def quantize_blockwise(
     weight: Float[Tensor, "*experts rows cols"],
     *,
@@ -168,7 +173,10 @@ def quantize_blockwise(
 
 
 def valid_scales(scale_inv: Float32[Tensor, "..."]) -> bool:
-    """Whether all scales are finite and positive. Waits for the GPU if they are on one."""
+    """Whether all scales are finite and positive. Waits for the GPU if they are on one.
+
+    A question to the host: no function that is compiled with `fullgraph=True` can ask it.
+    """
     if not scale_inv.numel():
         return True
     least, greatest = scale_inv.aminmax()  # NaN if one is

@@ -10,10 +10,12 @@ from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from compiled.fp8.blockwise import dequantize_blockwise, quantize_blockwise
+from compiled.fp8.operators import traceable_requantize
 from reference.config import FP8_BLOCK, ScaleFormat
 from reference.fp8 import divisors, possible_roundings, scale_grid
 
 
+@traceable_requantize
 def requantize_blockwise(
     weight: Float[Tensor, "*experts rows cols"],
     scale_inv: Float32[Tensor, "*experts row_blocks col_blocks"],

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from compiled.norm import host, steps_torch, steps_triton
 from compiled.norm.collectives import ProcessGroupInfo, sum_over_ranks
 from compiled.norm.spec import NormSpec
+from compiled.tracing import is_traced
 
 
 class HeadNorm(torch.autograd.Function):
@@ -80,7 +81,7 @@ def head_norm(
     inputs: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """`HeadNorm.apply`; in eager mode on a GPU its C++ form, which takes less processor time."""
-    if not torch.compiler.is_compiling() and _steps(inputs[0]) is steps_triton:
+    if _steps(inputs[0]) is steps_triton and not is_traced(inputs[0]):
         call = host.head_norm(spec, ranks, replicas)
         if call is not None:
             return call(cos, sin, weights, inputs)

@@ -13,10 +13,11 @@ from torch.library import custom_op
 
 from compiled.norm.launches import Saved, Targets, fill_gradients, fill_outputs, fill_sums
 from compiled.norm.spec import NormSpec
+from compiled.tracing import is_traced
 
 
 def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """A decorator: an operator under `torch.compile`; in eager mode the function itself, which is cheaper to call.
+    """A decorator: an operator where torch traces; in eager mode the function itself, which is cheaper to call.
 
     `arguments` is the schema of all arguments but the last, the NormSpec, whose fields the operator takes one by one.
     `fake` returns empty tensors like the function's results.
@@ -35,7 +36,7 @@ def _operator(arguments: str, returns: str, fake: Callable) -> Callable[[Callabl
             schema=f"({arguments}, int[] terms, float eps, int head_dim, int[] split) -> {returns}",
         )
         operator.register_fake(lambda *args: fake(*args[:-size], NormSpec(*args[-size:])))
-        return lambda *args: operator(*args[:-1], *args[-1]) if torch.compiler.is_compiling() else launch(*args)
+        return lambda *args: operator(*args[:-1], *args[-1]) if is_traced(args[0][0]) else launch(*args)
 
     return decorate
 
