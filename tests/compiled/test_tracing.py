@@ -22,6 +22,7 @@ from compiled import FullDimQKNorm, FullDimRMSNorm, RMSNorm
 from compiled.fp8 import dequantize_blockwise, quantize_blockwise, requantize_blockwise
 from compiled.tracing import is_traced
 
+EPS = 1e-6
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=[NO_GPU, pytest.mark.gpu])]
 # Schemas are checked by comparing arguments before and after, which torch cannot do for float8.
 WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -134,12 +135,12 @@ def test_fake_results_of_fp8_are_like_real_ones(device: str, shape: tuple[int, .
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
-def norm_step(make: Callable[[], Any], device: str, dtype: torch.dtype) -> list[Tensor]:
+def norm_step(make: Callable[[torch.dtype], Any], device: str, dtype: torch.dtype) -> list[Tensor]:
     """Outputs of each form of a norm that is made here, and its gradients.
 
     Without a GPU there are no gradients of fake tensors that are on one: autograd asks for its context.
     """
-    norm = make().to(dtype)
+    norm = make(dtype)
     if isinstance(norm, FullDimQKNorm):
         x, cos, sin = (torch.randn(n, device=device, dtype=dtype) for n in ((5, 2, 2, 5 * 16), (5, 4), (5, 4)))
         x.requires_grad_()
@@ -152,10 +153,10 @@ def norm_step(make: Callable[[], Any], device: str, dtype: torch.dtype) -> list[
     return [*outputs, *torch.autograd.grad([y.sum() for y in outputs], [x, *norm.parameters()])]
 
 
-NORMS: dict[str, Callable[[], Any]] = {
-    "queries and keys": lambda: FullDimQKNorm(6, 2, 16, lambda: None),
-    "all heads": lambda: FullDimRMSNorm(96, 96, lambda: None),
-    "hidden": lambda: RMSNorm(96),
+NORMS: dict[str, Callable[[torch.dtype], Any]] = {
+    "queries and keys": lambda dtype: FullDimQKNorm(6, 2, 16, lambda: None, EPS, dtype),
+    "all heads": lambda dtype: FullDimRMSNorm(96, 96, lambda: None, EPS, dtype),
+    "hidden": lambda dtype: RMSNorm(96, EPS, dtype),
 }
 
 
