@@ -4,6 +4,7 @@ That a row is true of megatron-core is shown where a processor can show it; the 
 `test_safe_settings_gpu` shows them there.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from support.checks import ROOT
 from support.megatron_training import DEEP_CASE, MICROBATCHES, SEQ, Setup, train
 from support.oracles import FLOAT32
 from support.ranks import RankPool
@@ -72,6 +74,14 @@ TRIGGERS: dict[str, Trigger] = {
     "rotary_interleaved": Trigger({"rotary_interleaved": True}),
     "no_rope_freq": Trigger({"no_rope_freq": 2}),
 }
+# How the README says what a row is about besides its own settings.
+IN_WORDS = {
+    "pipeline_model_parallel_size": "two pipeline ranks",
+    "virtual_pipeline_model_parallel_size": "virtual stages",
+    "is_hybrid_model": "HybridModel",
+    "overlap_moe_expert_parallel_comm": "build_schedule_plan",
+    "cuda_graph_impl": "CUDA graphs",
+}
 OF_THE_MODEL = [name for name, refusal in REFUSALS.items() if not refusal.ddp]
 IS_BUILT_ON_CPU = [name for name in OF_THE_MODEL if "fp8" not in TRIGGERS[name].needs]
 
@@ -96,6 +106,19 @@ def remedy_of(name: str) -> str:
 
 def test_every_row_is_triggered_here() -> None:
     assert TRIGGERS.keys() == REFUSALS.keys()
+
+
+def test_the_readme_has_every_row_and_names_tests_that_are_there() -> None:
+    text = (ROOT / "bridge/model/README.md").read_text()
+    refused = [line for line in text.splitlines() if "refused" in line]
+    for name, refusal in REFUSALS.items():
+        fields = {**refusal.model, **refusal.ddp}
+        words = [IN_WORDS.get(field, field) if len(fields) > 1 else field for field in fields]
+        assert any(all(word in line for word in words) for line in refused), (name, words)
+    found = set(re.findall(r"`((?:tests/[\w/]*)?test_\w+\.py)`", text))
+    assert len(found) > 5
+    missing = [name for name in found if not ((ROOT if "/" in name else Path(__file__).parent) / name).is_file()]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", REFUSALS)
