@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
+# Bound once: every eager call of a norm asks.
+_is_compiling, _count_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
 def is_traced(x: Tensor) -> bool:
@@ -13,6 +15,4 @@ def is_traced(x: Tensor) -> bool:
     FLOPs and memory, selective checkpointing); and where the tensor has no values to compute with (on the meta device)
     or is of a class of its own (fake, or a DTensor).
     """
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in PLAIN or x.is_meta
+    return _is_compiling() or _count_modes() > 0 or type(x) not in PLAIN or x.is_meta

@@ -73,10 +73,10 @@ def traceable_quantize[F: Callable[..., Any]](function: F) -> F:
         if not is_traced(weight):
             return function(weight, scale_inv=scale_inv, out=out, **options)
         if scale_inv is None:
-            codes, scale_inv = on_fresh(weight.detach(), **options)
+            codes, scales = on_fresh(weight.detach(), **options)
         else:
-            codes = on_given(weight.detach(), scale_inv.detach(), **options)
-        return codes if out is None else _fill(out, codes), scale_inv
+            codes, scales = on_given(weight.detach(), scale_inv.detach(), **options), scale_inv
+        return codes if out is None else _fill(out, codes), scales
 
     return call  # pyright: ignore[reportReturnType]  # the same signature
 
