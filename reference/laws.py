@@ -8,7 +8,7 @@ To add a mistake, add a value (or a field) to `Laws`, what it computes to `refer
 `reference.lawful_weights`, and a row to `WRONG_LAWS`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class WrongLaw:
     """
 
     name: str
-    changes: dict[str, Any]
+    changes: dict[str, Any] = field(hash=False)
     sentence: str
     scope: Part
     ranks: Ranks = Ranks.NONE
