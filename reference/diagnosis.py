@@ -7,7 +7,7 @@ told apart on this input are all named. Where nothing agrees, the nearest law is
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations, product
@@ -56,7 +56,7 @@ class Diagnosis:
     """
 
     bound: float
-    errors: dict[str, float]
+    errors: Mapping[str, float]
     missing: tuple[str, ...]
     explanations: tuple[tuple[WrongLaw, ...], ...]
     closest: Closest | None
@@ -170,7 +170,7 @@ def explain(
     return Diagnosis(bound, errors, missing, tuple(one.laws for one in explained), nearest, unseen)
 
 
-def relative_errors(observed: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def relative_errors(observed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, float]:
     """|observed - expected| / |expected| of each tensor, in the Euclidean norm and float64.
 
     A gradient is divided by at least `SMALLEST_GRADIENT` of the largest gradient's norm, so that one which is zero but
@@ -192,8 +192,8 @@ class _Attempt(NamedTuple):
     """Changed laws, how far their outcome is from what was observed, and how far from MiniMax-M2's."""
 
     laws: tuple[WrongLaw, ...]
-    errors: dict[str, float]
-    effect: dict[str, float]
+    errors: Mapping[str, float]
+    effect: Mapping[str, float]
 
 
 def _pairs(
@@ -231,17 +231,17 @@ def _changed(laws: tuple[WrongLaw, ...]) -> Laws:
     return Laws(**changes)
 
 
-def _agree(errors: dict[str, float], bound: float) -> bool:
+def _agree(errors: Mapping[str, float], bound: float) -> bool:
     return all(error <= bound for error in errors.values())
 
 
-def _closest(attempts: list[_Attempt], errors: dict[str, float]) -> Closest | None:
+def _closest(attempts: list[_Attempt], errors: Mapping[str, float]) -> Closest | None:
     whole = _total(errors)
     shares = [Closest(one.laws, 1 - _total(one.errors) / whole) for one in attempts]
     return max(shares, key=lambda closest: closest.share, default=None)
 
 
-def _total(errors: dict[str, float]) -> float:
+def _total(errors: Mapping[str, float]) -> float:
     """Of all tensors; one that is not a number counts as wholly wrong."""
     return math.sqrt(sum(min(error, 1.0) ** 2 for error in errors.values()))
 

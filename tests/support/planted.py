@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
-from pytest import MonkeyPatch
 from torch import Tensor, nn
 from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 
@@ -33,7 +33,7 @@ class Plant(NamedTuple):
     `model` may return a dictionary that the backward pass fills with gradients, which take the place of autograd's.
     """
 
-    model: Callable[[nn.Module, MonkeyPatch], Gradients | None] = lambda model, patch: None
+    model: Callable[[nn.Module, pytest.MonkeyPatch], Gradients | None] = lambda model, patch: None
     weights: Callable[[Names], Names] = lambda weights: weights
     gradients: Callable[[Gradients], Gradients] = lambda gradients: gradients
     ranks: int = 1
@@ -256,7 +256,7 @@ def route_as(score=torch.sigmoid, bias_factor=1.0, dtype=torch.float64, fewer=0,
 
 def gelu(model, patch):
     for layer in model.model.layers:
-        layer.mlp.experts.act_fn = F.gelu
+        layer.mlp.experts.act_fn = nn.GELU()
 
 
 # --------------------------------------------------------------------------------------------------- layouts of weights
@@ -323,6 +323,9 @@ def cut_in_one_run(weights: Names) -> Names:
         changed[w1] = torch.cat([weights[w1][:half], weights[w3][:half]])
         changed[w3] = torch.cat([weights[w1][half:], weights[w3][half:]])
     return changed
+
+
+FP8_WEIGHTS = tuple(f"{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"))
 
 
 def quantized(weights: Names) -> tuple[Names, Names, Names]:
