@@ -142,7 +142,7 @@ def explain(
         run: the named tensors under given laws.
         wrong_laws: those to try (`candidates`).
         bound: the largest relative error that counts as agreement.
-        outputs: cheaper than `run`: the first rows of some of its tensors. Pairs of laws are first tried by these.
+        outputs: cheaper than `run`: the first rows of some of its outputs. Pairs of laws are first tried by these.
 
     Raises:
         ValueError: a name or a shape is not `run`'s, or an output is missing.
@@ -164,7 +164,9 @@ def explain(
     double: list[_Attempt] = []
     explained = [one for one in seen if _agree(one.errors, bound)]
     if not explained:
-        double = [attempt(pair) for pair in _pairs(seen, observed, outputs or run, bound)]
+        laws = [one.laws[0] for one in seen]
+        pairs = _pairs(seen, observed, outputs, bound) if outputs else combinations(laws, 2)
+        double = [attempt(pair) for pair in pairs if _compatible(pair)]
         explained = [two for two in double if _agree(two.errors, bound)]
     nearest = None if explained else _closest([*seen, *double], errors)
     return Diagnosis(bound, errors, missing, tuple(one.laws for one in explained), nearest, unseen)
@@ -198,7 +200,7 @@ class _Attempt(NamedTuple):
 
 def _pairs(
     seen: list[_Attempt], observed: dict[str, Tensor], outputs: Run, bound: float
-) -> Iterator[tuple[WrongLaw, ...]]:
+) -> Iterator[tuple[WrongLaw, WrongLaw]]:
     """Pairs of laws that may explain everything, for they give the observed outputs.
 
     A law that leaves outputs as they are (it is about gradients) leaves them so beside any other.
@@ -213,10 +215,10 @@ def _pairs(
     still = [law for (law,), _, effect in seen if _agree({name: effect[name] for name in right}, bound)]
     moving = [one.laws[0] for one in seen if one.laws[0] not in still]
     if gives_outputs():
-        yield from filter(_compatible, combinations(still, 2))
+        yield from combinations(still, 2)
         return
-    yield from filter(_compatible, product(filter(gives_outputs, moving), still))
-    yield from (pair for pair in filter(_compatible, combinations(moving, 2)) if gives_outputs(*pair))
+    yield from product(filter(gives_outputs, moving), still)
+    yield from (pair for pair in combinations(moving, 2) if _compatible(pair) and gives_outputs(*pair))
 
 
 def _compatible(pair: tuple[WrongLaw, WrongLaw]) -> bool:

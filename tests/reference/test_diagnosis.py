@@ -60,13 +60,13 @@ def first_logits(laws: Laws, ranks: int) -> dict[str, Tensor]:
     return {"logits": logits(CONFIG, WEIGHTS | SCALES, TOKENS[:1], laws=laws, tensor_parallel=ranks)}
 
 
-def judge(observed: Outcome, ranks: int = 1, expert_ranks: int = 1) -> Diagnosis:
+def judge(observed: Outcome, ranks: int = 1, expert_ranks: int = 1, bound: float = BOUND) -> Diagnosis:
     """`diagnose`, with what the laws give computed once for all tests."""
     return explain(
         observed.named(),
         lambda laws: run(laws, ranks, expert_ranks),
         candidates(Part.MODEL, CONFIG, tensor_parallel=ranks, expert_tensor_parallel=expert_ranks),
-        bound=BOUND,
+        bound=bound,
         outputs=lambda laws: first_logits(laws, ranks),
     )
 
@@ -178,11 +178,20 @@ def test_laws_that_give_the_same_are_all_named():
 @pytest.mark.parametrize("name", [None, "no RoPE", "backward sum missing"])
 def test_float32_is_judged_against_float64(name):
     """`transformers` as it is. Two layers of sums of some hundred terms: a few hundred units of float32, 6e-8 each."""
-    bound = 300 * torch.finfo(FLOAT32).eps
     observed = observe(*([PLANTS[name]] if name else []), dtype=FLOAT32)
-    diagnosis = diagnose(observed, CONFIG, WEIGHTS, TOKENS, LABELS, tensor_parallel=2, bound=bound)
+    diagnosis = judge(observed, 2, bound=300 * torch.finfo(FLOAT32).eps)
     assert names(diagnosis) == ([[name]] if name else []), diagnosis.differing
-    assert {"query/key norm eps 1e-8", "FP8 scales in bfloat16"} <= {law.name for law in diagnosis.unseen}
+    assert {"query/key norm eps 1e-8", "layer norm eps 1e-8"} <= {law.name for law in diagnosis.unseen}
+
+
+def test_diagnose_runs_the_model_itself():
+    """On gradients alone, where pairs are few: two mistakes, and without scales there is no law about them."""
+    pair = "backward sum missing", "norm weight gradients times tensor-parallel size"
+    observed = observe(*(PLANTS[name] for name in pair))
+    diagnosis = diagnose(observed, CONFIG, WEIGHTS, TOKENS, LABELS, tensor_parallel=2, bound=BOUND)
+    assert diagnosis.gradients_only
+    assert [set(found) for found in names(diagnosis)] == [set(pair)]
+    assert {law.name for law in diagnosis.unseen} == {"FP8 scales in bfloat16", "qkv read as blocks", "key heads tiled"}
 
 
 def test_a_missing_gradient_is_said_and_counts_as_zeros():

@@ -4,7 +4,7 @@ That each computes what its name says is shown in test_diagnosis, on `transforme
 """
 
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from typing import get_args
 
 import pytest
@@ -66,7 +66,7 @@ def test_the_first_choice_is_minimax_m2_s_and_every_other_has_a_row():
 @pytest.mark.parametrize("ranks", [1, 2, TP])
 @pytest.mark.parametrize("part", [Part.NORM, Part.ATTENTION, Part.ROUTER])
 def test_a_wrong_law_shows_in_the_parts_that_it_names_and_no_others(part, ranks):
-    run = runs(ranks)[part]
+    run, before = runs(ranks)[part], {name: value.clone() for name, value in LAYER.items()}
     right = run(laws=MINIMAX_M2)
     shown = candidates(part, CONFIG, tensor_parallel=ranks)
     # One key head a rank: [q; k; v] and groups are the same, and so are tiling and repeating.
@@ -77,6 +77,7 @@ def test_a_wrong_law_shows_in_the_parts_that_it_names_and_no_others(part, ranks)
             assert error > 1e-9, law.name
         elif not law.name.startswith("all norm"):  # a part has some of all norms; they have rows of their own
             assert error < 1e-12, law.name
+    assert all(torch.equal(value, before[name]) and not value.requires_grad for name, value in LAYER.items())
 
 
 @pytest.mark.parametrize("part", [Part.NORM, Part.ATTENTION, Part.ROUTER])
@@ -88,8 +89,9 @@ def test_parts_do_not_depend_on_the_number_of_ranks(part):
 @pytest.mark.parametrize("part", [Part.NORM, Part.ATTENTION, Part.ROUTER])
 def test_each_part_is_diagnosed_by_itself(part):
     """Planted through the lawful parts, for they were seen equal to planted mistakes in the model."""
-    run = runs(2)[part]
-    for law in candidates(part, CONFIG, tensor_parallel=2)[::6]:
+    run = cache(runs(2)[part])
+    shown = candidates(part, CONFIG, tensor_parallel=2)
+    for law in shown[:: len(shown) // 6]:
         observed = run(laws=Laws(**law.changes))
-        found = explain(observed, lambda laws: run(laws=laws), candidates(part, CONFIG, tensor_parallel=2), bound=1e-10)
+        found = explain(observed, lambda laws: run(laws=laws), shown, bound=1e-10)
         assert found.explanations == (((law,),) if law not in found.unseen else ()), law.name
