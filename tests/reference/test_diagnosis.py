@@ -17,7 +17,7 @@ from torch import Tensor
 from reference.config import QuantizationConfig
 from reference.diagnosis import Diagnosis, Verdict, candidates, diagnose, explain
 from reference.lawful_model import logits, outcome
-from reference.laws import WRONG_LAWS, Laws, Part
+from reference.laws import WRONG_LAWS, Laws, Part, WrongLaw
 from reference.outcome import Outcome
 
 BOUND = 1e-10
@@ -49,23 +49,35 @@ def observe(*plants: Plant, dtype: torch.dtype = FLOAT64) -> Outcome:
     return Outcome(found.detach(), loss.detach(), gradients)
 
 
+# Tensor-parallel ranks, and with them expert-tensor-parallel ones, and the part whose wrong laws are tried there: most
+# is judged on two ranks, and what needs more of them than key heads, or a rank of several key heads, on six and one.
+EXPERT_RANKS = {1: 1, 2: 2, 6: 4}
+TRIED = {1: Part.ATTENTION, 2: Part.MODEL, 6: Part.NORM}
+
+
 @cache
-def run(laws: Laws, ranks: int, expert_ranks: int) -> dict[str, Tensor]:
-    sizes = {"tensor_parallel": ranks, "expert_tensor_parallel": expert_ranks}
+def run(laws: Laws, ranks: int) -> dict[str, Tensor]:
+    sizes = {"tensor_parallel": ranks, "expert_tensor_parallel": EXPERT_RANKS[ranks]}
     return outcome(CONFIG, WEIGHTS | SCALES, TOKENS, LABELS, laws=laws, **sizes).named()
 
 
 @cache
 def first_logits(laws: Laws, ranks: int) -> dict[str, Tensor]:
-    return {"logits": logits(CONFIG, WEIGHTS | SCALES, TOKENS[:1], laws=laws, tensor_parallel=ranks)}
+    sizes = {"tensor_parallel": ranks, "expert_tensor_parallel": EXPERT_RANKS[ranks]}
+    return {"logits": logits(CONFIG, WEIGHTS | SCALES, TOKENS[:1], laws=laws, **sizes)}
 
 
-def judge(observed: Outcome, ranks: int = 1, expert_ranks: int = 1, bound: float = BOUND) -> Diagnosis:
+def judge(
+    observed: Outcome, ranks: int = 2, *, bound: float = BOUND, wrong_laws: tuple[WrongLaw, ...] | None = None
+) -> Diagnosis:
     """`diagnose`, with what the laws give computed once for all tests."""
+    if wrong_laws is None:
+        sizes = {"tensor_parallel": ranks, "expert_tensor_parallel": EXPERT_RANKS[ranks]}
+        wrong_laws = candidates(TRIED[ranks], CONFIG, **sizes)
     return explain(
         observed.named(),
-        lambda laws: run(laws, ranks, expert_ranks),
-        candidates(Part.MODEL, CONFIG, tensor_parallel=ranks, expert_tensor_parallel=expert_ranks),
+        lambda laws: run(laws, ranks),
+        wrong_laws,
         bound=bound,
         outputs=lambda laws: first_logits(laws, ranks),
     )
@@ -79,19 +91,19 @@ def test_every_row_is_planted():
     assert list(PLANTS) == [law.name for law in WRONG_LAWS]
 
 
-@pytest.mark.parametrize(("ranks", "expert_ranks"), [(1, 1), (2, 2), (6, 4)])
-def test_transformers_is_right(ranks, expert_ranks):
+@pytest.mark.parametrize("ranks", EXPERT_RANKS)
+def test_transformers_is_right(ranks):
+    """Logits, loss and every gradient, however many ranks are simulated."""
     observed = observe()
-    diagnosis = judge(observed, ranks, expert_ranks)
+    diagnosis = judge(observed, ranks, wrong_laws=())
     assert observed.gradients.keys() == {name for name in WEIGHTS if not name.endswith("e_score_correction_bias")}
+    assert diagnosis.errors.keys() == observed.named().keys()
     assert diagnosis.verdict == Verdict.RIGHT, diagnosis.differing
-    assert diagnosis.explanations == ()
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_mistake_is_named(name):
-    plant = PLANTS[name]
-    diagnosis = judge(observe(plant), plant.ranks, plant.expert_ranks)
+    diagnosis = judge(observe(PLANTS[name]), PLANTS[name].ranks)
     assert names(diagnosis) == [[name]], (diagnosis.differing, diagnosis.closest)
     assert diagnosis.verdict == Verdict.EXPLAINED
 
@@ -118,13 +130,7 @@ SOME = tuple(
     ],
 )
 def test_two_mistakes_at_once_are_both_named(pair):
-    diagnosis = explain(
-        observe(*(PLANTS[name] for name in pair)).named(),
-        lambda laws: run(laws, 2, 1),
-        SOME,
-        bound=BOUND,
-        outputs=lambda laws: first_logits(laws, 2),
-    )
+    diagnosis = judge(observe(*(PLANTS[name] for name in pair)), wrong_laws=SOME)
     assert diagnosis.verdict == Verdict.TWO_MISTAKES
     assert [set(found) for found in names(diagnosis)] == [set(pair)]
 
@@ -132,7 +138,7 @@ def test_two_mistakes_at_once_are_both_named(pair):
 def test_what_only_gradients_show_is_told_from_what_earlier_layers_feel():
     """Added up, the norms' weights' gradients are wrong, and nothing else; with C of each rank, all before as well."""
     summed, local = (
-        judge(observe(PLANTS[name]), 2)
+        judge(observe(PLANTS[name]))
         for name in ("norm weight gradients summed over different heads", "backward sum missing")
     )
     norm_weights = {f"gradient of model.layers.{i}.self_attn.{x}_norm.weight" for i in range(2) for x in "qk"}
@@ -153,7 +159,7 @@ def test_something_else_is_unexplained():
             layer.mlp.experts.act_fn = torch.nn.ReLU()
 
     observed = observe(Plant(relu))
-    diagnosis = explain(observed.named(), lambda laws: run(laws, 2, 1), SOME, bound=BOUND)
+    diagnosis = judge(observed, wrong_laws=SOME)
     assert diagnosis.verdict == Verdict.UNEXPLAINED
     assert diagnosis.explanations == ()
     assert diagnosis.closest is not None
@@ -179,7 +185,7 @@ def test_laws_that_give_the_same_are_all_named():
 def test_float32_is_judged_against_float64(name):
     """`transformers` as it is. Two layers of sums of some hundred terms: a few hundred units of float32, 6e-8 each."""
     observed = observe(*([PLANTS[name]] if name else []), dtype=FLOAT32)
-    diagnosis = judge(observed, 2, bound=300 * torch.finfo(FLOAT32).eps)
+    diagnosis = judge(observed, bound=300 * torch.finfo(FLOAT32).eps)
     assert names(diagnosis) == ([[name]] if name else []), diagnosis.differing
     assert {"query/key norm eps 1e-8", "layer norm eps 1e-8"} <= {law.name for law in diagnosis.unseen}
 
@@ -206,7 +212,7 @@ def test_a_missing_gradient_is_said_and_counts_as_zeros():
 def test_what_is_not_finite_is_wrong():
     observed = observe()
     observed.gradients["model.norm.weight"][0] = float("nan")
-    diagnosis = explain(observed.named(), lambda laws: run(laws, 1, 1), SOME[:1], bound=BOUND)
+    diagnosis = judge(observed, wrong_laws=SOME[:1])
     assert diagnosis.differing == {"gradient of model.norm.weight": float("inf")}
     assert diagnosis.verdict == Verdict.UNEXPLAINED
 
@@ -223,6 +229,6 @@ def test_what_is_not_finite_is_wrong():
     ],
 )
 def test_other_tensors_are_refused(change, message):
-    named = run(Laws(), 1, 1)
+    named = run(Laws(), 2)
     with pytest.raises(ValueError, match=message):
         explain(change(named), lambda laws: named, (), bound=BOUND)

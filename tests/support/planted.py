@@ -30,14 +30,13 @@ Names = dict[str, Tensor]
 class Plant(NamedTuple):
     """One mistake: in the weights that are loaded, in the model, in its gradients after the backward pass.
 
-    `model` may return a dictionary that the backward pass fills with gradients, which take the place of autograd's.
+    `ranks` is the tensor-parallel size at which it is to be found. `model` may return a dictionary that the backward pass fills with gradients, which take the place of autograd's.
     """
 
     model: Callable[[nn.Module, pytest.MonkeyPatch], Gradients | None] = lambda model, patch: None
     weights: Callable[[Names], Names] = lambda weights: weights
     gradients: Callable[[Gradients], Gradients] = lambda gradients: gradients
-    ranks: int = 1
-    expert_ranks: int = 1
+    ranks: int = 2
 
 
 # ------------------------------------------------------------------------------------------------------------- norms
@@ -373,18 +372,18 @@ PLANTS: dict[str, Plant] = {
     "query/key norm eps outside the root": norm_as(QK, eps_outside),
     "query/key norm eps 1e-5": norm_as(QK, with_eps(1e-5)),
     "query/key norm eps 1e-8": norm_as(QK, with_eps(1e-8)),
-    "root mean square of each rank's heads": norm_as(QK, over_each_half)._replace(ranks=2),
-    "backward sum missing": local_backward._replace(ranks=2),
-    "norm weight gradients summed over different heads": Plant(gradients=summed, ranks=2),
+    "root mean square of each rank's heads": norm_as(QK, over_each_half),
+    "backward sum missing": local_backward,
+    "norm weight gradients summed over different heads": Plant(gradients=summed),
     "norm weight gradients times tensor-parallel size": Plant(
-        gradients=each_gradient(*NORM_WEIGHTS, change=lambda g: 2 * g), ranks=2
+        gradients=each_gradient(*NORM_WEIGHTS, change=lambda g: 2 * g)
     ),
     "key replicas' gradients not summed": Plant(key_gradients_of_first_replica, ranks=6),
     "key replicas' gradients averaged": Plant(
         gradients=each_gradient("k_norm.weight", change=lambda g: g / 3), ranks=6
     ),
-    "layer norm gradients of one rank's tokens": Plant(norm_gradients_of_first_tokens, ranks=2),
-    "router gradient of one rank's tokens": Plant(router_gradients_of_first_tokens, ranks=2),
+    "layer norm gradients of one rank's tokens": Plant(norm_gradients_of_first_tokens),
+    "router gradient of one rank's tokens": Plant(router_gradients_of_first_tokens),
     "all channels rotated": rotate_as(channels=CASE.head_dim),
     "no RoPE": rotate_as(direction=0),
     "last channels rotated": rotate_as(start=CASE.head_dim - CASE.rotary),
@@ -394,7 +393,9 @@ PLANTS: dict[str, Plant] = {
     "RoPE theta 1000000": rotate_as(theta=1e6),
     "attention scaled by hidden / heads": scale_by((CASE.hidden / CASE.heads) ** -0.5),
     "attention not scaled": scale_by(1.0),
-    "key heads tiled": Plant(lambda model, patch: patch.setattr(hf, "repeat_kv", lambda x, n: x.repeat(1, n, 1, 1))),
+    "key heads tiled": Plant(
+        lambda model, patch: patch.setattr(hf, "repeat_kv", lambda x, n: x.repeat(1, n, 1, 1)), ranks=1
+    ),
     "not causal": Plant(without_mask),
     "bias in the weights": route_as(biased_weights=True),
     "bias ignored": route_as(bias_factor=0.0),
@@ -412,11 +413,11 @@ PLANTS: dict[str, Plant] = {
     "all norms' eps 1e-5": norm_as(HIDDEN + QK, with_eps(1e-5)),
     "all norms' eps 1e-8": norm_as(HIDDEN + QK, with_eps(1e-8)),
     "gelu experts": Plant(gelu),
-    "qkv read as blocks": Plant(read_as_blocks),
+    "qkv read as blocks": Plant(read_as_blocks, ranks=1),
     "qkv stored as blocks": Plant(weights=stored_as_blocks),
     "keys and values exchanged": Plant(weights=exchange("k_proj", "v_proj"), gradients=exchange("k_proj", "v_proj")),
     "gate and up exchanged": Plant(weights=exchange("w1", "w3"), gradients=exchange("w1", "w3")),
-    "expert halves exchanged": Plant(weights=halves_exchanged, ranks=2, expert_ranks=2),
-    "gate and up cut in one run": Plant(weights=cut_in_one_run, ranks=2, expert_ranks=2),
+    "expert halves exchanged": Plant(weights=halves_exchanged),
+    "gate and up cut in one run": Plant(weights=cut_in_one_run),
     "FP8 scales in bfloat16": Plant(weights=bfloat16_scales),
 }
