@@ -30,7 +30,8 @@ Names = dict[str, Tensor]
 class Plant(NamedTuple):
     """One mistake: in the weights that are loaded, in the model, in its gradients after the backward pass.
 
-    `ranks` is the tensor-parallel size at which it is to be found. `model` may return a dictionary that the backward pass fills with gradients, which take the place of autograd's.
+    `ranks` is the tensor-parallel size at which it is to be found. `model` may return a dictionary that the backward
+    pass fills with gradients, which take the place of autograd's.
     """
 
     model: Callable[[nn.Module, pytest.MonkeyPatch], Gradients | None] = lambda model, patch: None
@@ -367,7 +368,7 @@ PLANTS: dict[str, Plant] = {
     "no query norm": norm_as(("q_norm",), lambda module, x: x),
     "no key norm": norm_as(("k_norm",), lambda module, x: x),
     "norm after RoPE": Plant(norm_after_rope),
-    "query and key norm weights exchanged": Plant(exchange_norm_weights),
+    "query and key norm weights exchanged": Plant(exchange_norm_weights, ranks=1),
     "query/key norm weight + 1": norm_as(QK, plus_one),
     "query/key norm eps outside the root": norm_as(QK, eps_outside),
     "query/key norm eps 1e-5": norm_as(QK, with_eps(1e-5)),
