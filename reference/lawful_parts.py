@@ -199,8 +199,8 @@ def attend(
 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    by_head = (rearrange(x, "s b h d -> b h s d") for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(*by_head, enable_gqa=True), "b h s d -> s b h d")
+    q, k, v = (rearrange(x, "s b h d -> b h s d") for x in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, enable_gqa=True), "b h s d -> s b h d")
 
 
 # --- The router and the experts. ---
