@@ -5,6 +5,9 @@ intermediate result (projections, normed heads, rotated heads, attention output)
 as Hugging Face does.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
@@ -43,14 +46,42 @@ def causal_attention(
     return rearrange(probs @ v, "b h s d -> s b h d").to(query.dtype)
 
 
+class Heads(NamedTuple):
+    """Queries [seq, batch, heads, head_dim] and keys [seq, batch, groups, head_dim]."""
+
+    query: Tensor
+    key: Tensor
+
+
+def norm_and_rotate(
+    heads: Heads, weights: dict[str, Tensor], config: ModelConfig, positions: Int[Tensor, " seq"]
+) -> Heads:
+    """Norm queries and keys over all heads, with `q_norm.weight` and `k_norm.weight`, then rotate them."""
+    q = full_dim_rms_norm(heads.query, weights["q_norm.weight"], eps=config.rms_norm_eps)
+    k = full_dim_rms_norm(heads.key, weights["k_norm.weight"], eps=config.rms_norm_eps)
+    tables = rotary_tables(positions, config.rotary_dim, config.rope_theta, dtype=q.dtype)
+    return Heads(apply_rotary(q, *tables), apply_rotary(k, *tables))
+
+
+class AttentionParts(NamedTuple):
+    """The functions that attention is made of, with the signatures of MiniMax-M2's: replace one to try another law."""
+
+    prepare: Callable[[Heads, dict[str, Tensor], ModelConfig, Tensor], Heads] = norm_and_rotate
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+
+
+ATTENTION_PARTS = AttentionParts()  # MiniMax-M2's
+
+
 def attention_block(
     hidden: Float[Tensor, "seq batch hidden"],
     weights: dict[str, Tensor],
     config: ModelConfig,
     *,
     positions: Int[Tensor, " seq"] | None = None,
+    parts: AttentionParts = ATTENTION_PARTS,
 ) -> Float[Tensor, "seq batch hidden"]:
-    """Project to q, k, v; norm q and k over all heads; split into heads; rotate; attend; project back.
+    """Project to q, k, v; split into heads; norm q and k over all heads; rotate; attend; project back.
 
     Source: `transformers` minimax_m2: MiniMaxM2Attention.
 
@@ -59,6 +90,7 @@ def attention_block(
         weights: `q_proj.weight`, `k_proj.weight`, `v_proj.weight`, `o_proj.weight`, `q_norm.weight`, `k_norm.weight`.
         config: the model's sizes.
         positions: absolute positions of the tokens; None means 0, 1, 2, ...
+        parts: the functions to use.
     """
     if positions is None:
         positions = torch.arange(hidden.shape[0], device=hidden.device)
@@ -66,8 +98,6 @@ def attention_block(
         rearrange(linear(hidden, weights[f"{name}_proj.weight"]), "s b (h d) -> s b h d", d=config.head_dim)
         for name in "qkv"
     )
-    q = full_dim_rms_norm(q, weights["q_norm.weight"], eps=config.rms_norm_eps)
-    k = full_dim_rms_norm(k, weights["k_norm.weight"], eps=config.rms_norm_eps)
-    tables = rotary_tables(positions, config.rotary_dim, config.rope_theta, dtype=hidden.dtype)
-    context = causal_attention(apply_rotary(q, *tables), apply_rotary(k, *tables), v)
+    q, k = parts.prepare(Heads(q, k), weights, config, positions)
+    context = parts.attend(q, k, v)
     return linear(context.flatten(-2), weights["o_proj.weight"])

@@ -5,6 +5,7 @@ converted. The bias decides, with the scores, which experts are chosen, and noth
 with the unbiased scores of the chosen ones, normalised to sum 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,22 @@ def expert(
     return linear(F.silu(linear(x, w1)) * linear(x, w3), w2)
 
 
+class MoeParts(NamedTuple):
+    """The functions that the experts' block is made of: replace one to try another law."""
+
+    route: Callable[..., Routing] = route
+    expert: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = expert
+
+
+MOE_PARTS = MoeParts()  # MiniMax-M2's
+
+
 def moe_block(
-    hidden: Float[Tensor, "seq batch hidden"], weights: dict[str, Tensor], config: ModelConfig
+    hidden: Float[Tensor, "seq batch hidden"],
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    *,
+    parts: MoeParts = MOE_PARTS,
 ) -> Float[Tensor, "seq batch hidden"]:
     """Sum over each token's chosen experts of routing weight x expert(token).
 
@@ -68,15 +83,16 @@ def moe_block(
         hidden: the normed residual stream.
         weights: `gate.weight`, `e_score_correction_bias` and, for each expert e, `experts.{e}.w1.weight`, `w3`, `w2`.
         config: the model's sizes.
+        parts: the functions to use.
     """
     tokens = hidden.flatten(0, 1)
-    routing = route(
+    routing = parts.route(
         tokens, weights["gate.weight"], weights["e_score_correction_bias"], top_k=config.num_experts_per_tok
     )
     mixed = torch.zeros_like(tokens, dtype=compute_dtype(hidden.dtype))
     for e in routing.experts.unique().tolist():
         token, slot = torch.where(routing.experts == e)
-        out = expert(tokens[token], *(weights[f"experts.{e}.{part}.weight"] for part in ("w1", "w3", "w2")))
+        out = parts.expert(tokens[token], *(weights[f"experts.{e}.{part}.weight"] for part in ("w1", "w3", "w2")))
         mixed = mixed.index_add(0, token, out.to(mixed.dtype) * routing.weights[token, slot, None].to(mixed.dtype))
     return mixed.to(hidden.dtype).view(hidden.shape)
 

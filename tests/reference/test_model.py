@@ -40,8 +40,8 @@ from support.oracles import (
 )
 from torch import Tensor
 
-import reference.moe
-from reference.model import forward, loss
+from reference.model import Parts, forward, loss
+from reference.moe import MoeParts, route
 
 
 class World(NamedTuple):
@@ -90,7 +90,6 @@ def run_reference(case: Case, weights: dict[str, Tensor], world: World) -> Outco
     """Logits and gradients of every weight but the bias (a buffer in transformers); and the experts `route` chose."""
     batch, seq = world.tokens.shape
     experts = []
-    route = reference.moe.route
 
     def watched(*args, **kwargs):
         routing = route(*args, **kwargs)
@@ -99,9 +98,7 @@ def run_reference(case: Case, weights: dict[str, Tensor], world: World) -> Outco
         return routing
 
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(reference.moe, "route", watched)
-        logits = forward(leaves, world.tokens, case.model_config())
+    logits = forward(leaves, world.tokens, case.model_config(), parts=Parts(moe=MoeParts(route=watched)))
     logits.backward(world.cotangent.to(logits.dtype))
     bias = {name: leaf.grad for name, leaf in leaves.items() if name.endswith("e_score_correction_bias")}
     assert not any(grad is not None and grad.any() for grad in bias.values()), "the bias chooses, it has no gradient"

@@ -41,6 +41,7 @@ def calls(dtype: torch.dtype) -> dict:
     moe_weights = {
         n.removeprefix("block_sparse_moe."): value for n, value in layer.items() if n.startswith("block_sparse_moe.")
     }
+    rotated = attention.Heads(*(draw(5, 2, heads, CASE.head_dim) for heads in (CASE.heads, CASE.groups)))
     heads, hidden = (5, 2, 3, 8), (5, 2, CASE.hidden)
     tokens = torch.randint(CASE.vocab, (2, 5), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(5)
@@ -52,6 +53,7 @@ def calls(dtype: torch.dtype) -> dict:
     table = [
         (attention.linear, (draw(5, 2, 8), draw(3, 8)), {}),
         (attention.causal_attention, (draw(5, 2, 6, 8), draw(*heads), draw(*heads)), {}),
+        (attention.norm_and_rotate, (rotated, attention_weights, CONFIG, positions), {}),
         (attention.attention_block, (draw(*hidden), attention_weights, CONFIG), {"positions": positions}),
         (fp8.scale_grid, ((300, 200),), {}),
         (fp8.check_scale_grid, ((300, 200), (3, 2)), {}),
