@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import ranks
 from support.ranks import RankError, RankPool
 from torch import distributed
+
+from bridge.jobs import rank_pool
 
 WORLD = 2
 
@@ -22,7 +23,7 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "AFTERMATH", 1.0)
+    monkeypatch.setattr(rank_pool, "AFTERMATH", 1.0)
 
 
 def sum_of_ranks(scale: int) -> tuple[int, torch.Tensor]:
