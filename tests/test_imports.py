@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference",
     ),
     "bridge.proof": (
-        "bridge.minimax_m2_bridge", "bridge.torch_dist", "bridge.model", "bridge.huggingface", "bridge.jobs",
-        "reference",
+        "bridge.minimax_m2_bridge", "bridge.weights", "bridge.torch_dist", "bridge.model", "bridge.huggingface",
+        "bridge.jobs", "reference",
     ),
     "bridge.cli": (
         "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",

@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from bridge.jobs.third_party_logs import drop_remark_on_gpus
@@ -59,10 +60,18 @@ class RankPool:
         world: how many ranks.
         backend: torch.distributed's; with "nccl" each rank has a GPU of its own.
         quiet: what the ranks print is dropped.
+        environment: variables that the ranks have besides this process's.
     """
 
-    def __init__(self, world: int, backend: str = "gloo", *, quiet: bool = False):
-        self.world, self.backend, self.quiet = world, backend, quiet
+    def __init__(
+        self,
+        world: int,
+        backend: str = "gloo",
+        *,
+        quiet: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.world, self.backend, self.quiet, self.environment = world, backend, quiet, dict(environment)
         self._ranks: list[_Rank] = []
         self._folder: TemporaryDirectory | None = None
 
@@ -112,7 +121,8 @@ class RankPool:
         self._folder = TemporaryDirectory(prefix="ranks-")
         for number in range(self.world):
             ours, theirs = context.Pipe()
-            arguments = (number, self.world, self.backend, self.quiet, Path(self._folder.name), theirs)
+            settings = (self.world, self.backend, self.quiet, self.environment)
+            arguments = (number, *settings, Path(self._folder.name), theirs)
             process = context.Process(target=_serve, args=arguments)
             process.start()
             theirs.close()
@@ -152,8 +162,17 @@ def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}"
 
 
-def _serve(rank: int, world: int, backend: str, quiet: bool, folder: Path, pipe: Connection) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    backend: str,
+    quiet: bool,
+    environment: dict[str, str],
+    folder: Path,
+    pipe: Connection,
+) -> None:
     """A rank's life: calls come from the pipe until it is closed."""
+    os.environ |= environment
     if quiet:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):

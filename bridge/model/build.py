@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec, minimax_m2_hybrid_spec
@@ -20,6 +21,9 @@ from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, padded_vocab_size, spread_layers
 from reference.rope import inverse_frequencies
+
+MakeSpec = Callable[[TransformerConfig, int | None], Any]
+"""(config, virtual stage) -> `GPTModel`'s `transformer_layer_spec`, or `HybridModel`'s `hybrid_stack_spec`."""
 
 
 def group_parallelism(
@@ -43,6 +47,7 @@ def build_model(
     model: ModelClass | str = DEFAULT_MODEL,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
+    spec: MakeSpec | None = None,
     layers_per_stage: tuple[int, ...] | None = None,
     vocab_divisor: int = 1,
     **overrides: Any,
@@ -54,6 +59,7 @@ def build_model(
         model: megatron-core's class, "gpt" or "hybrid".
         params_dtype: the parameters' dtype.
         backend: the layer spec's (`bridge.model.layer_spec.default_backend` if None).
+        spec: makes the layers; None for MiniMax-M2's.
         layers_per_stage: layers of each stage in model order; None spreads them.
         vocab_divisor: the vocabulary is filled up to a multiple of this times tensor-parallel ranks.
         overrides: `TransformerConfig` fields.
@@ -66,13 +72,8 @@ def build_model(
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     build, stages = _BUILDERS[ModelClass(model)]
     settings = {
-        "tensor_model_parallel_size": parallelism.tp,
-        "pipeline_model_parallel_size": parallelism.pp,
+        **parallel_settings(parallelism),
         "virtual_pipeline_model_parallel_size": virtual,
-        "expert_model_parallel_size": parallelism.ep,
-        "expert_tensor_parallel_size": parallelism.etp,
-        "context_parallel_size": parallelism.cp,
-        "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
         **stages(config, parallelism),
     }
     chunks = [
@@ -80,6 +81,7 @@ def build_model(
             config,
             params_dtype=params_dtype,
             backend=backend,
+            spec=spec,
             vocab_size=padded_vocab_size(config, parallelism),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
@@ -89,6 +91,18 @@ def build_model(
         for chunk in ([None] if virtual is None else range(virtual))
     ]
     return chunks[0] if virtual is None else chunks
+
+
+def parallel_settings(parallelism: Parallelism) -> dict[str, Any]:
+    """`TransformerConfig` fields that follow from the parallel sizes, but for virtual stages."""
+    return {
+        "tensor_model_parallel_size": parallelism.tp,
+        "pipeline_model_parallel_size": parallelism.pp,
+        "expert_model_parallel_size": parallelism.ep,
+        "expert_tensor_parallel_size": parallelism.expert_tp,
+        "context_parallel_size": parallelism.cp,
+        "sequence_parallel": parallelism.tp > 1,  # training experts under tensor parallelism needs it
+    }
 
 
 def _gpt_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]:
@@ -110,6 +124,7 @@ def build_gpt_model(
     *,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
+    spec: MakeSpec | None = None,
     vocab_size: int | None = None,
     pre_process: bool = True,
     post_process: bool = True,
@@ -126,9 +141,9 @@ def build_gpt_model(
     arguments = gpt_model_arguments(config)
     if vocab_size is not None:
         arguments["vocab_size"] = vocab_size
-    block: Any = minimax_m2_block_spec(
-        megatron, backend, vp_stage=vp_stage
-    )  # GPTModel takes it, its signature does not
+    block: Any = (  # GPTModel takes it, its signature does not
+        minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage) if spec is None else spec(megatron, vp_stage)
+    )
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=block,
@@ -145,6 +160,7 @@ def build_hybrid_model(
     *,
     params_dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
+    spec: MakeSpec | None = None,
     vocab_size: int | None = None,
     pattern: str | None = None,
     pre_process: bool = True,
@@ -160,7 +176,7 @@ def build_hybrid_model(
     chosen = {"vocab_size": vocab_size, "hybrid_layer_pattern": pattern}
     model = HybridModel(
         config=megatron,
-        hybrid_stack_spec=minimax_m2_hybrid_spec(megatron, backend),
+        hybrid_stack_spec=minimax_m2_hybrid_spec(megatron, backend) if spec is None else spec(megatron, vp_stage),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

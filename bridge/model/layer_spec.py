@@ -75,13 +75,17 @@ def minimax_m2_block_spec(
     """The layers of this rank's pipeline stage (and virtual stage), and the final norm.
 
     Raises:
-        ValueError: as `minimax_m2_layer_spec`.
+        ValueError: as `minimax_m2_layer_spec`, also where the stage has no layer.
     """
-    check_settings(config)  # also where the stage has no layer
+    return block_spec_of(minimax_m2_layer_spec(config, backend), config, backend, vp_stage=vp_stage)
+
+
+def block_spec_of(
+    layer: ModuleSpec, config: TransformerConfig, backend: Backend | None = None, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """As `minimax_m2_block_spec`, of any layer."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[minimax_m2_layer_spec(config, backend)] * count, layer_norm=_modules(backend).layer_norm()
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_modules(backend).layer_norm())
 
 
 def minimax_m2_hybrid_spec(config: TransformerConfig, backend: Backend | None = None) -> ModuleSpec:

@@ -6,7 +6,7 @@ trainer, which has set up everything already, it does nothing. On exit only what
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from bridge.jobs.ranks import join_ranks, launched_by_torchrun
 from bridge.model.cpu import megatron_on_cpu
+from reference.parallelism import Parallelism
 
 
 @contextmanager
@@ -57,6 +58,18 @@ def _join_processes() -> None:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def groups_of(layout: Parallelism) -> AbstractContextManager[None]:
+    """`model_parallel` at a layout's sizes."""
+    return model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        context_parallel_size=layout.cp,
+    )
 
 
 def group_sizes(chunks: int) -> dict[str, int]:

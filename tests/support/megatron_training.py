@@ -7,7 +7,6 @@ the Transformer Engine spec, else the local one.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +77,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
 
     Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
+    from bridge.proof.judge.training import descend, forward_backward, gradient_norm, wrapped
     from bridge.weights.param_mapping import model_state
 
     rank, layout = torch.distributed.get_rank(), setup.layout
@@ -87,54 +85,25 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
     with groups_of(layout):
         chunks = _build(setup, dtype)
         _load(chunks, held, weights_of(setup.case, dtype), setup.drop_in)
-        wrap = partial(
-            DistributedDataParallel, chunks[0].config, DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        )
-        ddp = [wrap(chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+        ddp, step = wrapped(chunks), _forward_step_of_packed if setup.packed else _forward_step
         mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
-            losses.append(_loss_of_a_step(ddp, mine, layout, packed=setup.packed))
-            norms.append(_gradient_norm(chunks))
+            losses.append(forward_backward(ddp, mine, step, seq=SEQ, batch=BATCH // layout.dp))
+            norms.append(gradient_norm(chunks))
             grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
             first = first or _shards(grads, held, setup.drop_in)
-            with torch.no_grad():
-                for chunk in chunks:
-                    for parameter in chunk.parameters():
-                        parameter -= LEARNING_RATE * parameter.main_grad
+            descend(chunks, LEARNING_RATE)
         weights = _shards([model_state(chunk) for chunk in chunks], held, setup.drop_in)
         return {"losses": losses, "norms": norms, "grads": first, "weights": weights}
 
 
-def _loss_of_a_step(ddp: list[torch.nn.Module], batches: Tensor, layout: Parallelism, *, packed: bool) -> float | None:
-    """Forward and backward by megatron-core's schedule; None where the loss is on another rank."""
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-    for chunk in ddp:
-        chunk.zero_grad_buffer()
-    reduced = get_forward_backward_func()(
-        forward_step_func=_forward_step_of_packed if packed else _forward_step,
-        data_iterator=[iter(batches) for _ in ddp] if len(ddp) > 1 else iter(batches),
-        model=ddp,
-        num_microbatches=len(batches),
-        seq_length=SEQ,
-        micro_batch_size=BATCH // layout.dp,
-    )
-    return float(sum(step["loss"] for step in reduced)) / len(batches) if reduced else None
-
-
 def _build(setup: Setup, dtype: torch.dtype) -> list[torch.nn.Module]:
     """This rank's chunks, with random weights."""
-    from megatron.core.distributed import finalize_model_grads
-
     from bridge.model.build import build_model
+    from bridge.proof.judge.training import TRAINING_SETTINGS
 
-    settings = {
-        "params_dtype": dtype,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_router_bias_update_rate": 0.0,
-        "finalize_model_grads_func": partial(finalize_model_grads, force_all_reduce=True),
-    }
+    settings = {"params_dtype": dtype, **TRAINING_SETTINGS}
     if setup.drop_in:
         return [_build_with_drop_in(setup, settings)]
     built = build_model(setup.case.model_config(), model=setup.model, **settings | dict(setup.settings))
@@ -248,27 +217,3 @@ class OneSequenceAtATime(torch.nn.Module):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         sequences = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
         return torch.cat([self.core_attention(*sequence, mask, **kwargs) for sequence in sequences])
-
-
-def _gradient_norm(chunks: list[torch.nn.Module]) -> float:
-    """megatron-core's own: each parameter once, dense and expert parameters over their own groups."""
-    from megatron.core import parallel_state
-    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-
-    groups = {
-        True: parallel_state.get_model_parallel_group(),
-        False: parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-    }
-    tp, etp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
-    norms = []
-    for dense, group in groups.items():
-        counted = [
-            parameter.main_grad
-            for chunk in chunks
-            for parameter in chunk.parameters()
-            if getattr(parameter, "allreduce", True) is dense
-            and param_is_not_tensor_parallel_duplicate(parameter, tp, etp)
-        ]
-        norms.append(float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group)))
-    return (norms[0] ** 2 + norms[1] ** 2) ** 0.5

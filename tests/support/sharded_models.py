@@ -47,13 +47,6 @@ def truth_of(folder: str) -> Truth:
 
 def groups_of(layout: Parallelism) -> AbstractContextManager[None]:
     """megatron-core's process groups of a layout, on all ranks."""
-    from bridge.model.process_groups import model_parallel
+    from bridge.model import process_groups
 
-    return model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.expert_tp,
-        context_parallel_size=layout.cp,
-    )
+    return process_groups.groups_of(layout)

@@ -1,0 +1,1 @@
+"""A judge: anybody's megatron-core layers, run on real ranks and compared with the reference, gradients included."""
