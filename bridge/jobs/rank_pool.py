@@ -135,7 +135,9 @@ class RankPool:
     def _answers(self, deadline: float) -> list[Answer]:
         answers: dict[int, Answer] = {}
         while len(answers) < self.world and time.monotonic() < deadline:
-            waiting = {rank.pipe: number for number, rank in enumerate(self._ranks) if number not in answers}
+            waiting: dict[Any, int] = {
+                rank.pipe: number for number, rank in enumerate(self._ranks) if number not in answers
+            }
             for pipe in wait(list(waiting), deadline - time.monotonic()):
                 answer = answers[waiting[pipe]] = self._answer(self._ranks[waiting[pipe]])
                 if answer.value is None:

@@ -37,8 +37,10 @@ def assert_matches_reference(
     if isinstance(layouts, str):
         if layouts not in SETS:
             raise ValueError(f"layouts is {layouts!r}, expected {' or '.join(map(repr, SETS))}, or the layouts")
-        layouts = SETS[layouts]
-    judgement = judge(Target.of(target, part), layouts, dtype=dtype, ranks=ranks)
+        chosen = SETS[layouts]
+    else:
+        chosen = tuple(layouts)
+    judgement = judge(Target.of(target, part), chosen, dtype=dtype, ranks=ranks)
     if judgement.status is not Status.HOLDS:
         raise AssertionError(text(judgement))
     return judgement

@@ -10,7 +10,6 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
-from torch import nn
 
 from bridge.model.build import build_model, parallel_settings
 from bridge.model.config import gpt_model_arguments, transformer_config
@@ -22,12 +21,14 @@ from bridge.proof.judge.training import TRAINING_SETTINGS
 from reference.config import ModelConfig
 from reference.model_class import ModelClass
 
+SLOTS = {Slot.Q_NORM: "q_layernorm", Slot.K_NORM: "k_layernorm"}  # of megatron-core's attention
+
 
 class Built(NamedTuple):
     """This rank's chunks, and what the target turned out to be."""
 
     kind: Kind
-    chunks: list[nn.Module]
+    chunks: list[Any]
 
 
 def build(target: Target, config: ModelConfig, layout: RunLayout, dtype: torch.dtype) -> Built:
@@ -85,10 +86,10 @@ def _layer_with(part: Made, config: TransformerConfig) -> ModuleSpec:
     if isinstance(part.value, ModuleSpec):
         parts.self_attention = part.value
         return layer
-    norms = {"q_layernorm": FullDimQNorm, "k_layernorm": FullDimKNorm}
+    norms: dict[str, Any] = {"q_layernorm": FullDimQNorm, "k_layernorm": FullDimKNorm}
     attention = parts.self_attention
     attention.module = part.value if part.slot is Slot.ATTENTION else SelfAttention
-    if part.slot in (Slot.Q_NORM, Slot.K_NORM):
-        norms[f"{part.slot[0]}_layernorm"] = part.value
+    if part.slot is not None and part.slot in SLOTS:
+        norms[SLOTS[part.slot]] = part.value
     attention.submodules = replace(attention.submodules, **norms)
     return layer

@@ -43,10 +43,10 @@ def first_step(seen: Gathered, posed: Problem, sizes: Parallelism, bound: float)
     if observed.keys() == (expected := run(MINIMAX_M2)).keys():
         errors = relative_errors(observed, expected)
         if max(errors.values()) <= bound:
-            return errors, None
+            return dict(errors), None
     wrong = candidates(Part.MODEL, problem.config, **ranks)
     found = explain(observed, run, wrong, bound=bound, outputs=outputs)
-    return found.errors, found
+    return dict(found.errors), found
 
 
 def bookkeeping(seen: Gathered, unmarked: Sequence[str], bound: float) -> tuple[Errors, list[Fault]]:

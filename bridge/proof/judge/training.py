@@ -85,5 +85,6 @@ def gradient_norm(chunks: Sequence[nn.Module]) -> float:
             and getattr(parameter, "allreduce", True) is dense
             and param_is_not_tensor_parallel_duplicate(parameter, tp, etp)
         ]
-        norms.append(float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group)))
+        total = get_grad_norm_fp32(counted, grad_stats_parallel_group=group)  # pyright: ignore[reportArgumentType]
+        norms.append(float(total))
     return (norms[0] ** 2 + norms[1] ** 2) ** 0.5
