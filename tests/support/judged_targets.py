@@ -133,8 +133,9 @@ def all_channels_rotated(args, config, vp_stage):
 
 
 def interleaved(config):
-    config.rotary_interleaved = True
-    return with_attention(config, SelfAttention, q_layernorm=FullDimQNorm, k_layernorm=FullDimKNorm)
+    layer = with_attention(config, SelfAttention, q_layernorm=FullDimQNorm, k_layernorm=FullDimKNorm)
+    config.rotary_interleaved = True  # our layer refuses it
+    return layer
 
 
 class RouterWithBiasInTheWeights(Float32Router):
