@@ -96,7 +96,9 @@ def test_another_size_is_named_with_both_values(arguments: Namespace, said: Said
     found = getattr(arguments, said.parsed)
     other = Namespace(**vars(arguments) | {said.parsed: found / 2})
     option = said.option.rstrip("=")
-    with pytest.raises(ValueError, match=rf"^{option}: found {found / 2}, expected {found}(\.0)? .*; pass {option} {found}"):
+    with pytest.raises(
+        ValueError, match=rf"^{option}: found {found / 2}, expected {found}(\.0)? .*; pass {option} {found}"
+    ):
         check_arguments(other, RELEASED)
 
 
