@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bridge.minimax_m2_bridge": (
         "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference",
     ),
+    "bridge.plugins": ("bridge.model", "bridge.huggingface", "reference"),
     "bridge.proof": (
         "bridge.minimax_m2_bridge", "bridge.torch_dist", "bridge.model", "bridge.huggingface", "bridge.jobs",
         "reference",

@@ -151,8 +151,8 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 OTHER_SIZES = "model and checkpoint have different sizes"
 NORM_OF_OTHER_SHAPE = (
-    "MiniMax-M2 norms all heads at once, where megatron-core's own norm has the weight of one head, and others' that of "
-    "a rank's heads: use bridge.minimax_m2_layer_spec, or put bridge.FullDimQNorm and bridge.FullDimKNorm into the "
+    "MiniMax-M2 norms all heads at once, where megatron-core's own norm has the weight of one head, and others' that "
+    "of a rank's heads: use bridge.minimax_m2_layer_spec, or put bridge.FullDimQNorm and bridge.FullDimKNorm into the "
     "slots q_layernorm and k_layernorm"
 )
 

@@ -5,19 +5,19 @@ inference engines; so functions of its files are run by themselves.
 """
 
 import ast
-import importlib.util
 import json
 import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import EDGY_CONFIG
+from support.files import module_of
 from support.megatron_lm import cpu_words, megatron_lm_runs, parsed
 from torch import Tensor, nn
 
@@ -142,13 +142,6 @@ def sources() -> Path:
     if not folder:
         pytest.skip("SLIME is not set to a checkout of slime")
     return Path(folder, "slime", "backends", "megatron_utils")
-
-
-def module_of(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"of_slime_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def functions_of(file: Path, names: set[str], **around: Any) -> SimpleNamespace:
