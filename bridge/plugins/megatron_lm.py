@@ -101,7 +101,7 @@ def model_provider(
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    arguments = get_args()
+    arguments: Any = get_args()  # megatron-core says None
     config = core_transformer_config_from_args(arguments) if config is None else config
     backend = checked_backend(config)
     common = {

@@ -64,7 +64,8 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
     """
     from megatron.training import get_args
 
-    _prepare(get_args())
+    arguments: Any = get_args()  # megatron-core says None
+    _prepare(arguments)
     built: Any = megatron_lm.model_provider(pre_process, post_process, vp_stage)
     return built
 
