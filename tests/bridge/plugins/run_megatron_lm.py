@@ -1,10 +1,12 @@
-"""Megatron-LM's own pretrain_gpt.py and pretrain_hybrid.py for a few steps with our specs; by hand, on a GPU host.
+"""Megatron-LM's own pretrain_gpt.py and pretrain_hybrid.py for a few steps with our specs.
 
     python tests/bridge/plugins/run_megatron_lm.py --megatron-lm CHECKOUT --gpus 1 --out record.json
 
-Needs Transformer Engine, and of the checkout its scripts only: they run on the installed megatron-core, which has the
-rest of Megatron-LM. For each class and layout: a checkpoint is made and imported, the script loads it, trains on its
-mock data and saves; the result is exported. It must hold that
+On GPUs it needs Transformer Engine; `--gpus 0` is one rank on a host without any, in float32. Of the checkout it needs
+the scripts only: they run on the installed megatron-core, which has the rest of Megatron-LM, but for a makefile; they
+would compile helpers that the package has compiled. So they are given a copy of the package with a makefile that does
+nothing. For each class and layout: a checkpoint is made and imported, the script loads it, trains on its mock data and
+saves; the result is exported. It must hold that
 
 - the first loss is the same for all, as far as bfloat16 goes: weights, norms and rotation are the same model;
 - later losses too, since the data and the gradients are;
@@ -62,7 +64,19 @@ def runs_of(gpus: int) -> list[Run]:
     return [Run(model, *sizes) for model in ("gpt", "hybrid") for sizes in layouts]
 
 
-def words_of(run: Run, steps: int, folder: Path) -> list[str]:
+def scripts_in(scripts: Path, checkout: Path) -> Path:
+    """A folder with the checkout's scripts and the installed packages that they import."""
+    import megatron.core
+
+    shutil.copytree(Path(megatron.core.__file__).parent, scripts / "megatron" / "core")
+    shutil.copytree(Path(megatron.core.__file__).parents[1] / "training", scripts / "megatron" / "training")
+    (scripts / "megatron" / "core" / "datasets" / "Makefile").write_text("default: ;\n")
+    for script in SCRIPTS:
+        shutil.copy(checkout / script, scripts)
+    return scripts
+
+
+def words_of(run: Run, steps: int, folder: Path, *, gpus: int) -> list[str]:
     """The script's command line."""
     from bridge.huggingface.random_checkpoint import SMALL_CONFIG
     from bridge.plugins.megatron_lm_arguments import megatron_lm_arguments
@@ -78,14 +92,13 @@ def words_of(run: Run, steps: int, folder: Path) -> list[str]:
         "--pipeline-model-parallel-size": run.pp,
         "--expert-model-parallel-size": run.ep,
         "--expert-tensor-parallel-size": 1,
-        "--moe-token-dispatcher-type": "alltoall",
         "--seq-length": 128,
         "--micro-batch-size": 1,
         "--global-batch-size": 8,
         "--train-iters": steps,
         "--lr": 1e-3,
         "--lr-decay-style": "constant",
-        "--clip-grad": 1.0,
+        "--clip-grad": 0.0,  # on a CPU megatron-core cannot
         "--log-interval": 1,
         "--eval-iters": 0,
         "--eval-interval": 1000,
@@ -99,17 +112,25 @@ def words_of(run: Run, steps: int, folder: Path) -> list[str]:
         "--distributed-timeout-minutes": 5,
     }
     said = [word for name, value in options.items() for word in (name, *str(value).split())]
-    switches = ["--mock-data", "--bf16", "--finetune", "--no-load-rng", "--no-load-optim"]
+    switches = ["--mock-data", "--finetune", "--no-load-rng", "--no-load-optim"]
     switches += ["--sequence-parallel"] if run.tp > 1 else []
-    return [*words, *said, *switches]
+    if gpus:
+        return [*words, *said, *switches, "--bf16", "--moe-token-dispatcher-type", "alltoall"]
+    from support.megatron_lm import cpu_words
+
+    backend = ["--distributed-backend", "gloo", "--num-workers", "0", "--optimizer", "sgd"]
+    return [*cpu_words(words), *said, *switches, *backend]
 
 
 def train(run: Run, scripts: Path, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Losses of the run, and whether the exported weights differ from the source's; the output's end if it failed."""
     from bridge import ExportJob, compare_checkpoints, export_checkpoint
 
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(asked.gpus)]
-    command = [sys.executable, *ranks, str(scripts / f"pretrain_{run.model}.py"), *words_of(run, asked.steps, folder)]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(asked.gpus or 1)]
+    launcher = [] if asked.gpus else [str(ROOT / "tests" / "support" / "megatron_lm_on_cpu.py")]
+    script = [*launcher, str(scripts / f"pretrain_{run.model}.py")]
+    command = [sys.executable, *ranks, *script, *words_of(run, asked.steps, folder, gpus=asked.gpus)]
+    path = os.pathsep.join([str(scripts), str(ROOT)])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(scripts)]),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -147,16 +168,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="runs whose name has this in it")
     parser.add_argument("--out", type=Path, help="where to write the record, as JSON")
     asked = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from bridge import ImportJob, import_checkpoint
     from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scripts = folder / "scripts"
-        scripts.mkdir()
-        for script in SCRIPTS:
-            shutil.copy(asked.megatron_lm / script, scripts)
+        scripts = scripts_in(folder / "scripts", asked.megatron_lm)
         make_checkpoint(folder / "source", SMALL_CONFIG | SIZES)
         for kind in ("gpt", "hybrid"):
             import_checkpoint(ImportJob(str(folder / "source"), str(folder / f"imported-{kind}"), model=kind))

@@ -1,7 +1,7 @@
-"""Megatron-LM's scripts with our specs: `MEGATRON_LM=checkout pytest -m plugins`, on a host with a GPU.
+"""Megatron-LM's scripts with our specs: `MEGATRON_LM=checkout pytest -m plugins`.
 
-What runs them is `run_megatron_lm.py`; here is also what of it can be seen without a GPU: each word that it gives the
-scripts is known to their parser, and a record in which something does not hold is found out.
+What runs them is `run_megatron_lm.py`; here is also what can be seen without the scripts: each word that it gives them
+is known to their parser, and a record in which something does not hold is found out.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checks import NO_GPU, ROOT
+from support.checks import ROOT
 from support.files import module_of
 from support.megatron_lm import parsed
 
@@ -22,11 +22,12 @@ SCRIPT = Path(__file__).with_name("run_megatron_lm.py")
 by_hand = module_of(SCRIPT)
 
 
-@pytest.mark.parametrize("run", by_hand.runs_of(4), ids=lambda run: run.name)
-def test_the_scripts_know_every_word(run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [0, 4])
+@pytest.mark.parametrize("run", [by_hand.Run("gpt"), by_hand.Run("hybrid", 2, 2, 2)], ids=lambda run: run.name)
+def test_the_scripts_know_every_word(run, gpus: int, tmp_path: Path) -> None:
     from megatron.core.transformer.spec_utils import import_module
 
-    found = parsed(by_hand.words_of(run, 5, tmp_path), validated=False)
+    found = parsed(by_hand.words_of(run, 5, tmp_path, gpus=gpus), validated=False)
     check_arguments(found)
     assert (found.tensor_model_parallel_size, found.pipeline_model_parallel_size) == (run.tp, run.pp)
     assert import_module(found.spec) is (layer_spec if run.model == "gpt" else hybrid_stack_spec)
@@ -45,13 +46,13 @@ def test_what_does_not_hold_is_said() -> None:
         assert any(said in problem for problem in by_hand.problems([good, record])), said
 
 
-@NO_GPU
 @pytest.mark.plugins
 def test_the_scripts_train_on_this_host(tmp_path: Path) -> None:
+    """On a host without a GPU one rank, in float32."""
     checkout = os.environ.get("MEGATRON_LM")
     if not checkout:
         pytest.skip("MEGATRON_LM is not set to a checkout of Megatron-LM")
-    gpus = 2 ** (min(torch.cuda.device_count(), 4).bit_length() - 1)
-    command = [sys.executable, str(SCRIPT), "--megatron-lm", checkout, "--gpus", str(gpus)]
+    gpus = 2 ** (min(torch.cuda.device_count(), 4).bit_length() - 1) if torch.cuda.is_available() else 0
+    command = [sys.executable, str(SCRIPT), "--megatron-lm", checkout, "--gpus", str(gpus), "--steps", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
