@@ -37,7 +37,19 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     ),
 }
 TYPES = ("IntTensor", "LongTensor", "FloatTensor", "DoubleTensor", "ByteTensor")
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "ones_like", "zeros_like", "empty_like")
+FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "ones_like",
+    "zeros_like",
+    "empty_like",
+    "rand",
+    "randn",
+)
 
 
 def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

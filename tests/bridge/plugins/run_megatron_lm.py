@@ -131,10 +131,7 @@ def train(run: Run, scripts: Path, asked: argparse.Namespace, folder: Path) -> d
     script = [*launcher, str(scripts / f"pretrain_{run.model}.py")]
     command = [sys.executable, *ranks, *script, *words_of(run, asked.steps, folder, gpus=asked.gpus)]
     path = os.pathsep.join([str(scripts), str(ROOT)])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(scripts)]),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
     losses = [float(value) for _, value in LOSS.findall(done.stdout)]
     found: dict[str, Any] = {"run": run.name, "status": done.returncode, "losses": losses}
