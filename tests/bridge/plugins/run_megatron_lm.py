@@ -2,11 +2,12 @@
 
     python tests/bridge/plugins/run_megatron_lm.py --megatron-lm CHECKOUT --gpus 1 --out record.json
 
-On GPUs it needs Transformer Engine; `--gpus 0` is one rank on a host without any, in float32. Of the checkout it needs
-the scripts only: they run on the installed megatron-core, which has the rest of Megatron-LM, but for a makefile; they
-would compile helpers that the package has compiled. So they are given a copy of the package with a makefile that does
-nothing. For each class and layout: a checkpoint is made and imported, the script loads it, trains on its mock data and
-saves; the result is exported. It must hold that
+On GPUs it needs Transformer Engine; `--gpus 0` is one rank on a host without any, in float32. The checkout's scripts
+run on the installed megatron-core, which has the rest of Megatron-LM, or with `--core checkout` on the checkout's:
+its main branch's pretrain_hybrid.py calls what 0.19.2 has not. Either is copied, with the installed package's
+compiled helpers and a makefile that does nothing, because the scripts would compile them. For each class and layout:
+a checkpoint is made and imported, the script loads it, trains on its mock data and saves; the result is exported. It
+must hold that
 
 - the first loss is the same for all, as far as bfloat16 goes: weights, norms and rotation are the same model;
 - later losses too, since the data and the gradients are;
@@ -64,13 +65,18 @@ def runs_of(gpus: int) -> list[Run]:
     return [Run(model, *sizes) for model in ("gpt", "hybrid") for sizes in layouts]
 
 
-def scripts_in(scripts: Path, checkout: Path) -> Path:
-    """A folder with the checkout's scripts and the installed packages that they import."""
+def scripts_in(scripts: Path, checkout: Path, core: str) -> Path:
+    """A folder with the checkout's scripts and the packages that they import, the installed ones or the checkout's."""
     import megatron.core
 
-    shutil.copytree(Path(megatron.core.__file__).parent, scripts / "megatron" / "core")
-    shutil.copytree(Path(megatron.core.__file__).parents[1] / "training", scripts / "megatron" / "training")
-    (scripts / "megatron" / "core" / "datasets" / "Makefile").write_text("default: ;\n")
+    installed = Path(megatron.core.__file__).parents[1]
+    for package in ("core", "training"):
+        of = installed if core == "installed" else checkout / "megatron"
+        shutil.copytree(of / package, scripts / "megatron" / package)
+    datasets = scripts / "megatron" / "core" / "datasets"
+    for compiled in (installed / "core" / "datasets").glob("helpers_cpp*.so"):
+        shutil.copy(compiled, datasets)
+    (datasets / "Makefile").write_text("default: ;\n")
     for script in SCRIPTS:
         shutil.copy(checkout / script, scripts)
     return scripts
@@ -161,6 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron-lm", type=Path, required=True, help="a checkout of Megatron-LM")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--core", choices=("installed", "checkout"), default="installed", help="whose megatron-core")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", default="", help="runs whose name has this in it")
     parser.add_argument("--out", type=Path, help="where to write the record, as JSON")
@@ -171,7 +178,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scripts = scripts_in(folder / "scripts", asked.megatron_lm)
+        scripts = scripts_in(folder / "scripts", asked.megatron_lm, asked.core)
         make_checkpoint(folder / "source", SMALL_CONFIG | SIZES)
         for kind in ("gpt", "hybrid"):
             import_checkpoint(ImportJob(str(folder / "source"), str(folder / f"imported-{kind}"), model=kind))
@@ -183,7 +190,14 @@ def main() -> int:
     packages = ("torch", "megatron-core", "transformer-engine")
     versions = {package: _version(package) for package in packages}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record = {"versions": versions, "gpu": gpu, "gpus": asked.gpus, "runs": found, "problems": problems(found)}
+    record = {
+        "versions": versions,
+        "gpu": gpu,
+        "gpus": asked.gpus,
+        "core": asked.core,
+        "runs": found,
+        "problems": problems(found),
+    }
     if asked.out:
         asked.out.write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(record["problems"]) or f"{len(found)} runs hold")

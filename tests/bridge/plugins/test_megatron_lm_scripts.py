@@ -53,6 +53,7 @@ def test_the_scripts_train_on_this_host(tmp_path: Path) -> None:
     if not checkout:
         pytest.skip("MEGATRON_LM is not set to a checkout of Megatron-LM")
     gpus = 2 ** (min(torch.cuda.device_count(), 4).bit_length() - 1) if torch.cuda.is_available() else 0
-    command = [sys.executable, str(SCRIPT), "--megatron-lm", checkout, "--gpus", str(gpus), "--steps", "3"]
+    command = [sys.executable, str(SCRIPT), "--megatron-lm", checkout, "--gpus", str(gpus)]
+    command += ["--steps", "3", "--core", "checkout"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
