@@ -113,7 +113,7 @@ def _parameter(held: _Held, rank: _Rank, dialect: Dialect) -> Parameter:
         Piece(source, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None)
         for source, shape in zip(sources, held.row.shapes(rank.config), strict=True)
     ]
-    pieces = tuple(_CUTS[held.row.layout](whole, rank))
+    pieces = tuple(_CUTS[held.row.layout_in(dialect)](whole, rank))
     rows, cols = sum(_length(piece.rows) for piece in pieces), pieces[0].cols
     shape = (rows,) if cols is None else (rows, _length(cols))
     return Parameter(held.row, name, held.chunk, shape, sources, pieces)

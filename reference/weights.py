@@ -5,7 +5,8 @@ it up there. `{layer}` and `{expert}` in a name count over the whole model, from
 from 0, which `reference.sharding` takes care of. `HybridModel` counts attention and experts as a layer each: its layer
 2i is the attention of layer i, `{attention}` in a name, and 2i + 1 the experts of layer i, `{moe}`.
 
-A new dialect is a member of `Dialect`, a line of `_PREFIXES` and a column of `TABLE`.
+A new dialect is a member of `Dialect`, a line of `_PREFIXES` and a column of `TABLE`; those of `DROP_IN` follow from
+others.
 
 Sources: the released files' headers; `transformers` conversion_mapping (minimax_m2); megatron-core gpt_layer_specs and
 HybridStack, and for the keys TransformerBlock.sharded_state_dict, HybridStack.sharded_state_dict, TEGroupedLinear,
@@ -35,12 +36,36 @@ class Dialect(StrEnum):
     TORCH_DIST = "torch_dist"  # keys of a `GPTModel`'s distributed checkpoint: all layers, all experts stacked
     TORCH_DIST_LAYERS = "torch_dist_layers"  # the same with `non_homogeneous_layers`: a key for each layer
     TORCH_DIST_HYBRID = "torch_dist_hybrid"  # keys of a `HybridModel`'s: always one for each of its layers
+    MEGATRON_TE_DROP_IN = "megatron_te_drop_in"  # MEGATRON_TE, but with the two norms in megatron-core's own attention
+    HYBRID_TE_DROP_IN = "hybrid_te_drop_in"  # HYBRID_TE so
+    MEGATRON_LOCAL_DROP_IN = "megatron_local_drop_in"  # MEGATRON_LOCAL so
+    HYBRID_LOCAL_DROP_IN = "hybrid_local_drop_in"  # HYBRID_LOCAL so
 
+
+# Dialects of models whose attention is megatron-core's own, with `bridge.FullDimQNorm` and `FullDimKNorm` in its norm
+# slots, and what they are otherwise. The two weights are called there what distributed checkpoints call them, and each
+# tensor-parallel rank has them whole.
+DROP_IN: dict[Dialect, Dialect] = {
+    Dialect.MEGATRON_TE_DROP_IN: Dialect.MEGATRON_TE,
+    Dialect.HYBRID_TE_DROP_IN: Dialect.HYBRID_TE,
+    Dialect.MEGATRON_LOCAL_DROP_IN: Dialect.MEGATRON_LOCAL,
+    Dialect.HYBRID_LOCAL_DROP_IN: Dialect.HYBRID_LOCAL,
+}
 
 # The dialects of a model in memory, by its class, and of its distributed checkpoint; the first is what is written.
 MODEL_DIALECTS: dict[ModelClass, tuple[Dialect, ...]] = {
-    ModelClass.GPT: (Dialect.MEGATRON_TE, Dialect.MEGATRON_LOCAL),
-    ModelClass.HYBRID: (Dialect.HYBRID_TE, Dialect.HYBRID_LOCAL),
+    ModelClass.GPT: (
+        Dialect.MEGATRON_TE,
+        Dialect.MEGATRON_LOCAL,
+        Dialect.MEGATRON_TE_DROP_IN,
+        Dialect.MEGATRON_LOCAL_DROP_IN,
+    ),
+    ModelClass.HYBRID: (
+        Dialect.HYBRID_TE,
+        Dialect.HYBRID_LOCAL,
+        Dialect.HYBRID_TE_DROP_IN,
+        Dialect.HYBRID_LOCAL_DROP_IN,
+    ),
 }
 CHECKPOINT_DIALECTS: dict[ModelClass, tuple[Dialect, ...]] = {
     ModelClass.GPT: (Dialect.TORCH_DIST, Dialect.TORCH_DIST_LAYERS),
@@ -70,6 +95,9 @@ class Layout(StrEnum):
     EXPERT_COLUMNS = "expert_columns"  # columns over expert-tensor-parallel ranks
 
 
+QK_NORMS = (Layout.QUERY_HEADS, Layout.KEY_HEADS)
+
+
 class Storage(StrEnum):
     """In which dtypes a kind of weight is kept."""
 
@@ -84,7 +112,7 @@ class Row:
 
     Args:
         scope: how often it occurs.
-        layout: how its Megatron parameter is put together and sharded.
+        layout: how its Megatron parameter is put together and sharded (`layout_in` for each dialect).
         storage: in which dtypes it is kept.
         trained: whether it has a gradient.
         axes: the axes of each of its on-disk tensors, as names of sizes (`sizes`).
@@ -103,6 +131,10 @@ class Row:
         """The names in `dialect` for one layer and expert."""
         numbers = {field: step * layer + first for field, (step, first) in LAYER_NUMBERS.items()}
         return tuple(template.format(expert=expert, **numbers) for template in self.names[dialect])
+
+    def layout_in(self, dialect: Dialect) -> Layout:
+        """How its parameter is put together and sharded in a model of `dialect`: a drop-in norm is whole on each rank."""
+        return Layout.REPLICATED if dialect in DROP_IN and self.layout in QK_NORMS else self.layout
 
     def shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         """The shape of each on-disk tensor, in the order of their names."""
@@ -144,16 +176,21 @@ _PREFIXES: dict[Dialect, tuple[str, str, str, str]] = {
     Dialect.TORCH_DIST_HYBRID:  ("", _ATTENTION,              _MOE,                    _MOE + "mlp.experts.experts."),
 }
 # fmt: on
+_COLUMNS = tuple(_PREFIXES)  # of the table, in this order
+_PREFIXES |= {dialect: _PREFIXES[like] for dialect, like in DROP_IN.items()}
 
 
 def _row(scope: str, layout: str, storage: str, axes: str, *cells: str, trained: bool = True) -> Row:
-    """A row of the table, names in the order of Dialect.
+    """A row of the table, names in the order of `_COLUMNS`.
 
     "=" repeats the name to its left. A row of several on-disk tensors has their shapes apart by commas, their names by
     blanks.
     """
+    columns = dict(zip(_COLUMNS, accumulate(cells, lambda left, cell: left if cell == "=" else cell), strict=True))
+    checkpoint_name = Layout(layout) in QK_NORMS
+    columns |= {drop_in: columns[Dialect.TORCH_DIST if checkpoint_name else like] for drop_in, like in DROP_IN.items()}
     names = {}
-    for dialect, cell in zip(Dialect, accumulate(cells, lambda left, cell: left if cell == "=" else cell), strict=True):
+    for dialect, cell in columns.items():
         prefix = dict(zip(Scope, _PREFIXES[dialect], strict=True))[Scope(scope)]
         names[dialect] = tuple(prefix + name for name in cell.split())
     shapes = tuple(tuple(shape.split()) for shape in axes.split(","))

@@ -50,6 +50,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",
         "bridge.jobs", "reference",
     ),
+    # Our MiniMax-M2 inside other frameworks: on top of everything, and imported by nothing of ours.
+    "bridge.plugins": (
+        "bridge.minimax_m2_bridge", "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled",
+        "compiled.fp8", "compiled.norm", "reference",
+    ),
     # The public names, each from its home, on first use.
     "bridge": ("bridge.convert", "bridge.minimax_m2_bridge", "bridge.model", "bridge.proof"),
 }  # fmt: skip

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from bridge.model.safe_settings import check_settings
 from compiled import FullDimQKNorm
-from reference.weights import TABLE, Dialect, Layout, Row
+from reference.weights import QK_NORMS, TABLE, Dialect, Row
 
 
 def _in_attention(row: Row, dialect: Dialect) -> str:
@@ -42,7 +42,7 @@ def _in_attention(row: Row, dialect: Dialect) -> str:
 CHECKPOINT_KEYS = {
     _in_attention(row, Dialect.MEGATRON_TE): _in_attention(row, Dialect.TORCH_DIST)
     for row in TABLE
-    if row.layout in (Layout.QUERY_HEADS, Layout.KEY_HEADS)
+    if row.layout in QK_NORMS
 }
 
 KEPT_TABLES = "_minimax_m2_tables"  # the attribute of the angles that keeps cos and sin with them

@@ -74,7 +74,10 @@ class GatedMLPMapping(ParamMapping):
 
 
 class FullDimQKNormMapping(ParamMapping):
-    """The weight of a norm over all heads; a rank has that of its heads, and ranks that share a key head the same."""
+    """The weight of a norm over all heads; a rank has that of its heads, and ranks that share a key head the same.
+
+    Of a drop-in norm each rank has all of it.
+    """
 
 
 MAPPINGS: dict[Layout, type[ParamMapping]] = {
@@ -130,7 +133,8 @@ class MappingRegistry:
         for (chunk, name), mapping in self._by_name.items():
             if (chunk, name) not in state:
                 raise ValueError(f"{name}: the model lacks this parameter; build it with bridge.build_model")
-            _check_shape(name, state[chunk, name], mapping.parameter.shape)
+            remedy = NORM_OF_OTHER_SHAPE if isinstance(mapping, FullDimQKNormMapping) else OTHER_SIZES
+            _check_shape(name, state[chunk, name], mapping.parameter.shape, remedy)
         unknown = state.keys() - self._by_name.keys()
         if unknown:
             raise ValueError(
@@ -145,27 +149,43 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
+OTHER_SIZES = "model and checkpoint have different sizes"
+NORM_OF_OTHER_SHAPE = (
+    "MiniMax-M2 norms all heads at once, where megatron-core's own norm has the weight of one head, and others' that "
+    "of a rank's heads: use bridge.minimax_m2_layer_spec, or put bridge.FullDimQNorm and bridge.FullDimKNorm into the "
+    "slots q_layernorm and k_layernorm"
+)
+
+
 def model_rows(names: Sequence[str], dialects: Sequence[Dialect]) -> dict[Dialect, tuple[Row, ...]]:
     """The row of `reference.weights.TABLE` of each name, for each of `dialects` that has all the names.
 
     Raises:
-        ValueError: none has all the names, so that the model is neither of the Transformer Engine nor of the local
-            layer spec of MiniMax-M2.
+        ValueError: a name is in none of them, or no layer spec has these names together.
     """
-    found = {}
-    for dialect in dialects:
-        keys = [key for name in names if (key := find(name, dialect)) is not None]
-        if len(keys) == len(names):
-            found[dialect] = tuple(key.row for key in keys)
-    if not found:
-        unknown = next(name for name in names if not find(name, dialects[-1]))
-        raise ValueError(f"{unknown}: not a parameter of a MiniMax-M2 model; build it with bridge.build_model")
-    return found
+    keys = {dialect: [find(name, dialect) for name in names] for dialect in dialects}
+    known = [{dialect for dialect in dialects if keys[dialect][index]} for index in range(len(names))]
+    common = set(dialects)
+    for index, (name, mine) in enumerate(zip(names, known, strict=True)):
+        if not mine:
+            raise ValueError(f"{name}: not a parameter of a MiniMax-M2 model; build it with bridge.build_model")
+        common &= mine
+        if not common:
+            other = next(earlier for earlier in range(index) if not mine & known[earlier])
+            raise ValueError(
+                f"{name}: found beside {names[other]}, but the one is a name in {_listed(mine)}, the other in "
+                f"{_listed(known[other])}; give all layers one spec, with one kind of norm for queries and keys, and "
+                "experts that go with it (grouped with Transformer Engine, one by one without)"
+            )
+    return {
+        dialect: tuple(key.row for key in keys[dialect] if key is not None) for dialect in dialects if dialect in common
+    }
 
 
-def _check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
+def _listed(dialects: set[Dialect]) -> str:
+    return " and ".join(sorted(dialects))
+
+
+def _check_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], remedy: str = OTHER_SIZES) -> None:
     if tuple(value.shape) != tuple(expected):
-        raise ValueError(
-            f"{name}: found shape {list(value.shape)}, expected {list(expected)}; model and checkpoint have different "
-            "sizes"
-        )
+        raise ValueError(f"{name}: found shape {list(value.shape)}, expected {list(expected)}; {remedy}")

@@ -84,3 +84,47 @@ def test_an_attribute_error_inside_an_import_is_not_hidden(tmp_path: Path, name:
     assert found.returncode == 1
     said = f"{bridge._HOMES[name]} cannot be imported: module 'torch' has no attribute 'planted_attribute'"
     assert found.stderr.splitlines()[-1] == f"ImportError: {said}"
+
+
+# What breaks inside megatron-core: the source, and the last line that the user sees.
+BREAKS = {
+    "an import error": ("from torch import planted", "ImportError: cannot import name 'planted' from 'torch'"),
+    "a missing package": ("import planted_package", "ModuleNotFoundError: No module named 'planted_package'"),
+    "a runtime error": ("raise RuntimeError('planted words')", "RuntimeError: planted words"),
+    "a file that is not there": ("open('/planted/file')", "FileNotFoundError: [Errno 2] No such file or directory"),
+    "a missing key": ("{}['planted']", "KeyError: 'planted'"),
+    "an error that is an AttributeError too": (
+        "from dataclasses import FrozenInstanceError\nraise FrozenInstanceError('planted words')",
+        "ImportError: bridge.minimax_m2_bridge cannot be imported: planted words",
+    ),
+}
+EACH_BREAK = """
+import os, sys, traceback
+import torch
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        sys.path.insert(0, folder)
+        for _ in range(2):
+            try:
+                from bridge import MiniMaxM2Bridge
+            except Exception as error:
+                print(traceback.format_exception_only(error)[-1].strip(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_each_kind_of_failure_is_said_in_its_own_words_also_the_second_time(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(len(BREAKS))]
+    for folder, (source, _) in zip(folders, BREAKS.values(), strict=True):
+        (folder / "megatron" / "core").mkdir(parents=True)
+        (folder / "megatron" / "__init__.py").touch()
+        (folder / "megatron" / "core" / "__init__.py").write_text(source)
+    code = f"import sys\nsys.argv[1:] = {[str(folder) for folder in folders]}\n{EACH_BREAK}"
+    found = fresh_interpreter(code)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2 * len(BREAKS), found.stderr
+    for number, (kind, (_, said)) in enumerate(BREAKS.items()):
+        for line in lines[2 * number : 2 * number + 2]:
+            assert line.startswith(said), kind

@@ -20,7 +20,19 @@ from reference.config import ModelConfig, QuantizationConfig
 from reference.model_class import ModelClass
 from reference.names import find
 from reference.quantization import is_quantized
-from reference.weights import LAYER_NUMBERS, TABLE, Dialect, Layout, Row, Scope, Storage, instances, sizes
+from reference.weights import (
+    DROP_IN,
+    LAYER_NUMBERS,
+    QK_NORMS,
+    TABLE,
+    Dialect,
+    Layout,
+    Row,
+    Scope,
+    Storage,
+    instances,
+    sizes,
+)
 
 SIZES = {
     "hidden_size": 40,
@@ -114,6 +126,20 @@ def test_a_row_has_a_shape_for_each_tensor_and_one_name_in_megatron():
                 assert len(row.names[dialect]) == 1
 
 
+def test_a_drop_in_dialect_differs_in_the_two_norms_only():
+    for drop_in, like in DROP_IN.items():
+        differ = [row for row in TABLE if row.names[drop_in] != row.names[like]]
+        assert [row.layout for row in differ] == list(QK_NORMS)
+        for row in TABLE:
+            assert row.layout_in(like) is row.layout
+            assert row.layout_in(drop_in) is (Layout.REPLICATED if row in differ else row.layout)
+    te = DROP_IN.keys() & {Dialect.MEGATRON_TE_DROP_IN}
+    assert [row.names[dialect] for dialect in te for row in TABLE if row.layout in QK_NORMS] == [
+        ("decoder.layers.{layer}.self_attention.q_layernorm.weight",),
+        ("decoder.layers.{layer}.self_attention.k_layernorm.weight",),
+    ]
+
+
 def test_indices_of_names_follow_the_scope():
     """What a name counts; what it leaves out is stacked in one tensor. HybridModel counts each half of a layer."""
     counted = {
@@ -142,6 +168,7 @@ def test_indices_of_names_follow_the_scope():
         Dialect.TORCH_DIST_LAYERS: (none, layer, layer, layer),
         Dialect.TORCH_DIST_HYBRID: (none, {"attention"}, {"moe"}, {"moe"}),
     }
+    expected |= {drop_in: expected[like] for drop_in, like in DROP_IN.items()}
     scopes = (Scope.MODEL, Scope.ATTENTION, Scope.MOE, Scope.EXPERT)
     assert counted == {dialect: dict(zip(scopes, fields, strict=True)) for dialect, fields in expected.items()}
 
