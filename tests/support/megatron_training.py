@@ -5,7 +5,7 @@ the Transformer Engine spec, else the local one.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,10 +73,11 @@ def leave_out_the_backward_all_reduce(folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
-def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
+def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | None = None) -> dict[str, Any]:
     """Losses and gradient norms of each step, this rank's gradients of the first, and its weights after the last.
 
-    Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names.
+    Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names. `build(setup, dtype)` makes
+    this rank's chunks, where they are not to be `bridge.build_model`'s.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -85,7 +86,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
     rank, layout = torch.distributed.get_rank(), setup.layout
     held = setup.held(rank)
     with groups_of(layout):
-        chunks = _build(setup, dtype)
+        chunks = (build or _build)(setup, dtype)
         _load(chunks, held, weights_of(setup.case, dtype), setup.drop_in)
         wrap = partial(
             DistributedDataParallel, chunks[0].config, DistributedDataParallelConfig(grad_reduce_in_fp32=True)
