@@ -1,1 +1,1 @@
-"""Plug-ins: this model and its checkpoints inside other trainers, one file a host; importing one registers it there."""
+"""MiniMax-M2 inside other training frameworks: a module for each host, imported by name, and by nothing of ours."""

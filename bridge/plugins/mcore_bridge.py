@@ -24,11 +24,11 @@ from bridge.model.attention import MiniMaxM2SelfAttention
 from bridge.model.build import with_frequencies_of_transformers
 from bridge.model.config import ARCHITECTURE, SIZES
 from bridge.model.layer_spec import minimax_m2_block_spec
+from bridge.plugins.host import require_host
 from bridge.plugins.save_beside import save_beside
-from bridge.plugins.versions import check_host
 from reference.config import ModelConfig
 
-check_host("mcore-bridge", ">=1.6.5,<1.7")
+require_host("mcore-bridge>=1.6.5,<1.7")
 
 from mcore_bridge.model.gpts.minimax_m2 import MinimaxM2Bridge as HostBridge  # noqa: E402
 from mcore_bridge.model.register import ModelLoader, ModelMeta, register_model  # noqa: E402
