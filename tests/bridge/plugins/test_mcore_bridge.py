@@ -6,7 +6,6 @@ Logits, gradients and weights after three steps are those of `bridge.build_model
 The host imports Transformer Engine and does not start without it, but needs no GPU.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import SCALE, all_tensors, edit_config
+from support.checkpoints import SCALE, all_tensors
 from support.megatron_training import BATCH, CASE, MICROBATCHES, SEQ, Setup, train, weights_of
 from support.oracles import FLOAT32, FLOAT64, hf_model, remove_float32_casts, settled_tokens, to_disk_names
 from support.ranks import RankPool
@@ -313,15 +312,15 @@ def test_adapters_are_merged_into_what_is_saved(alone: None, sources: dict[str, 
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def _other(field: str, value: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
-    return {}, {field: value}, rf"{field} is {value!r}.*"
-
-
 @pytest.mark.parametrize(
     ("stated", "overrides", "message"),
     [
         ({"scoring_func": "softmax"}, {}, "scoring_func is 'softmax', but only 'sigmoid' is supported"),
-        ({}, {"moe_router_score_function": "softmax"}, "moe_router_score_function is 'softmax'.*has 'sigmoid': pass"),
+        (
+            {},
+            {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
+            "moe_router_score_function is 'softmax' in mcore-bridge's config.*has 'sigmoid': pass",
+        ),
         ({}, {"qk_layernorm": False}, "qk_layernorm is False in mcore-bridge's config.*has True"),
         ({}, {"num_query_groups": 4}, "num_query_groups is 4.*has 2"),
         ({}, {"hf_config": None}, "hf_config is None, expected the model's transformers config"),
