@@ -42,6 +42,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bridge.minimax_m2_bridge": (
         "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference",
     ),
+    "bridge.plugins": (
+        "bridge.minimax_m2_bridge", "bridge.model", "bridge.huggingface", "bridge.jobs", "reference",
+    ),
     "bridge.proof": (
         "bridge.minimax_m2_bridge", "bridge.torch_dist", "bridge.model", "bridge.huggingface", "bridge.jobs",
         "reference",

@@ -31,7 +31,6 @@ ON_CPU = {
     "dataloader_num_workers": "0",
     "dataset_num_proc": "1",
     "load_from_cache_file": "false",
-    "report_to": "none",
 }
 
 
@@ -40,6 +39,7 @@ def optimizers_on_cpu() -> Iterator[None]:
     """megatron-core's optimizers as they are without Transformer Engine; a module stays where it is."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import optimizer as wrappers
+    from swift.megatron.trainers import base
 
     from bridge.model.cpu import _TorchOnCPU
 
@@ -47,6 +47,7 @@ def optimizers_on_cpu() -> Iterator[None]:
         (nn.Module, "cuda", lambda module, *_: module),
         (optimizer, "SGD", torch.optim.SGD),
         (wrappers, "torch", _TorchOnCPU()),
+        (base, "warmup_jit_function", lambda *_: None),
         (wrappers, "multi_tensor_applier", utils.local_multi_tensor_applier),
         (wrappers, "multi_tensor_scale_impl", utils.local_multi_tensor_scale),
     )

@@ -248,9 +248,7 @@ def test_the_rotation_is_the_stated_one_where_transformers_ignores_it(alone: Non
     from reference.rope import inverse_frequencies
 
     (model,) = host_model(sources["fp8"])
-    assert torch.equal(
-        model.rotary_pos_emb.inv_freq, inverse_frequencies(CONFIG["rotary_dim"], CONFIG["rope_theta"])
-    )
+    assert torch.equal(model.rotary_pos_emb.inv_freq, inverse_frequencies(CONFIG["rotary_dim"], CONFIG["rope_theta"]))
 
 
 def test_packed_tokens_rotate_by_their_own_positions(alone: None) -> None:
@@ -278,7 +276,7 @@ def _adapted(model: nn.Module) -> nn.Module:
     """LoRA on one weight, by peft's own wrapper, which goes around any module, and one module trained whole."""
     from peft import LoraConfig, get_peft_model
 
-    model.config.to_dict = lambda: {}  # peft asks a transformers config for it
+    model.config.to_dict = dict  # peft asks a transformers config for it
     lora = LoraConfig(
         r=2,
         target_modules=[],
@@ -329,9 +327,7 @@ def test_adapters_are_merged_into_what_is_saved(alone: None, sources: dict[str, 
         ({"rotary_dim": None}, {}, "gives neither rotary_dim nor"),
     ],
 )
-def test_another_model_is_refused(
-    alone: None, stated: dict[str, Any], overrides: dict[str, Any], message: str
-) -> None:
+def test_another_model_is_refused(alone: None, stated: dict[str, Any], overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         host_model(HF_CASE | stated, FLOAT32, **overrides)
 
