@@ -7,6 +7,7 @@ and new ones appear. What is loaded and exported is the model under the wrappers
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -25,12 +26,15 @@ def without_adapters(chunks: Sequence[nn.Module], adapter: str = "default") -> I
     ]
     try:
         for parent, name, child in wrapped:
-            inner = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child.modules_to_save[adapter]
-            setattr(parent, name, inner)
+            setattr(parent, name, _inside(child, adapter))
         yield
     finally:
         for parent, name, child in wrapped:
             setattr(parent, name, child)
+
+
+def _inside(wrapper: Any, adapter: str) -> nn.Module:
+    return wrapper.get_base_layer() if isinstance(wrapper, BaseTunerLayer) else wrapper.modules_to_save[adapter]
 
 
 def check_merged(chunks: Sequence[nn.Module]) -> None:

@@ -84,8 +84,8 @@ class MiniMaxM2Loader(ModelLoader):
 
     def get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:
         """The layers of this pipeline stage and the final norm."""
-        block = minimax_m2_block_spec(self.config, vp_stage=vp_stage)
-        for layer in block.layer_specs or []:
+        block: Any = minimax_m2_block_spec(self.config, vp_stage=vp_stage)
+        for layer in block.layer_specs:
             layer.submodules.self_attention.module = TokenAnglesAttention
         return block
 
