@@ -92,11 +92,11 @@ def run(folder: Path, out: Path, *, ranks: int) -> list[float]:
         "ddp_backend": "gloo",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     offline = {"HF_HUB_OFFLINE": "1", "USE_HF": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [*launcher, "--master-port", "0", "-m", "support.ms_swift_on_cpu", *words],
+        [*launcher, "-m", "support.ms_swift_on_cpu", *words],
         env={**os.environ, **offline},
         cwd=folder,
         capture_output=True,
