@@ -152,7 +152,7 @@ def build_gpt_model(
         vp_stage=vp_stage,
         **arguments,
     )
-    return _with_frequencies_of_transformers(model, config)
+    return with_frequencies_of_transformers(model, config)
 
 
 def build_hybrid_model(
@@ -182,10 +182,10 @@ def build_hybrid_model(
         vp_stage=vp_stage,
         **arguments | {name: value for name, value in chosen.items() if value is not None},
     )
-    return _with_frequencies_of_transformers(model, config)
+    return with_frequencies_of_transformers(model, config)
 
 
-def _with_frequencies_of_transformers[Model: (GPTModel, HybridModel)](model: Model, config: ModelConfig) -> Model:
+def with_frequencies_of_transformers[Model: (GPTModel, HybridModel)](model: Model, config: ModelConfig) -> Model:
     """Rotation frequencies made on the CPU, as transformers does: CUDA's power function differs in the last bit."""
     inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta)
     model.rotary_pos_emb.inv_freq = inv_freq.to(torch.cuda.current_device())

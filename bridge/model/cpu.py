@@ -77,6 +77,14 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (hybrid_block, "torch", _TorchOnCPU()),  # the positions of `flash_decode`
 )
 
+# The gradient norm where Transformer Engine is installed, whose kernels need a GPU: what megatron-core has without it.
+if clip_grads.l2_norm_impl is not core_utils.local_multi_tensor_l2_norm:
+    _REPLACEMENTS += (
+        (clip_grads, "multi_tensor_applier", core_utils.local_multi_tensor_applier),
+        (clip_grads, "l2_norm_impl", core_utils.local_multi_tensor_l2_norm),
+        (clip_grads, "multi_tensor_scale_tensor_impl", None),
+    )
+
 
 @contextmanager
 def megatron_on_cpu() -> Iterator[None]:

@@ -5,7 +5,7 @@ the Transformer Engine spec, else the local one.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,10 +72,11 @@ def leave_out_the_backward_all_reduce(folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
-def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
+def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | None = None) -> dict[str, Any]:
     """Losses and gradient norms of each step, this rank's gradients of the first, and its weights after the last.
 
-    Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names.
+    Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names. `build(setup, dtype)` makes
+    this rank's chunks, where they are not to be `bridge.build_model`'s.
     """
     from bridge.proof.judge.training import descend, forward_backward, gradient_norm, wrapped
     from bridge.weights.param_mapping import model_state
@@ -83,7 +84,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor) -> dict[str, Any]:
     rank, layout = torch.distributed.get_rank(), setup.layout
     held = setup.held(rank)
     with groups_of(layout):
-        chunks = _build(setup, dtype)
+        chunks = (build or _build)(setup, dtype)
         _load(chunks, held, weights_of(setup.case, dtype), setup.drop_in)
         ddp, step = wrapped(chunks), _forward_step_of_packed if setup.packed else _forward_step
         mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
