@@ -26,6 +26,7 @@ def validate(
     ] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline parallel size.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Expert parallel size.")] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Context parallel size; needs GPUs.")] = None,
     layouts: Annotated[str, typer.Option(help="quick (1 or 2 ranks) or full (up to 4).")] = QUICK,
     part: Annotated[
         str | None, typer.Option(help="TARGET is this part of the layer: q_norm, k_norm, router or attention.")
@@ -46,7 +47,7 @@ def validate(
     with reporting(), progress_bars() as progress:
         if launched_by_torchrun():
             raise ValueError("validate starts its own ranks: run it without torchrun")
-        chosen = _layouts(layouts, {"tp": tp, "pp": pp, "ep": ep})
+        chosen = _layouts(layouts, {"tp": tp, "pp": pp, "ep": ep, "cp": cp})
         from bridge.proof.judge.target import Target
 
         judged = Target.of(target, part)

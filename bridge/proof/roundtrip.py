@@ -98,7 +98,7 @@ def megatron_logits(model: GPTModel | HybridModel, tokens: Tensor, vocab_size: i
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
     def forward_step(_: None, chunk: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
-        return chunk(tokens, positions, None), lambda output, non_loss_data: output
+        return chunk(own_part(tokens), own_part(positions), None), lambda output, non_loss_data: output
 
     (batch, length), last = tokens.shape, distributed.get_world_size() - 1
     run: Callable[..., Any] = get_forward_backward_func()
@@ -113,7 +113,8 @@ def megatron_logits(model: GPTModel | HybridModel, tokens: Tensor, vocab_size: i
         collect_non_loss_data=True,
     )
     if outputs:  # the last stage's
-        logits = gather_from_tensor_model_parallel_region(outputs[0])[..., :vocab_size].contiguous()
+        of_whole_vocabulary = gather_from_tensor_model_parallel_region(outputs[0])[..., :vocab_size]
+        logits = whole_sequence(of_whole_vocabulary).contiguous()
     else:
         logits = torch.empty((batch, length, vocab_size), dtype=model.config.params_dtype, device=tokens.device)
     distributed.broadcast(logits, last)

@@ -78,7 +78,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | N
     Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names. `build(setup, dtype)` makes
     this rank's chunks, where they are not to be `bridge.build_model`'s.
     """
-    from bridge.proof.judge.training import descend, forward_backward, gradient_norm, wrapped
+    from bridge.proof.judge.training import descend, forward_backward, gradient_norm, labelled_step, wrapped
     from bridge.weights.param_mapping import model_state
 
     rank, layout = torch.distributed.get_rank(), setup.layout
@@ -86,11 +86,12 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | N
     with groups_of(layout):
         chunks = (build or _build)(setup, dtype)
         _load(chunks, held, weights_of(setup.case, dtype), setup.drop_in)
-        ddp, step = wrapped(chunks), _forward_step_of_packed if setup.packed else _forward_step
+        ddp, step = wrapped(chunks), _step_of_packed if setup.packed else labelled_step
         mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
+        microbatches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in mine]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
-            losses.append(forward_backward(ddp, mine, step, seq=SEQ, batch=BATCH // layout.dp))
+            losses.append(forward_backward(ddp, microbatches, step, seq=SEQ, batch=BATCH // layout.dp))
             norms.append(gradient_norm(chunks))
             grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
             first = first or _shards(grads, held, setup.drop_in)
@@ -175,34 +176,15 @@ def _name_in(drop_in: bool, name: str) -> str:
     return name.replace("qk_norm.q_weight", "q_layernorm.weight").replace("qk_norm.k_weight", "k_layernorm.weight")
 
 
-def _forward_step(batches, model):
-    tokens = next(batches)
-    positions = torch.arange(SEQ, device=tokens.device).expand(len(tokens), -1)
-    everyone = tokens[:, 1:]
-    tokens, labels, positions = map(_own_part, (tokens[:, :-1], everyone, positions))
-    output = model(tokens, positions, None, labels=labels)
-    share = labels.numel() / everyone.numel()  # the schedule multiplies by the context-parallel size
-    return output, lambda losses: (losses.mean() * share, {"loss": losses.mean().detach()})
-
-
-def _own_part(tokens: Tensor) -> Tensor:
-    """Under context parallelism: of twice as many pieces of the sequence as ranks, one from each end."""
-    from megatron.core import parallel_state
-
-    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    pieces = tokens.chunk(2 * ranks, 1)
-    return torch.cat((pieces[rank], pieces[-1 - rank]), 1)
-
-
-def _forward_step_of_packed(batches, model):
+def _step_of_packed(batches, model):
     """The same sequences and mean loss, in one row with their borders."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    tokens = next(batches)
+    tokens, labels = next(batches)
     starts = torch.arange(0, (len(tokens) + 1) * SEQ, SEQ, dtype=torch.int32, device=tokens.device)
     packed = PackedSeqParams("thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=SEQ, max_seqlen_kv=SEQ)
     positions = torch.arange(SEQ, device=tokens.device).repeat(len(tokens))[None]
-    row, labels = (part.reshape(1, -1) for part in (tokens[:, :-1], tokens[:, 1:]))
+    row, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
     output = model(row, positions, None, labels=labels, packed_seq_params=packed)
     return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
 

@@ -12,6 +12,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
+from bridge.model.context_parallel import own_part
+
 TRAINING_SETTINGS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.0,
     "moe_router_bias_update_rate": 0.0,
@@ -52,11 +54,13 @@ def forward_backward(
 
 
 def labelled_step(batches: Iterator[tuple[Tensor, Tensor]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """The mean cross entropy of (tokens, labels), each [batch, seq]."""
+    """The mean cross entropy of (tokens, labels), each [batch, seq]; of this rank's part under context parallelism."""
     tokens, labels = next(batches)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(tokens.contiguous(), positions, None, labels=labels.contiguous())
-    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+    share = 1 / parallel_state.get_context_parallel_world_size()  # the schedule multiplies by the size
+    tokens, labels, positions = (own_part(whole).contiguous() for whole in (tokens, labels, positions))
+    output = model(tokens, positions, None, labels=labels)
+    return output, lambda losses: (losses.mean() * share, {"loss": losses.mean().detach()})
 
 
 @torch.no_grad()
