@@ -27,6 +27,7 @@ from bridge.jobs.ranks import all_gather_objects, is_rank_zero, raise_on_all_ran
 from bridge.jobs.target import check_apart, check_target, real_path
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
 from bridge.model.build import group_parallelism
+from bridge.model.context_parallel import own_part, whole_sequence
 from bridge.model.process_groups import model_parallel
 from bridge.proof.compare import Comparison, compare_checkpoints
 from bridge.proof.reference_logits import reference_logits
