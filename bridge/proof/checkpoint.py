@@ -11,6 +11,7 @@ from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.torch_dist.checkpoint import MegatronCheckpoint
 from bridge.torch_dist.reader import TorchDistFolder
 from reference.config import ModelConfig
+from reference.sharding import Piece
 
 
 class Checkpoint(Protocol):
@@ -43,6 +44,10 @@ class Checkpoint(Protocol):
 
     def stored(self, name: str) -> list[Tensor]:
         """As it is stored: the weight, and its scales if it has them."""
+        ...
+
+    def read_pieces(self, pieces: tuple[Piece, ...], out: Tensor) -> None:
+        """Fill `out` with slices of weights, one below the other, each rounded once."""
         ...
 
     def read_weight(self, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -32,8 +32,7 @@ class MegatronCheckpoint:
     """
 
     def __init__(self, files: TorchDistFolder | Path | str, config: ModelConfig | None = None):
-        self.files = files if isinstance(files, TorchDistFolder) else _open(Path(files))
-        check_distributed(self.files.folder, self.files.shapes)
+        self.files = files if isinstance(files, TorchDistFolder) else open_folder(files)
         self.config = config = config or read_config(beside(self.files) / CONFIG_NAME)
         self.entries = _entries(self.files, config)
         self._homes = {name: entry for entry in self.entries for name in entry.parameter.sources}
@@ -109,12 +108,19 @@ class MegatronCheckpoint:
         return {name: unshard(places, held) for name, places in placements({0: [parameter]}).items()}
 
 
-def _open(path: Path) -> TorchDistFolder:
+def open_folder(path: Path | str) -> TorchDistFolder:
+    """The folder of a distributed checkpoint, whatever weights it holds.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is of another format than `torch_dist`.
+    """
     try:
-        return TorchDistFolder(path)
+        files = TorchDistFolder(path)
     except ValueError:
-        check_distributed(iteration_folder(path), ())  # another format's metadata may hold what torch_dist's may not
+        check_distributed(iteration_folder(Path(path)), ())  # another format's metadata may hold what this may not
         raise
+    check_distributed(files.folder, files.shapes)
+    return files
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -130,7 +136,7 @@ def read_config(path: Path) -> ModelConfig:
 
 # megatron-core 0.19: GPTModel (mtp.layers.0.transformer_layer...) and HybridModel (...mtp_model_layer...).
 _OF_MTP = "mtp."
-_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # the rest is the optimizer's
+OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # the rest is the optimizer's
 
 
 def beside(files: TorchDistFolder) -> Path:
@@ -168,7 +174,7 @@ def _entries(files: TorchDistFolder, config: ModelConfig) -> list[Entry]:
                 f"{entry.key}: found shape {list(shape)} in {files.folder}, expected {list(entry.shape)} from "
                 "config.json's sizes; checkpoint and config do not belong together"
             )
-    others = {key for key in files.shapes if key.startswith(_OF_THE_MODEL)} - {entry.key for entry in found}
+    others = {key for key in files.shapes if key.startswith(OF_THE_MODEL)} - {entry.key for entry in found}
     if others:
         raise ValueError(
             f"{min(others)}: in {files.folder}, and config.json describes no such weight; checkpoint and config "
