@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("ms-swift")
-    make_checkpoint(folder / "source", CONFIG | {"num_hidden_layers": 2}, seed=5, mtp_layers=1)
+    config = CONFIG | {"num_hidden_layers": 2, "vocab_size": 132}  # a padded vocabulary's last logit would count
+    make_checkpoint(folder / "source", config, seed=5, mtp_layers=1)
     special = ("<unk>", "<s>", "</s>", "<pad>")
     words = [*special, *(f"w{number}" for number in range(len(special), WORDS))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
