@@ -126,7 +126,7 @@ def test_two_ranks_train_as_one_and_save_fp8(folder: Path, tmp_path: Path) -> No
     saved = {ranks: tmp_path / f"tp{ranks}" / f"checkpoint-{STEPS}" for ranks in losses}
     before = stored(folder / "source")
     kept = {name for name in before if name.startswith(("model.layers.1.", "model.layers.2."))}  # frozen; MTP
-    kept.remove("model.layers.1.block_sparse_moe.e_score_correction_bias")  # moved by counts of tokens, not by gradients
+    kept.remove("model.layers.1.block_sparse_moe.e_score_correction_bias")  # moved by counts of tokens
     trained = {f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     for out in saved.values():
         after = stored(out)
