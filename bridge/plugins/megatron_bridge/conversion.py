@@ -10,6 +10,8 @@ An export has the dtypes of the source checkpoint; with `weight_dtype` everythin
 scales.
 """
 
+# pyright: reportMissingImports=false  # the host is not in the project's own environment
+
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -87,7 +89,7 @@ class MiniMaxM2Bridge(MegatronModelBridge):
         models = _as_list(megatron_model)
         if allowed_mismatched_params or not self._is_ours(hf_pretrained, models):
             return super().load_weights_hf_to_megatron(hf_pretrained, models, allowed_mismatched_params)
-        with CheckpointBridge.from_hf_pretrained(checkpoint_folder_of(hf_pretrained)) as checkpoint:
+        with _checkpoint_of(hf_pretrained) as checkpoint:
             checkpoint.load_hf_weights(models, progress=_bar)
         return models
 
@@ -97,7 +99,7 @@ class MiniMaxM2Bridge(MegatronModelBridge):
         """This rank's value of each parameter, by the host's loop, dequantised first."""
         tasks = conversion_tasks or self.build_conversion_tasks(hf_pretrained, _as_list(megatron_model))
         for task in tasks:
-            if task.megatron_module is not None:
+            if task is not None and task.megatron_module is not None:
                 weights = self.maybe_modify_loaded_hf_weight(task.mapping.hf_param, hf_pretrained.state)
                 value = task.mapping.hf_to_megatron(weights, task.megatron_module)
                 yield MegatronWeightTuple(task.param_name, value, task.vp_stage)
@@ -153,7 +155,7 @@ def _is_foreign(name: str, tensor: Tensor) -> bool:
 def _export(
     models: list[Any], hf_pretrained: Any, cpu: bool, show_progress: bool, weight_dtype: torch.dtype | None
 ) -> Iterator[HFWeightTuple]:
-    with CheckpointBridge.from_hf_pretrained(checkpoint_folder_of(hf_pretrained)) as checkpoint:
+    with _checkpoint_of(hf_pretrained) as checkpoint:
         exported = checkpoint.export_hf_weights(
             models,
             "source" if weight_dtype is None else "bf16",
@@ -162,6 +164,12 @@ def _export(
         )
         for name, tensor in exported:
             yield HFWeightTuple(name, tensor if weight_dtype is None else tensor.to(weight_dtype))
+
+
+def _checkpoint_of(hf_pretrained: Any) -> CheckpointBridge:
+    folder = checkpoint_folder_of(hf_pretrained)
+    assert folder is not None  # `_is_ours` has asked
+    return CheckpointBridge.from_hf_pretrained(folder)
 
 
 def _as_list(megatron_model: Any) -> list[Any]:

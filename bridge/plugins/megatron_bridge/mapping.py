@@ -5,6 +5,8 @@ has a row for each name under which it may occur: that of the Transformer Engine
 the query and key norms also that of megatron-core's own slots.
 """
 
+# pyright: reportMissingImports=false  # the host is not in the project's own environment
+
 from collections.abc import Iterator
 
 import torch
@@ -81,7 +83,7 @@ class _FullDimQKNormMapping(MegatronParamMapping[Tensor]):
     def _whole(self, module: nn.Module) -> int:
         """All heads x head_dim: the norm's own `global_dim`, or else from the model's config."""
         if hasattr(module, "global_dim"):
-            return module.global_dim
+            return int(module.global_dim)  # pyright: ignore[reportArgumentType]  # torch declares a tensor or a module
         config = self._get_config(module)
         layout = next(layout for name, layout in _NORMS.items() if str(self.hf_param).endswith(name))
         return (getattr(config, HEADS[layout]) or config.num_attention_heads) * config.kv_channels

@@ -4,6 +4,8 @@ Code that is written against `megatron.bridge.models.minimax_m2` runs with these
 norms sum over the tensor-parallel ranks in the backward pass too. Errors are ours: float8 without scales is one.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -33,7 +35,8 @@ def _dequant_fp8_blockwise(
 
 def _get_tp_group() -> ProcessGroup | None:
     """megatron-core's tensor-parallel group; None where there is none yet."""
-    return get_tensor_model_parallel_group(check_initialized=False)
+    group: Any = get_tensor_model_parallel_group(check_initialized=False)  # also declared to be a rank outside of it
+    return group
 
 
 class _FullDimRMSNorm(compiled.FullDimRMSNorm):

@@ -4,6 +4,8 @@ The layer spec is a named function of a module, because megatron-bridge writes i
 `run_config.yaml` of every checkpoint; both modules are declared as ones that such a file may name.
 """
 
+# pyright: reportMissingImports=false  # the host is not in the project's own environment
+
 from dataclasses import dataclass
 
 import torch

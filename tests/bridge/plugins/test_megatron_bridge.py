@@ -168,6 +168,17 @@ def test_the_hosts_stream_into_the_model_is_dequantised(loaded):
         assert torch.equal(weight.to(state[name].dtype), state[name]), name
 
 
+def test_a_float32_model_is_exported_in_the_sources_dtypes(loaded, folder: Path):
+    """By our stream, and by the host's tasks."""
+    auto, _ = loaded
+    dtypes = dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), torch.float32)
+    models = build(auto, Parallelism(), bf16=False, **dtypes)
+    assert {parameter.dtype for parameter in models[0].parameters()} == {torch.float32}
+    for tasks in (None, auto.get_conversion_tasks(models)):
+        exported = auto.export_hf_weights(models, show_progress=False, conversion_tasks=tasks)
+        check_export(exported, truth_of(str(folder)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weight_dtype_gives_plain_weights(loaded, folder: Path, dtype: torch.dtype):
     auto, models = loaded
