@@ -10,7 +10,8 @@ An export has the dtypes of the source checkpoint; with `weight_dtype` everythin
 scales.
 """
 
-# pyright: reportMissingImports=false  # the host is not in the project's own environment
+# The host is not in the project's own environment.
+# pyright: reportMissingImports=false
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace

@@ -5,7 +5,8 @@ has a row for each name under which it may occur: that of the Transformer Engine
 the query and key norms also that of megatron-core's own slots.
 """
 
-# pyright: reportMissingImports=false  # the host is not in the project's own environment
+# The host is not in the project's own environment.
+# pyright: reportMissingImports=false
 
 from collections.abc import Iterator
 

@@ -4,7 +4,8 @@ The layer spec is a named function of a module, because megatron-bridge writes i
 `run_config.yaml` of every checkpoint; both modules are declared as ones that such a file may name.
 """
 
-# pyright: reportMissingImports=false  # the host is not in the project's own environment
+# The host is not in the project's own environment.
+# pyright: reportMissingImports=false
 
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.models.gpt import GPTModel
 
-from bridge.model.build import VIRTUAL_STAGES_ON_TWO_RANKS, pipeline_layout
+from bridge.model.build import pipeline_layout
 from bridge.model.config import gpt_model_arguments, transformer_config_fields
 from bridge.model.layer_spec import minimax_m2_block_spec
+from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from reference.config import ModelConfig
 from reference.parallelism import spread_layers
 from reference.rope import inverse_frequencies
@@ -36,6 +38,9 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
 
         Stages are laid out where the layers do not divide over them and the caller has not said how; two pipeline
         ranks with virtual stages get the settings with which megatron-core does not mix up their messages.
+
+        Raises:
+            ValueError: settings do not work together for this model (`bridge.model.safe_settings`).
         """
         pp, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
         stages = pp * (virtual or 1)
@@ -52,6 +57,7 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
             for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
                 setattr(self, name, value)
         super().finalize()
+        check_settings(self)
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

@@ -7,7 +7,8 @@ the config.json that fits what was written. The host's writer does the rest, wit
 For a checkpoint that appears whole or not at all, use `bridge.MiniMaxM2Bridge.save_hf_pretrained`.
 """
 
-# pyright: reportMissingImports=false  # the host is not in the project's own environment
+# The host is not in the project's own environment.
+# pyright: reportMissingImports=false
 
 import json
 import weakref
