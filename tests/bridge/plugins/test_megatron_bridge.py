@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
-from megatron.core.transformer.transformer_config import TransformerConfig
 from support.checkpoints import SCALE, edit_tensors
 from support.megatron_bridge import (
     CONFIG,
@@ -31,6 +28,11 @@ from reference.fp8 import dequantize_blockwise
 from reference.parallelism import Parallelism
 from reference.sharding import parameters
 from reference.weights import Dialect
+
+# isort: split
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 pytestmark = pytest.mark.plugins
 

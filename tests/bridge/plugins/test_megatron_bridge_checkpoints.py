@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from megatron.bridge import AutoBridge
-from megatron.bridge.peft.lora import LoRA
 from support.checkpoints import SCALE
 from support.checks import ROOT
 from support.megatron_bridge import CONFIG, build, check_export, check_files, make_folder, plugin
@@ -19,6 +17,10 @@ from bridge import model_parallel
 from bridge.huggingface.checkpoint import same_bits
 from reference.fp8 import dequantize_blockwise
 from reference.parallelism import Parallelism
+
+# isort: split
+from megatron.bridge import AutoBridge
+from megatron.bridge.peft.lora import LoRA
 
 pytestmark = pytest.mark.plugins
 
@@ -74,7 +76,7 @@ def test_a_bridge_made_of_the_checkpoint_and_a_config_exports_plain_weights(fold
 
 
 def test_the_readmes_lines_run_beside_a_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (block,) = (block for block in blocks(ROOT / "bridge/README.md") if block.need == "megatron-bridge")
+    (block,) = (block for block in blocks(ROOT / "bridge/plugins/README.md") if block.need == "megatron-bridge")
     (tmp_path / "checkpoint").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from megatron.bridge.models.minimax_m2 import minimax_m2_bridge, minimax_m2_provider
-from megatron.core.transformer.attention import SelfAttention
 from support.checks import assert_calibrated
 from support.megatron_bridge import CONFIG, plugin
 from torch import nn
@@ -17,6 +15,10 @@ from bridge.model.attention import MiniMaxM2SelfAttention
 from bridge.model.config import transformer_config
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise, quantize_blockwise
+
+# isort: split
+from megatron.bridge.models.minimax_m2 import minimax_m2_bridge, minimax_m2_provider
+from megatron.core.transformer.attention import SelfAttention
 
 pytestmark = pytest.mark.plugins
 
