@@ -129,20 +129,10 @@ class MiniMaxM2Bridge:
         Raises:
             ValueError: a weight or its scales are missing or unusable; names the tensor.
         """
+        options = {"block_size": self.config.block_size, "dtype": dtype}
         if isinstance(hf_param, dict):
-            return {part: self._weight(name, hf_state_dict, dtype) for part, name in hf_param.items()}
-        return self._weight(hf_param, hf_state_dict, dtype)
-
-    def _weight(self, name: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        if name not in state:
-            raise ValueError(f"{name}: missing from the state dict")
-        weight = state[name]
-        if weight.dtype != FP8:
-            return weight
-        if name + SCALE_SUFFIX not in state:
-            raise ValueError(f"{name}: float8 without its scales {name + SCALE_SUFFIX}; it cannot be dequantised")
-        scale_inv = float32_scales(state[name + SCALE_SUFFIX], name=name)
-        return dequantize_blockwise(weight, scale_inv, block_size=self.config.block_size, dtype=dtype, name=name)
+            return {part: plain_weight(name, hf_state_dict, **options) for part, name in hf_param.items()}
+        return plain_weight(hf_param, hf_state_dict, **options)
 
     def to_megatron_model(
         self,
@@ -277,3 +267,20 @@ class MiniMaxM2Bridge:
 
     def _storage_plan(self, quantization: Quantization) -> StoragePlan:
         return storage_plan(self.checkpoint.files.config_json, quantization, self.checkpoint.quantized)
+
+
+def plain_weight(name: str, state: Mapping[str, Tensor], *, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The weight of that name in a state dict, dequantised to `dtype` if it is float8.
+
+    Raises:
+        ValueError: it or its scales are missing or unusable; names the tensor.
+    """
+    if name not in state:
+        raise ValueError(f"{name}: missing from the state dict")
+    weight = state[name]
+    if weight.dtype != FP8:
+        return weight
+    if name + SCALE_SUFFIX not in state:
+        raise ValueError(f"{name}: float8 without its scales {name + SCALE_SUFFIX}; it cannot be dequantised")
+    scale_inv = float32_scales(state[name + SCALE_SUFFIX], name=name)
+    return dequantize_blockwise(weight, scale_inv, block_size=block_size, dtype=dtype, name=name)

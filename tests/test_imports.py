@@ -19,6 +19,8 @@ FORBIDDEN_MODULES = {
     "compiled": ("bridge", "tests", "megatron", "transformer_engine", "transformers", "safetensors", "huggingface_hub"),
     "bridge": ("tests",),
 }  # fmt: skip
+# The frameworks that MiniMax-M2 is plugged into: only a plug-in imports its own.
+HOSTS = ("megatron.bridge", "megatron.training")
 # megatron-core asks a module for its `sharded_state_dict`, whose entries are of its own class: one file makes them.
 SPEAKS_MEGATRON = "compiled/norm/sharded_state.py"
 # Which folders of ours each folder (or file on top) may import; a folder may always import itself.
@@ -138,6 +140,21 @@ def imported_modules(source: str) -> set[str]:
     return {name for name in found if name.split(".")[0] in FORBIDDEN_MODULES}
 
 
+def foreign_modules(source: str) -> set[str]:
+    """What a source imports, each name in full, whether it is a module or in one."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
 def is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.is_dir() or path.with_suffix(".py").is_file()
@@ -185,12 +202,26 @@ def test_no_folder_can_reach_itself():
         ("bridge.weights", "import bridge.minimax_m2_bridge"),
         ("bridge.convert", "from bridge.model import layer_spec"),
         ("bridge.memory_plan", "from bridge import MiniMaxM2Bridge"),
+        ("bridge.cli", "import bridge.plugins.megatron_bridge"),
+        ("bridge.plugins", "from bridge.proof import roundtrip"),
         ("compiled.fp8", "from compiled.norm.function import HeadNorm"),
         ("reference", "from compiled import FullDimQKNorm"),
     ],
 )
 def test_an_upward_import_is_found(folder, source):
     assert upward(source, folder)
+
+
+def test_only_plugins_import_a_host():
+    files = [file for package in FORBIDDEN_MODULES for file in sorted((ROOT / package).rglob("*.py"))]
+    imports = {module_of(file): foreign_modules(file.read_text()) for file in files}
+    found = {name for name, modules in imports.items() if any(is_inside(module, HOSTS) for module in modules)}
+    assert found
+    assert {folder_of(name) for name in found} == {"bridge.plugins"}
+
+
+def test_nothing_imports_a_plugin():
+    assert not [folder for folder, below in MAY_IMPORT.items() if "bridge.plugins" in below]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN_MODULES)

@@ -49,6 +49,10 @@ def relative(readme: Path) -> str:
     return str(readme.relative_to(ROOT))
 
 
+# Hosts of plug-ins, and the import that a Python block has which needs one. The plug-ins' own tests run it.
+HOSTS = {"megatron-bridge": "import bridge.plugins.megatron_bridge"}
+
+
 class Reader:
     """Someone who follows a README from top to bottom, in a folder of their own."""
 
@@ -143,7 +147,9 @@ def test_ci_runs_the_readme_s_test_command():
 
 def check_marker(block: Block, all_blocks: list[Block]) -> None:
     """A need is one that is known and that each command has; a file is started by a command that runs."""
-    assert block.need in {None, *GPUS, *NOT_RUN}, block
+    assert block.need in {None, *GPUS, *NOT_RUN, *HOSTS}, block
+    if block.need in HOSTS:
+        assert HOSTS[block.need] in block.code, f"{block}: does not need {block.need}"
     for command in commands(block) if block.need in NOT_RUN else ():
         assert block.language == "bash", f"{block}: Python needs nothing but a GPU"
         assert NOT_RUN[block.need](command), f"{block}: does not need {block.need}: {command}"
@@ -274,6 +280,7 @@ def test_a_block_that_would_be_passed_over_is_found(text: str, tmp_path: Path):
         "<!-- needs: the test suite -->\n```bash\nminimax-m2 demo\n```\n",
         "<!-- needs: minutes -->\n```bash\nminimax-m2 demo\n```\n",
         "<!-- needs: minutes; it is slow -->\n```python\nx = 1\n```\n",
+        "<!-- needs: megatron-bridge -->\n```python\nx = 1\n```\n",
         "<!-- file: train.py -->\n```python\nx = 1\n```\n",
     ],
 )

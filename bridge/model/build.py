@@ -5,7 +5,7 @@ as 62 over 4, 8 or 16, are spread as equally as possible, fewer where the embedd
 (`reference.parallelism.spread_layers`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,10 +109,15 @@ def _gpt_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]
     """As megatron-core's `pipeline_model_parallel_layout` wants them, where they are uneven."""
     if len({len(layers) for layers in parallelism.stages(config)}) == 1:
         return {}
-    stages = [["decoder"] * len(layers) for layers in parallelism.stages(config)]
+    return {"pipeline_model_parallel_layout": pipeline_layout([len(layers) for layers in parallelism.stages(config)])}
+
+
+def pipeline_layout(layers_per_stage: Sequence[int]) -> list[list[str]]:
+    """A `TransformerConfig`'s `pipeline_model_parallel_layout`: what each stage, in model order, is made of."""
+    stages = [["decoder"] * layers for layers in layers_per_stage]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    return {"pipeline_model_parallel_layout": stages}
+    return stages
 
 
 def _hybrid_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]:

@@ -86,6 +86,36 @@ CPU_OVERRIDES: dict[str, Any] = {
 }
 
 
+def transformer_config_fields(
+    config: ModelConfig,
+    *,
+    model: ModelClass | str = DEFAULT_MODEL,
+    params_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend | None = None,
+) -> dict[str, Any]:
+    """The fields of a `TransformerConfig` for this model on this host, for a host framework's own subclass of it.
+
+    `model` is the class, "gpt" or "hybrid"; `backend` is the layer spec's (`default_backend` of
+    `bridge.model.layer_spec` if None).
+
+    Raises:
+        ValueError: megatron-core has no mixed-precision mode for `params_dtype`; `model` is neither.
+    """
+    hybrid = ModelClass(model) is ModelClass.HYBRID
+    if params_dtype not in DTYPE_FLAGS:
+        raise ValueError(f"params_dtype must be one of {list(DTYPE_FLAGS)}, found {params_dtype}")
+    return {
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        **ARCHITECTURE,
+        **BACKEND_SETTINGS[backend or default_backend()],
+        **DTYPE_FLAGS[params_dtype],
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
+        **(HYBRID_SETTINGS | {"num_layers": 2 * config.num_hidden_layers} if hybrid else {}),
+    }
+
+
 def transformer_config(
     config: ModelConfig,
     *,
@@ -96,28 +126,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
 
-    `model` is the class, "gpt" or "hybrid"; `backend` is the layer spec's (`default_backend` of
-    `bridge.model.layer_spec` if None).
-
-    Virtual stages on two pipeline ranks get the settings with which they are right, where `overrides` name no others.
+    The other arguments are those of `transformer_config_fields`. Virtual stages on two pipeline ranks get the settings
+    with which they are right, where `overrides` name no others.
 
     Raises:
-        ValueError: megatron-core has no mixed-precision mode for `params_dtype`; `model` is neither; or `overrides` do
-            not work together (`bridge.model.safe_settings`).
+        ValueError: as `transformer_config_fields`; or `overrides` do not work together (`bridge.model.safe_settings`).
     """
-    hybrid = ModelClass(model) is ModelClass.HYBRID
-    if params_dtype not in DTYPE_FLAGS:
-        raise ValueError(f"params_dtype must be one of {list(DTYPE_FLAGS)}, found {params_dtype}")
-    fields = {
-        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-        **ARCHITECTURE,
-        **BACKEND_SETTINGS[backend or default_backend()],
-        **DTYPE_FLAGS[params_dtype],
-        "params_dtype": params_dtype,
-        "pipeline_dtype": params_dtype,
-        **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
-        **(HYBRID_SETTINGS | {"num_layers": 2 * config.num_hidden_layers} if hybrid else {}),
-    }
+    fields = transformer_config_fields(config, model=model, params_dtype=params_dtype, backend=backend)
     megatron = TransformerConfig(**{**fields, **overrides})
     if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:
         for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():

@@ -109,7 +109,9 @@ def _without_old_names(text: str) -> str:
 
 def _exists(name: str) -> bool:
     parts = name.split(".")
-    for size in range(len(parts), 0, -1):
+    if _is_module(name):  # which need not be imported: a plug-in imports its host
+        return True
+    for size in range(len(parts) - 1, 0, -1):
         if _is_module(".".join(parts[:size])):
             found: Any = import_module(".".join(parts[:size]))
             for part in parts[size:]:
