@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "bridge.jobs", "reference",
     ),
     "bridge.cli": (
-        "bridge.training", "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",
-        "bridge.jobs", "reference",
+        "bridge.training", "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan",
+        "bridge.huggingface", "bridge.jobs", "reference",
     ),
     # Our MiniMax-M2 inside other frameworks: on top of everything, and imported by nothing of ours.
     "bridge.plugins": (

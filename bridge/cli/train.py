@@ -3,9 +3,8 @@
 import inspect
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-import click
 import typer
 
 from bridge.cli.common import (
@@ -103,18 +102,17 @@ def _signature() -> inspect.Signature:
     for name, setting in setting_fields().items():
         kind, _ = optional(types[name])
         default = setting.default
-        shown = "" if default in (MISSING, None, ()) else f" [default: {str(default).lower()}]"
+        shown = "" if default in (MISSING, None, ()) else f" (default: {str(default).lower()})"
         extra: dict[str, Any] = {"help": setting.metadata["help"] + shown, "rich_help_panel": setting.metadata["panel"]}
-        if get_origin(kind) is Literal:
-            kind, extra["click_type"] = str, click.Choice(get_args(kind))
-        elif get_origin(kind) is tuple:
+        if get_origin(kind) is tuple:
             kind = list[get_args(kind)[0]]
         flag = "--" + name.replace("_", "-")
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
         option = typer.Option(*flags, show_default=False, **extra)
         kept.append((name, Annotated[kind | None, option], None))
     own = [
-        ("files", Annotated[list[str] | None, typer.Argument(help="More files to train on.", show_default=False)], None),
+        ("files", Annotated[list[str] | None, typer.Argument(help="More files to train on.", show_default=False)],
+         None),
         ("config", Annotated[Path | None, typer.Option(help="Settings in a YAML file.", show_default=False)], None),
         ("dry_run", Annotated[bool, typer.Option("--dry-run", help="Print the settings and what each rank would hold, "
                               "and stop: status 1 if it does not fit.")], False),

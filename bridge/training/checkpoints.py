@@ -46,7 +46,7 @@ def latest_step(folder: Path) -> int | None:
     text = tracker.read_text().strip()
     if not text.isdecimal() or not (folder / iteration_name(int(text)) / ".metadata").is_file():
         raise ValueError(
-            f"{tracker}: says {text!r}, and there is no such checkpoint beside it; write the number of one that is there"
+            f"{tracker}: says {text!r}, and no such checkpoint is beside it; write the number of one that is there"
         )
     return int(text)
 
@@ -101,8 +101,8 @@ def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
 def _load_state(optimizer: Any, tensors: dict[int, Any], step: int) -> None:
     """Moments and float32 weights, and the step.
 
-    torch's Adam counts steps for each parameter; megatron-core 0.19 would look for them among the tensors, and gives all
-    parameters one counter, which then counts each of them.
+    torch's Adam counts steps for each parameter; megatron-core 0.19 would look for them among the tensors, and gives
+    all parameters one counter, which then counts each of them.
     """
     own = [state for state in optimizer.optimizer.state.values() if "step" in state]
     for state in own:

@@ -29,9 +29,7 @@ def check_record(folder: Path, record: dict[str, Any]) -> bool:
     if not path.is_file():
         others = sorted(entry.name for entry in folder.iterdir() if entry.name != "data") if folder.is_dir() else []
         if others:
-            raise ValueError(
-                f"{folder}: holds {', '.join(others[:3])} and no {NAME}, so it is no run's; write elsewhere"
-            )
+            raise ValueError(f"{folder}: holds {', '.join(others[:3])} and no {NAME}, so is no run's; write elsewhere")
         return False
     try:
         found = json.loads(path.read_bytes())

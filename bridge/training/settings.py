@@ -53,12 +53,12 @@ class TrainJob:
         "megatron-core's GPTModel, or its successor HybridModel.", MODEL, ModelClass.GPT.value)  # fmt: skip
     random: bool = _setting("Start from random weights; of the model only config.json is read.", MODEL, False)
     dtype: Literal["bf16", "fp32"] = _setting(
-        "Dtype of the parameters; gradients and the optimizer's weights are float32 in either.", MODEL, "bf16")  # fmt: skip
+        "Dtype of the parameters; gradients and optimizer weights are always float32.", MODEL, "bf16")  # fmt: skip
     freeze: tuple[str, ...] = _setting(
-        "Parameters that stay as they are: patterns of megatron-core's names, such as '*.mlp.experts.*'.", MODEL, ())  # fmt: skip
+        "Parameters that stay as they are: patterns of megatron-core's names ('*.experts.*').", MODEL, ())  # fmt: skip
     bias_update_rate: float = _setting("Step of the router's bias towards balance; 0 leaves it as it is.", MODEL, 1e-3)
     aux_loss: float | None = _setting(
-        "Coefficient of megatron-core's load-balancing loss (default: config.json's router_aux_loss_coef).", MODEL, None)  # fmt: skip
+        "Coefficient of megatron-core's load-balancing loss (default: the config's).", MODEL, None)  # fmt: skip
 
     tp: int = _setting("Tensor parallel.", PARALLEL, 1, free=True)
     pp: int = _setting("Pipeline parallel.", PARALLEL, 1, free=True)
@@ -79,7 +79,7 @@ class TrainJob:
     epsilon: float = _setting("Adam's epsilon.", OPTIMIZER, 1e-8)
 
     save_every: int | None = _setting(
-        "Steps between checkpoints (default: one at the end).", CHECKPOINTS, None, free=True
+        "Steps between checkpoints; one is made at the end.", CHECKPOINTS, None, free=True
     )
     keep_last: int = _setting("Checkpoints to keep.", CHECKPOINTS, 2, free=True)
     export: Literal["bf16", "fp8"] | None = _setting(

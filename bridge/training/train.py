@@ -89,8 +89,10 @@ def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
         )
     pieces = (2 * job.cp if job.cp > 1 else 1) * job.tp
     if job.seq_length % pieces:
-        raise ValueError(f"seq_length ({job.seq_length}) must be a multiple of {pieces}: tp ({job.tp}) ranks divide it, "
-                         f"and with cp ({job.cp}) above 1 each twice")  # fmt: skip
+        raise ValueError(
+            f"seq_length ({job.seq_length}) must be a multiple of {pieces}: tp ({job.tp}) ranks divide it, and with cp "
+            f"({job.cp}) above 1 each twice"
+        )
     if job.seq_length > config.max_position_embeddings:
         raise ValueError(
             f"seq_length ({job.seq_length}) is above the model's max_position_embeddings "
@@ -237,6 +239,6 @@ def _not_finite(step: int, what: str, where: str, checkpoints: Path) -> str:
     kept = latest_step(checkpoints)
     remains = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
     return (
-        f"step {step}: the {what} is not finite; it began in {where}, and {remains}; lower the learning rate, or look at "
-        "the data and weights"
+        f"step {step}: the {what} is not finite; it began in {where}, and {remains}; lower the learning rate, or look "
+        "at the data and weights"
     )

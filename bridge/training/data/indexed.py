@@ -116,9 +116,7 @@ def _scanned(path: Path, vocab_size: int, fingerprint: str) -> Source:
     try:
         index = IndexedDataset(prefix).index
     except Exception as error:  # it asserts, and numpy raises of its own
-        raise ValueError(
-            f"{path.with_suffix('.idx')}: is not megatron-core's index ({error}); make both anew"
-        ) from error
+        raise ValueError(f"{prefix}.idx: is not megatron-core's index ({error}); make both anew") from error
     tokens, trained = int(index.sequence_lengths.sum()), 0
     values = np.memmap(path, dtype=index.dtype, mode="r")
     if len(values) != tokens:
@@ -128,8 +126,8 @@ def _scanned(path: Path, vocab_size: int, fingerprint: str) -> Source:
         worst = np.where(part < 0, -part - 1, part).max()
         if worst >= vocab_size:
             raise ValueError(
-                f"{path}: token {worst}, and the model's vocabulary has 0 to {vocab_size - 1}; it was made with another "
-                "model's tokenizer"
+                f"{path}: token {worst}, and the model's vocabulary has 0 to {vocab_size - 1}; it was made with "
+                "another model's tokenizer"
             )
         trained += int((part >= 0).sum())
     return Source(prefix, tokens, trained, fingerprint)

@@ -38,9 +38,7 @@ class Tokenizer:
                 "tokenizer.json and tokenizer_config.json there, name another --tokenizer, or give token ids"
             ) from error
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{source}: the tokenizer has no eos_token, which ends each document; set it in its config"
-            )
+            raise ValueError(f"{source}: the tokenizer has no eos_token, which ends each document; set it there")
         if len(self._tokenizer) > vocab_size:
             raise ValueError(
                 f"{source}: the tokenizer has {len(self._tokenizer)} tokens, the model {vocab_size}; it is another "
