@@ -26,6 +26,7 @@ from reference.config import ModelConfig
 from reference.model_class import ModelClass
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# To be copied: megatron-core lays process groups into what it is given.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -68,7 +69,7 @@ def save_checkpoint(trained: Trained, folder: Path, step: int, config: ModelConf
         **_common(trained.job, config, step),
         "opt_param_scheduler": trained.scheduler.state_dict(),
         **model,
-        "optimizer": trained.optimizer.sharded_state_dict(model, metadata=METADATA),
+        "optimizer": trained.optimizer.sharded_state_dict(model, metadata=dict(METADATA)),
     }
     dist_checkpointing.save(state, str(target), content_metadata=dict(METADATA))
     with raise_on_all_ranks():
@@ -87,7 +88,7 @@ def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
     for optimizer in optimizers:
         optimizer.load_state_dict(_groups_at(optimizer, step))  # makes room for the state
     asked = {
-        str(number): optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=METADATA)
+        str(number): optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=dict(METADATA))
         for number, optimizer in enumerate(optimizers)
     }
     loaded = dist_checkpointing.load({**model, "optimizers": asked}, str(folder / iteration_name(step)))
@@ -122,7 +123,7 @@ def _groups_at(optimizer: Any, step: int) -> dict[str, Any]:
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     """The sharded state of each chunk, named as Megatron-LM names it."""
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in zip(names, chunks, strict=True)}
+    return {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def _common(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:

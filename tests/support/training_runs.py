@@ -5,9 +5,12 @@ load-balancing loss of a sigmoid router and the bias update, from `reference.moe
 """
 
 import math
+import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -174,11 +177,7 @@ def checkpoint_tensors(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def die_in_save(values: dict[str, Any], step: int, moment: str) -> None:
-    """A run that is killed with SIGKILL while it saves a step: before a file of the checkpoint, or before the tracker."""
-    import os
-    import signal
-    from unittest.mock import patch
-
+    """A run that is killed with SIGKILL while it saves a step, at one of `MOMENTS`."""
     from bridge.training import checkpoints
 
     def die(*_: Any, **__: Any) -> None:

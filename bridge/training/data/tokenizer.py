@@ -48,7 +48,10 @@ class Tokenizer:
 
     def text(self, text: str) -> list[int]:
         """The text's tokens and end-of-sequence."""
-        return [*self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self._tokenizer.eos_token_id]
+        return [
+            *self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            self._tokenizer.eos_token_id,
+        ]
 
     def conversation(self, messages: Any, where: str) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation by the chat template, and whether each is the assistant's.

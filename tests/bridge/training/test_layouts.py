@@ -30,7 +30,7 @@ SLOW = {
     "tp4, 2 key heads": (4, {"tp": 4, "etp": 1}),
     "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),
 }
-# Other orders of the same sums: errors of the oracle's size, not its errors; and one rounding of a loss granted to both.
+# Other orders of the same sums: errors of the oracle's size, not its errors; one rounding of a loss is granted to both.
 ALLOWED = 4.0
 UNIT = torch.finfo(torch.float32).eps
 
