@@ -72,11 +72,9 @@ def test_transformers_reads_it_with_the_same_logits(run: Path, form: str) -> Non
         found = judge_logits("transformers", logits, truth)
         print(found)
         assert found.holds
-        with open_checkpoint(run / "run" / "checkpoints") as trained:
-            ours, *_ = reference_logits(trained, tokens, weight_dtype=torch.float32, compute_dtypes=(torch.float64,))
-    before, *_ = reference_logits(
-        open_checkpoint(run / "source"), tokens, weight_dtype=torch.float32, compute_dtypes=(torch.float64,)
-    )
+    exact = {"weight_dtype": torch.float32, "compute_dtypes": (torch.float64,)}
+    (ours,) = reference_logits(open_checkpoint(run / "run" / "checkpoints"), tokens, **exact)
+    (before,) = reference_logits(open_checkpoint(run / "source"), tokens, **exact)
     moved = truth.measure(ours - before)
     error = truth.measure(truth.logits - ours)
     print(f"{form}: training moved logits by {moved:.2e}, the export is {error:.2e} off the checkpoint")
