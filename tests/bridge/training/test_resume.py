@@ -103,16 +103,31 @@ def test_in_another_layout_it_goes_on_to_rounding(
             assert ours[key] == pytest.approx(theirs[key], rel=RELATIVE), (key, ours["step"])
 
 
+SHORT = {"steps": 3, "save_every": 1, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[RankPool]:
+    with RankPool(1) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, alone: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    alone.call(run_job, values_of(job_of(source, out, **SHORT)))
+    return out
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(source: Path, tmp_path: Path, moment: str) -> None:
-    settings = {"steps": 3, "save_every": 1, "dtype": "fp32"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with RankPool(1) as pool:
-        pool.call(run_job, values_of(job_of(source, whole, **settings, warmup_steps=0)))
-        with pytest.raises(RankError, match="exit code -9"):
-            pool.call(die_in_save, values_of(job_of(source, killed, **settings, warmup_steps=0)), 2, moment)
-        assert latest_step(killed / "checkpoints") == 1
-        (summary,) = pool.call(run_job, values_of(job_of(source, killed, **settings, warmup_steps=0)))
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
+    source: Path, alone: RankPool, whole: Path, tmp_path: Path, moment: str
+) -> None:
+    killed = tmp_path / "killed"
+    with pytest.raises(RankError, match="exit code -9"):
+        alone.call(die_in_save, values_of(job_of(source, killed, **SHORT)), 2, moment)
+    assert latest_step(killed / "checkpoints") == 1
+    (summary,) = alone.call(run_job, values_of(job_of(source, killed, **SHORT)))
     assert (summary["first"], summary["last"]) == (1, 3)
     assert numbers(killed) == numbers(whole)
     assert sorted(path.name for path in (killed / "checkpoints").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
