@@ -19,11 +19,11 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     """
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    found = {run: read_metrics(run) for run in runs}
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plot needs matplotlib; pip install -e '.[train]' brings it") from error
-    found = {run: read_metrics(run) for run in runs}
     figure = Figure(figsize=(8, 9), layout="constrained")
     axes = figure.subplots(len(CURVES), sharex=True)
     for axis, (key, label) in zip(axes, CURVES.items(), strict=True):

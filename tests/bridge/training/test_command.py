@@ -73,7 +73,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path:
     assert found["fits"]
     assert (found["settings"]["dp"], found["settings"]["microbatches"], found["settings"]["lr"]) == (2, 4, 1e-5)
     assert "starts from" in run(*words)
-    run(*words, "--memory", "1MB", status=1)
+    run(*words, "--memory", "0.1MB", status=1)
     assert "gpus (3) must be a positive multiple" in run(*words[:-6], "--gpus", 3, "--tp", 2, status=2)
     assert not (tmp_path / "run").exists()
 
