@@ -30,7 +30,7 @@ def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int
     What decides the numbers (data, batch, schedule, seed) is kept in the run's folder, and a run goes on only with the
     same; the parallel sizes may change. Settings come from --config, a YAML file with a line `name: value` for each
     (names as below, with _ for -), and from options, which win. In the run's folder: metrics.jsonl, one object a step;
-    tensorboard/, where it is installed; checkpoints/, which Megatron-LM loads; export/.
+    tensorboard/, where it is installed; checkpoints/, in Megatron-LM's layout; export/.
 
         minimax-m2 train --model checkpoint --data corpus.jsonl --out run --steps 1000 --seq-length 4096
         torchrun --nproc-per-node 8 --no-python minimax-m2 train --config run.yaml --tp 2 --ep 8

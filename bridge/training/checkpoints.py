@@ -91,7 +91,7 @@ def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
         str(number): optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=dict(METADATA))
         for number, optimizer in enumerate(optimizers)
     }
-    loaded = dist_checkpointing.load({**model, "optimizers": asked}, str(folder / iteration_name(step)))
+    loaded: Any = dist_checkpointing.load({**model, "optimizers": asked}, str(folder / iteration_name(step)))
     for name, chunk in zip(model, trained.chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     for number, optimizer in enumerate(optimizers):

@@ -21,7 +21,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     found = {run: read_metrics(run) for run in runs}
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  # of the extra `train`
     except ImportError as error:
         raise ValueError("plot needs matplotlib; pip install -e '.[train]' brings it") from error
     figure = Figure(figsize=(8, 9), layout="constrained")

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
@@ -134,12 +134,11 @@ def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
 
 def _aux_loss(trained: Trained) -> float:
     """Mean over layers and microbatches, on all ranks."""
-    tracker = get_moe_metrics_tracker()
-    job, entry = trained.job, tracker.metrics.get(AUX_LOSS)
+    job, entry = trained.job, get_moe_metrics_tracker().metrics.get(AUX_LOSS)
+    destroy_moe_metrics_tracker()  # the next model may have other layers
     layers = trained.chunks[0].config.num_layers
     device = torch.cuda.current_device()
     values = torch.zeros(layers, device=device) if entry is None else entry.values.to(device).clone()
-    tracker.clear()
     if entry is not None and entry.reduce_group is not None:
         torch.distributed.all_reduce(values, group=entry.reduce_group)
     # Each tensor- and context-parallel rank has the same now, each data-parallel rank its own sequences.
@@ -153,7 +152,7 @@ def _expert_load(trained: Trained) -> float:
     """The fullest expert's tokens over the mean of its layer, in the worst layer of all ranks."""
     worst = torch.zeros(1, device=torch.cuda.current_device())
     if trained.load is not None:
-        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         load = trained.load.float().to(worst.device)
         torch.distributed.all_reduce(load, group=group)
         worst[0] = (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
