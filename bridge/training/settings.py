@@ -46,7 +46,7 @@ class TrainJob:
     micro_batch_size: int = _setting("Sequences in one forward pass of a rank.", DATA, 1, free=True)
     global_batch_size: int = _setting("Sequences in one optimizer step, over all ranks.", DATA, 8)
     data_weights: tuple[float, ...] = _setting(
-        "Share of each file in the blend, such as 0.7 0.3 (default: by their tokens).", DATA, ())  # fmt: skip
+        "Share of each file in the blend, one for each (default: by their tokens).", DATA, ())  # fmt: skip
     tokenizer: str | None = _setting("Folder or hub id of the tokenizer (default: the model's).", DATA, None)
 
     model_class: Literal["gpt", "hybrid"] = _setting(

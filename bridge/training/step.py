@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
@@ -49,6 +50,7 @@ class Trained:
     load: Tensor | None = None  # tokens of each layer and expert here, of the step that is being made
 
     def __post_init__(self) -> None:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # another loop here may have left one of another shape
         config = self.chunks[0].config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.optimizer.scale_loss

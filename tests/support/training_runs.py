@@ -9,6 +9,7 @@ import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -64,9 +65,16 @@ def job_of(source: Path, out: Path, **changes: Any) -> TrainJob:
 
 
 def run_job(values: dict[str, Any]) -> dict[str, Any]:
-    """One rank's part of a run."""
+    """One rank's part of a run.
+
+    megatron-core hands the results of a save over in a queue of a process that it starts, which imports torch for
+    seconds in each rank. A save that is waited for needs none: the queue here is this process's.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     from bridge.training.train import train
 
+    filesystem_async._results_queue = filesystem_async._results_queue or Queue()
     return train(TrainJob(**values))._asdict()
 
 

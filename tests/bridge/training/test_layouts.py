@@ -24,9 +24,9 @@ LAYOUTS = {
     "tp2 ep2": (2, {"tp": 2, "ep": 2, "etp": 1}),
     "dp2": (2, {}),
     "one rank, HybridModel": (1, {"model_class": "hybrid"}),
-    "pp2, HybridModel": (2, {"pp": 2, "model_class": "hybrid"}),
 }
 SLOW = {
+    "pp2, HybridModel": (2, {"pp": 2, "model_class": "hybrid"}),
     "tp4, 2 key heads": (4, {"tp": 4, "etp": 1}),
     "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),
 }
@@ -81,7 +81,7 @@ def test_every_layout_trains_as_transformers_does(oracle: Oracle, pool: RankPool
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in SLOW.items()], indirect=["pool"])
-def test_four_ranks_train_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
+def test_more_layouts_train_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
     check_layout(oracle, pool, SLOW[name][1], tmp_path / "run")
 
 

@@ -24,7 +24,7 @@ from bridge.training.settings import TrainJob
 STEPS, STOP = 6, 3
 NUMBERS = ("step", "loss", "grad_norm", "lr", "aux_loss", "expert_load")
 TP2_EP2 = {"tp": 2, "ep": 2, "etp": 1}
-OTHERS = {"pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "dp2": {}, "ep2": {"ep": 2}}
+OTHERS = {"pp2 vpp2": {"pp": 2, "vpp": 2}, "dp2": {}, "ep2": {"ep": 2}}
 # As in test_layouts: sums in another order, three steps long; there a step is off by a few roundings of its loss.
 RELATIVE = 16 * torch.finfo(torch.float32).eps
 
