@@ -44,13 +44,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bridge.minimax_m2_bridge": (
         "bridge.weights", "bridge.model", "bridge.huggingface", "bridge.jobs", "compiled.fp8", "reference",
     ),
+    "bridge.training": (
+        "bridge.minimax_m2_bridge", "bridge.convert", "bridge.weights", "bridge.memory_plan", "bridge.torch_dist",
+        "bridge.model", "bridge.huggingface", "bridge.jobs", "reference",
+    ),
     "bridge.proof": (
         "bridge.minimax_m2_bridge", "bridge.weights", "bridge.torch_dist", "bridge.model", "bridge.huggingface",
         "bridge.jobs", "reference",
     ),
     "bridge.cli": (
-        "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan", "bridge.huggingface",
-        "bridge.jobs", "reference",
+        "bridge.training", "bridge.proof", "bridge.convert", "bridge.minimax_m2_bridge", "bridge.memory_plan",
+        "bridge.huggingface", "bridge.jobs", "reference",
     ),
     # Our MiniMax-M2 inside other frameworks: on top of everything, and imported by nothing of ours.
     "bridge.plugins": (

@@ -1,6 +1,7 @@
 """What the READMEs show is run: every Python block, every command, in order, as one reader would.
 
-A reader starts in a folder that has `checkpoint/`, a small FP8 checkpoint, and `config.json`, the released model's. The
+A reader starts in a folder that has `checkpoint/`, a small FP8 checkpoint with a tokenizer, `config.json`, the released
+model's, and `text.txt`. The
 Python blocks of a README share their names. A block that cannot run everywhere says so in a marker above it
 (`support.readmes`); a marker is believed only if it is true of each of the block's commands.
 """
@@ -25,8 +26,9 @@ from support.readmes import Block, blocks, commands, missing_links, own_argument
 from typer.testing import CliRunner
 
 from bridge.cli import app
+from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
 from bridge.huggingface.quantization import FP8_SECTION
-from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
+from bridge.huggingface.random_checkpoint import CARRIED_FILES, SMALL_CONFIG, make_checkpoint
 from bridge.memory_plan.plan import read_config
 
 FOLDERS = (ROOT, *(ROOT / name for name in ("reference", "compiled", "bridge", "tests")))
@@ -94,7 +96,8 @@ def runnable(found: list[Block], gpus: int) -> list[Block]:
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readmes") / "checkpoint"
-    make_checkpoint(folder, SMALL, mtp_layers=1, max_shard_bytes=4_000_000)
+    carried = CARRIED_FILES | byte_tokenizer_files()
+    make_checkpoint(folder, SMALL, mtp_layers=1, max_shard_bytes=4_000_000, carried=carried)
     return folder
 
 
@@ -102,6 +105,7 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
     (tmp_path / "config.json").write_text(json.dumps(released_config()))
+    shutil.copy(ROOT / "tests" / "data" / "alice.txt", tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these tensors are small

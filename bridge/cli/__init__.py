@@ -13,8 +13,9 @@ from bridge.cli.check import inspect, plan, verify
 from bridge.cli.common import guarded
 from bridge.cli.convert import export_, import_
 from bridge.cli.prove import bench, demo, roundtrip
+from bridge.cli.train import plot, train
 from bridge.cli.validate import validate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for verb in (demo, inspect, plan, import_, export_, verify, validate, roundtrip, bench):
+for verb in (demo, inspect, plan, import_, export_, verify, validate, roundtrip, bench, train, plot):
     app.command(verb.__name__.removesuffix("_"))(guarded(verb))

@@ -6,7 +6,7 @@ the router's bias is large enough to change which experts are chosen.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,13 @@ def make_checkpoint(
     seed: int = 0,
     mtp_layers: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
+    carried: Mapping[str, str] = CARRIED_FILES,
     progress: Progress = no_progress,
 ) -> None:
     """Write a checkpoint of random weights for a config.json; the same seed gives the same bytes.
 
-    `mtp_layers` adds small layers past `num_hidden_layers`, as checkpoints with multi-token prediction have.
+    `mtp_layers` adds small layers past `num_hidden_layers`, as checkpoints with multi-token prediction have; `carried`
+    are the texts of the files beside the weights.
 
     Raises:
         ValueError: the config is not a MiniMax-M2's, or `folder` is not empty.
@@ -90,8 +92,8 @@ def make_checkpoint(
     with Staging(folder, inputs=None) as staging:
         for file in progress(files, "make checkpoint", len(files)):
             write_file(staging.folder, file, _tensors(file, model, generator))
-        carried = {name: text.encode() for name, text in CARRIED_FILES.items()}
-        finish_folder(staging.folder, files, config, carried=carried)
+        beside = {name: text.encode() for name, text in carried.items()}
+        finish_folder(staging.folder, files, config, carried=beside)
         staging.publish()
 
 

@@ -3,11 +3,11 @@
 megatron-core asks `torch.cuda` for its device, its streams and its random state even where every tensor is on the CPU.
 Inside `megatron_on_cpu()` these questions have CPU answers: the current device is the CPU, streams and events do
 nothing (CPU work is done when the call returns), and there is one random state, torch's own. Arithmetic is untouched.
+megatron-core's optimizers take only tensors whose type is said to be CUDA's: inside, every tensor says so.
 
 The table below is all that is replaced, and only inside the context. With CUDA present the context refuses to start.
-Build the model's config with `bridge.model.config.CPU_OVERRIDES` as well. What stays out of reach: megatron-core's
-optimizer (its gradient clipping wants CUDA tensors; step with a torch optimizer), the `alltoall` dispatcher, and
-Transformer Engine modules.
+Build the model's config with `bridge.model.config.CPU_OVERRIDES` as well. What stays out of reach: the `alltoall`
+dispatcher, and Transformer Engine modules.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from megatron.core import utils as core_utils
 from megatron.core.models.hybrid import hybrid_block
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import utils
@@ -55,6 +55,13 @@ def _no_operation() -> Callable[..., None]:
     return lambda *args, **kwargs: None
 
 
+def _type_as_on_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type`: asked for its type a tensor says "torch.cuda.FloatTensor", asked to change it does."""
+    found = _TYPE(tensor, *args, **kwargs)
+    return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+
+_TYPE = torch.Tensor.type
 # (owner, attribute, what stands there inside the context)
 _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_device", lambda: CPU),
@@ -64,6 +71,8 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "stream", lambda *args: nullcontext()),
     (torch.cuda, "synchronize", _no_operation()),
     (torch.Tensor, "record_stream", _no_operation()),
+    (torch.Tensor, "type", _type_as_on_cuda),
+    (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
     (torch.cuda, "manual_seed", _no_operation()),
     (torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state()),
     (random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
@@ -72,7 +81,8 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (TopKRouter, "_apply_expert_bias", unwrap(TopKRouter._apply_expert_bias)),  # one line, compiled for 20 seconds
     (schedules, "torch", _TorchOnCPU()),  # the token counter
     (clip_grads, "torch", _TorchOnCPU()),  # the gradient norm
-    (core_utils, "torch", _TorchOnCPU()),  # the same
+    (optimizer, "torch", _TorchOnCPU()),  # the loss scale
+    (core_utils, "torch", _TorchOnCPU()),  # the gradient norm
     (utils, "torch", _TorchOnCPU()),  # the causal mask
     (hybrid_block, "torch", _TorchOnCPU()),  # the positions of `flash_decode`
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from bridge.huggingface.random_checkpoint import SMALL_CONFIG, make_checkpoint
+from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
+from bridge.huggingface.random_checkpoint import CARRIED_FILES, SMALL_CONFIG, make_checkpoint
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
@@ -38,7 +39,13 @@ def demo(
         with raise_on_all_ranks():
             if is_rank_zero():
                 make_checkpoint(
-                    source, SMALL_CONFIG, seed=seed, mtp_layers=1, max_shard_bytes=SHARD_BYTES, progress=progress
+                    source,
+                    SMALL_CONFIG,
+                    seed=seed,
+                    mtp_layers=1,
+                    max_shard_bytes=SHARD_BYTES,
+                    carried=CARRIED_FILES | byte_tokenizer_files(),
+                    progress=progress,
                 )
         with raise_on_all_ranks():
             bridge = MiniMaxM2Bridge.from_hf_pretrained(source)

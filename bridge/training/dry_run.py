@@ -1,0 +1,44 @@
+"""What a run would be, without a model: its settings, and what each rank would hold."""
+
+from typing import Any, NamedTuple
+
+from bridge.memory_plan import plan, report
+from bridge.training.data.indexed import check_files
+from bridge.training.settings import TrainJob
+from bridge.training.start import open_start
+from bridge.training.train import check_layout, world_size
+
+
+class DryRun(NamedTuple):
+    """The resolved settings, the memory plan as a table and as JSON, and whether the fullest rank fits."""
+
+    settings: dict[str, Any]
+    headings: list[str]
+    rows: list[Any]
+    lines: list[str]
+    plan: dict[str, Any]
+    fits: bool
+
+
+def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
+    """Check the job as a run would, on `gpus` ranks of `memory` each, and plan what they hold.
+
+    Raises:
+        ValueError: as `train`, but for what only the data's contents show.
+    """
+    check_files(job.data)
+    with open_start(job) as start:
+        parallelism = check_layout(job, start.config, gpus or world_size())
+        found = plan.plan(start.config, parallelism, memory=plan.parse_memory(memory), distributed_optimizer=True)
+        advice = plan.advice(found)
+        headings, rows = report.table(found)
+        settings = {
+            **vars(job),
+            "etp": parallelism.expert_tp,
+            "dp": parallelism.dp,
+            "layers_per_stage": parallelism.layers_per_stage,
+            "microbatches": job.global_batch_size // (job.micro_batch_size * parallelism.dp),
+            "starts from": start.what,
+        }
+        lines = report.summary(found, advice)
+        return DryRun(settings, list(headings), list(rows), list(lines), report.to_json(found), advice is None)

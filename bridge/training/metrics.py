@@ -1,0 +1,123 @@
+"""What a run writes down of each step: `metrics.jsonl`, one JSON object a line, and TensorBoard where it is installed.
+
+Model FLOPs are those of the matrix products of the weights that a token goes through, and of attention over the half of
+the sequence that is before it, three times for forward and backward; recomputation is not counted.
+"""
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.jobs.durable import write_bytes
+from bridge.training.settings import TrainJob
+from bridge.training.step import StepResult
+from reference.config import ModelConfig
+
+NAME = "metrics.jsonl"
+# Dense bfloat16 FLOP/s without sparsity, by what CUDA calls the device; NVIDIA's data sheets.
+PEAKS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "GB200": 2500e12}
+
+
+def flops_per_token(config: ModelConfig, seq_length: int) -> float:
+    """FLOPs of forward and backward for one token, its share of the head included."""
+    hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = hidden * config.head_dim * (2 * heads + 2 * groups)
+    scores = 2 * heads * config.head_dim * seq_length / 2
+    experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
+    layer = attention + scores + experts + hidden * config.num_local_experts
+    return 3 * 2 * (config.num_hidden_layers * layer + hidden * config.vocab_size)
+
+
+def peak_flops() -> float | None:
+    """Of this rank's GPU; None without one, or if it is not in the table."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in sorted(PEAKS.items(), reverse=True) if part in name), None)
+
+
+def memory_gb() -> float:
+    """Peak of this rank in 10**9 bytes: torch's allocations on the GPU, or else the process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def step_metrics(
+    job: TrainJob, config: ModelConfig, step: int, result: StepResult, seconds: float, world: int
+) -> dict[str, Any]:
+    """A step's line."""
+    tokens = job.global_batch_size * job.seq_length
+    flops = flops_per_token(config, job.seq_length) * tokens / seconds / world
+    peak = peak_flops()
+    speed = {"tflops_per_gpu": flops / 1e12, "mfu": flops / peak} if peak else {}
+    return {
+        "step": step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens": step * tokens,
+        "trained_tokens": result.tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        **speed,
+        "aux_loss": result.aux_loss,
+        "expert_load": result.expert_load,
+        "memory_gb": memory_gb(),
+    }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run, by step; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: the run has none, or a line is damaged.
+    """
+    path = run / NAME if run.is_dir() else run
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the folder of a run")
+    found, lines = [], path.read_text().split("\n")
+    for number, line in enumerate(lines[:-1], 1):  # a whole line ends with a newline
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    return found
+
+
+class MetricsWriter:
+    """Appends to a run's metrics, from the line after `step` on; what an interrupted run wrote beyond is dropped."""
+
+    def __init__(self, run: Path, step: int):
+        self._path = run / NAME
+        if self._path.is_file():
+            kept = [one for one in read_metrics(run) if one["step"] <= step]
+            write_bytes(self._path, "".join(json.dumps(one) + "\n" for one in kept).encode())
+        self._file = self._path.open("a")
+        self._board = _tensorboard(run / "tensorboard", step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items() if self._board else ():
+            if name != "step":
+                self._board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer that drops what is beyond the step; None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

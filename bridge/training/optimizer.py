@@ -1,0 +1,109 @@
+"""megatron-core's distributed data parallelism, optimizer and schedule around a model, on a GPU and without one.
+
+Gradients are summed and kept in float32; the optimizer's weights and state are divided over the data-parallel ranks.
+On a GPU communication overlaps with the backward and the forward pass.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from bridge.jobs.ranks import all_gather_objects
+from bridge.training.settings import TrainJob
+
+# The router's weight is float32 beside bfloat16 ones. megatron-core 0.19's distributed optimizer numbers the parameters
+# of a group in two orders, of which one has float32 first: a checkpoint of a group with both would mix up their states.
+_FLOAT32 = ParamPredicate(
+    "float32 matrices", lambda parameter: parameter.dtype == torch.float32 and parameter.dim() > 1
+)
+FLOAT32_APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
+
+
+def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:
+    """Parameters whose name fits a pattern are not trained; all ranks must call it.
+
+    Raises:
+        ValueError: a pattern fits no parameter on any rank, or nothing is left to train.
+    """
+    named = [(name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters()]
+    for name, parameter in named:
+        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+    used = {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name, _ in named)}
+    everyone = all_gather_objects((used, any(parameter.requires_grad for _, parameter in named)))
+    for pattern in patterns:
+        if not any(pattern in found for found, _ in everyone):
+            raise ValueError(f"freeze: no parameter fits {pattern!r}; names are such as {named[0][0]}")
+    if not all(trains for _, trains in everyone):
+        raise ValueError(f"freeze: {list(patterns)} leaves a rank nothing to train; freeze less")
+
+
+def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
+    """Each chunk in megatron-core's `DistributedDataParallel`.
+
+    On a GPU it is made on a stream of its own: CUDA graphs of the backward pass cannot be captured otherwise.
+    """
+    on_gpu = torch.cuda.is_available()
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=on_gpu,
+        overlap_param_gather=on_gpu,
+    )
+    stream: Any = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wrapped = [
+            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+    torch.cuda.current_stream().wait_stream(stream)
+    return wrapped
+
+
+def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> Any:
+    """megatron-core's distributed optimizer: Adam with decoupled weight decay, none of it for norms."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=job.lr,
+        min_lr=job.min_lr,
+        weight_decay=job.weight_decay,
+        adam_beta1=job.beta1,
+        adam_beta2=job.beta2,
+        adam_eps=job.epsilon,
+        clip_grad=job.clip_grad,
+        bf16=job.dtype == "bf16",
+        params_dtype=torch.bfloat16 if job.dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=torch.cuda.is_available(),
+    )
+    overrides = get_standard_config_overrides(config) | (FLOAT32_APART if job.dtype == "bf16" else {})
+    return get_megatron_optimizer(config, wrapped, overrides)  # pyright: ignore[reportArgumentType]
+
+
+def build_scheduler(job: TrainJob, optimizer: Any) -> OptimizerParamScheduler:
+    """The learning rate of each step, counted in steps; weight decay is constant."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=job.lr,
+        min_lr=job.min_lr,
+        lr_warmup_steps=job.warmup_steps,
+        lr_decay_steps=job.steps,
+        lr_decay_style=job.schedule,
+        start_wd=job.weight_decay,
+        end_wd=job.weight_decay,
+        wd_incr_steps=job.steps,
+        wd_incr_style="constant",
+    )

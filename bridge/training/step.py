@@ -1,0 +1,162 @@
+"""One optimizer step: megatron-core's pipeline schedule, its gradient finalisation, its optimizer.
+
+The loss is the mean over the tokens of the global batch that are trained on, whatever microbatch or rank they are in
+(`calculate_per_token_loss`), so that it and its gradient are those of one process at any layout.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from bridge.training.settings import TrainJob
+
+AUX_LOSS = "load_balancing_loss"
+
+
+class StepResult(NamedTuple):
+    """What a step was: mean loss, norm of the gradient before it was clipped, learning rate, tokens trained on.
+
+    `aux_loss` is the load-balancing loss without its coefficient, mean over layers; `expert_load` the most tokens that
+    one expert got over the mean of its layer, in the worst layer.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    aux_loss: float
+    expert_load: float
+
+
+@dataclass
+class Trained:
+    """What is trained on this rank: the model's chunks, the same wrapped, and what moves them."""
+
+    job: TrainJob
+    chunks: list[Any]
+    wrapped: list[Any]
+    optimizer: Any
+    scheduler: Any
+    load: Tensor | None = None  # tokens of each layer and expert here, of the step that is being made
+
+    def __post_init__(self) -> None:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # another loop here may have left one of another shape
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = self._finalize
+        config.grad_scale_func = self.optimizer.scale_loss
+        ddp = self.wrapped[0].ddp_config
+        if ddp.overlap_grad_reduce:
+            alone = len(self.wrapped) == 1
+            config.no_sync_func = self.wrapped[0].no_sync if alone else [one.no_sync for one in self.wrapped]
+            starts = [one.start_grad_sync for one in self.wrapped]
+            config.grad_sync_func = None if alone else starts
+        if ddp.overlap_param_gather and len(self.wrapped) > 1:
+            config.param_sync_func = [one.start_param_sync for one in self.wrapped]
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        counts = [
+            module.local_tokens_per_expert.clone()
+            for chunk in self.chunks
+            for module in chunk.modules()
+            if hasattr(module, "local_tokens_per_expert") and module.local_tokens_per_expert is not None
+        ]
+        self.load = torch.stack(counts) if counts else None
+        finalize_model_grads(*args, **kwargs)
+
+
+def forward(trained: Trained, batches: list[Iterator[dict[str, Tensor]]], *, forward_only: bool = False) -> Tensor:
+    """The schedule over a step's microbatches: the sum of the losses and the tokens trained on, over all ranks.
+
+    `batches` has an iterator for each chunk.
+    """
+    job = trained.job
+    dp = parallel_state.get_data_parallel_world_size()
+    alone = len(trained.wrapped) == 1
+    found = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches[0] if alone else batches,  # pyright: ignore[reportArgumentType]
+        model=trained.wrapped[0] if alone else trained.wrapped,
+        num_microbatches=job.global_batch_size // (job.micro_batch_size * dp),
+        seq_length=job.seq_length,
+        micro_batch_size=job.micro_batch_size,
+        forward_only=forward_only,
+    )
+    # Tensor-parallel ranks have the same losses, ranks of other stages none.
+    counts = parallel_state.get_tensor_model_parallel_rank() == 0
+    device = torch.cuda.current_device()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for one in found if counts else ():
+        sums += one["sums"]
+    torch.distributed.all_reduce(sums)
+    return sums
+
+
+def train_step(trained: Trained, batches: list[Iterator[dict[str, Tensor]]]) -> StepResult | None:
+    """One step; None if the loss is not finite: then nothing was changed but the router's bias."""
+    for chunk in trained.wrapped:
+        chunk.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    total, tokens = forward(trained, batches).tolist()
+    aux_loss = _aux_loss(trained)
+    if not math.isfinite(total):
+        return None
+    _, grad_norm, _ = trained.optimizer.step()
+    lr = trained.optimizer.param_groups[0]["lr"]
+    trained.scheduler.step(1)
+    return StepResult(total / max(tokens, 1), float(grad_norm), lr, int(tokens), aux_loss, _expert_load(trained))
+
+
+def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+    device = torch.cuda.current_device()
+    batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+    positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
+    batch["position_ids"] = positions
+    if parallel_state.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    mask = batch["loss_mask"]
+
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, tokens = (losses.float() * mask).sum(), mask.sum()
+        sums = torch.stack([total.detach().double(), tokens.double()])
+        return total, tokens.int(), {"sums": sums}
+
+    return output, loss
+
+
+def _aux_loss(trained: Trained) -> float:
+    """Mean over layers and microbatches, on all ranks."""
+    job, entry = trained.job, get_moe_metrics_tracker().metrics.get(AUX_LOSS)
+    destroy_moe_metrics_tracker()  # the next model may have other layers
+    layers = trained.chunks[0].config.num_layers
+    device = torch.cuda.current_device()
+    values = torch.zeros(layers, device=device) if entry is None else entry.values.to(device).clone()
+    if entry is not None and entry.reduce_group is not None:
+        torch.distributed.all_reduce(values, group=entry.reduce_group)
+    # Each tensor- and context-parallel rank has the same now, each data-parallel rank its own sequences.
+    same = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    torch.distributed.all_reduce(values)
+    experts = layers // 2 if trained.job.model_class == "hybrid" else layers
+    return float(values.sum()) * job.micro_batch_size / (same * job.global_batch_size * experts)
+
+
+def _expert_load(trained: Trained) -> float:
+    """The fullest expert's tokens over the mean of its layer, in the worst layer of all ranks."""
+    worst = torch.zeros(1, device=torch.cuda.current_device())
+    if trained.load is not None:
+        group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        load = trained.load.float().to(worst.device)
+        torch.distributed.all_reduce(load, group=group)
+        worst[0] = (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
+    torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+    return float(worst)

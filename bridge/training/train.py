@@ -1,0 +1,244 @@
+"""`minimax-m2 train`: one run, from its start or from where it stopped, to its end.
+
+Everything that can be wrong with what was given is found out before the model is built. Then megatron-core does the
+work (`bridge.training.step`), and after each step its metrics are written, and its checkpoint where one is due.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from bridge.jobs.progress import Progress, no_progress
+from bridge.jobs.ranks import all_gather_objects, check_same_on_all_ranks, is_rank_zero, raise_on_all_ranks
+from bridge.jobs.target import check_apart
+from bridge.memory_plan.plan import layout
+from bridge.model.build import build_model
+from bridge.model.process_groups import model_parallel
+from bridge.training.checkpoints import latest_step, load_checkpoint, save_checkpoint
+from bridge.training.cuda_graphs import CudaGraphs
+from bridge.training.data.batches import build_dataset, microbatches
+from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources, need_tokenizer
+from bridge.training.data.tokenizer import Tokenizer
+from bridge.training.export import export_trained
+from bridge.training.metrics import MetricsWriter, step_metrics
+from bridge.training.nonfinite import first_not_finite
+from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
+from bridge.training.run_record import check_record, make_record, write_record
+from bridge.training.settings import TrainJob
+from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
+from bridge.training.step import Trained, train_step
+from reference.config import ModelConfig
+from reference.parallelism import Parallelism
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class TrainSummary(NamedTuple):
+    """What a call did: the step it went on from (0: from the start), the last, its loss, and what was written."""
+
+    first: int
+    last: int
+    loss: float | None
+    checkpoint: Path
+    exported: Path | None
+
+
+class NotFiniteError(ValueError):
+    """The loss or the gradient is not finite."""
+
+
+def world_size() -> int:
+    """How many ranks take part."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
+    """The job's layout on so many ranks.
+
+    Raises:
+        ValueError: the sizes do not go together, or not with the model, the batch or the sequence.
+    """
+    parallelism = layout(config, gpus=world, **job.sizes)
+    once = job.micro_batch_size * parallelism.dp
+    if job.global_batch_size % once:
+        raise ValueError(
+            f"global_batch_size ({job.global_batch_size}) must be a multiple of micro_batch_size x dp = "
+            f"{job.micro_batch_size} x {parallelism.dp} = {once}"
+        )
+    number = job.global_batch_size // once
+    if job.vpp > 1 and number % job.pp:
+        raise ValueError(
+            f"with virtual stages the {number} microbatches of a step (global_batch_size / (micro_batch_size x dp)) "
+            f"must be a multiple of pp ({job.pp})"
+        )
+    pieces = (2 * job.cp if job.cp > 1 else 1) * job.tp
+    if job.seq_length % pieces:
+        raise ValueError(
+            f"seq_length ({job.seq_length}) must be a multiple of {pieces}: tp ({job.tp}) ranks divide it, and with cp "
+            f"({job.cp}) above 1 each twice"
+        )
+    if job.seq_length > config.max_position_embeddings:
+        raise ValueError(
+            f"seq_length ({job.seq_length}) is above the model's max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+    if job.cp > 1 and not torch.cuda.is_available():
+        raise ValueError(f"cp ({job.cp}) above 1 needs Transformer Engine's attention, and a GPU for it")
+    if job.cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("cuda_graphs need a GPU and Transformer Engine; leave them out here")
+    return parallelism
+
+
+def train(
+    job: TrainJob,
+    *,
+    progress: Progress = no_progress,
+    on_step: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> TrainSummary:
+    """Train, or go on with a run that is in `job.out`; under torchrun all ranks must call it.
+
+    `on_step` is given each step's metrics, on rank 0.
+
+    Raises:
+        ValueError: something that was given is not possible (before any weight is read), or the loss is not finite
+            (`NotFiniteError`; the last checkpoint stays). All ranks raise the same.
+        OSError: something cannot be written.
+    """
+    check_files(job.data)
+    out, start = Path(job.out), open_start(job)
+    with start:
+        parallelism = check_layout(job, start.config, world_size())
+        sizes = {
+            "tensor_model_parallel_size": parallelism.tp,
+            "pipeline_model_parallel_size": parallelism.pp,
+            "virtual_pipeline_model_parallel_size": parallelism.vpp if parallelism.vpp > 1 else None,
+            "expert_model_parallel_size": parallelism.ep,
+            "expert_tensor_parallel_size": parallelism.expert_tp,
+            "context_parallel_size": parallelism.cp,
+        }
+        with model_parallel(seed=job.seed, **sizes):
+            if job.cuda_graphs:
+                model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
+            check_same_on_all_ranks({"job": job})
+            sources, begun = _prepare(job, start, out, progress)
+            return _run(job, start, out, sources, begun, progress, on_step)
+
+
+def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tuple[list[Source], int]:
+    """The data, tokenised, and the step to go on from; nothing of the model is there yet."""
+    found: tuple[list[Source], int] | None = None
+    with raise_on_all_ranks():
+        if is_rank_zero():
+            check_apart(out, [job.model] if Path(job.model).exists() else [])
+            vocab_size = start.config.vocab_size
+            needed = need_tokenizer(job.data)
+            tokenizer = Tokenizer(job.tokenizer or str(start.folder), vocab_size) if needed else None
+            sources = make_sources(job.data, tokenizer, vocab_size, out / "data", progress=progress)
+            check_amount(sources, job.seq_length)
+            record = make_record(job, start.config, describe(sources))
+            if not check_record(out, record):
+                write_record(out, record)
+            lay_companions(start.folder, out / CHECKPOINTS)
+            found = sources, latest_step(out / CHECKPOINTS) or 0
+    shared = all_gather_objects(found)[0]
+    assert shared is not None
+    return [Source(*source) for source in shared[0]], shared[1]
+
+
+def _run(
+    job: TrainJob,
+    start: Start,
+    out: Path,
+    sources: list[Source],
+    begun: int,
+    progress: Progress,
+    on_step: Callable[[dict[str, Any]], None],
+) -> TrainSummary:
+    last = min(job.until or job.steps, job.steps)
+    dataset = build_dataset(job, sources, out / "data" / "indices")
+    trained = build(job, start, fill=not begun, progress=progress)
+    checkpoints = out / CHECKPOINTS
+    if begun:
+        load_checkpoint(trained, checkpoints, begun)
+    graphs = CudaGraphs(trained) if job.cuda_graphs else None
+    writer = MetricsWriter(out, begun) if is_rank_zero() else None
+    loss = None
+    try:
+        for step in range(begun + 1, last + 1):
+            if graphs is not None:
+                graphs.before(step - begun)
+            began = time.perf_counter()
+            result = train_step(trained, _batches(trained, dataset, step))
+            if result is None or not math.isfinite(result.grad_norm):
+                where = first_not_finite(trained, _batches(trained, dataset, step))
+                raise NotFiniteError(_not_finite(step, "loss" if result is None else "gradient", where, checkpoints))
+            seconds = time.perf_counter() - began
+            loss = result.loss
+            if writer is not None:
+                line = step_metrics(job, start.config, step, result, seconds, world_size())
+                writer.write(line)
+                on_step(line)
+            if step == last or (job.save_every and step % job.save_every == 0):
+                save_checkpoint(trained, checkpoints, step, start.config)
+    finally:
+        if writer is not None:
+            writer.close()
+    finished = last == job.steps
+    exported = export_trained(job, start, trained.chunks, out, progress) if job.export and finished else None
+    return TrainSummary(begun, max(last, begun), loss, checkpoints, exported)
+
+
+def build(job: TrainJob, start: Start, *, fill: bool = True, progress: Progress = no_progress) -> Trained:
+    """The model with its weights (`fill`), wrapped, and its optimizer; inside `model_parallel`, on all ranks."""
+    aux = {} if job.aux_loss is None else {"moe_aux_loss_coeff": job.aux_loss}
+    with raise_on_all_ranks():
+        built = build_model(
+            start.config,
+            model=job.model_class,
+            params_dtype=DTYPES[job.dtype],
+            perform_initialization=False,
+            calculate_per_token_loss=True,
+            moe_router_bias_update_rate=job.bias_update_rate,
+            **aux,
+            **RECOMPUTE[job.recompute],
+            **(CudaGraphs.settings if job.cuda_graphs else {}),
+        )
+    chunks: list[Any] = built if isinstance(built, list) else [built]
+    if fill:
+        start.fill(chunks, progress)
+    freeze(chunks, job.freeze)
+    wrapped = wrap(chunks)
+    optimizer = build_optimizer(job, wrapped)
+    return Trained(job, chunks, wrapped, optimizer, build_scheduler(job, optimizer))
+
+
+def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[str, Tensor]]]:
+    """The microbatches of a step, for each chunk."""
+    dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    made = microbatches(dataset, trained.job, step, dp=dp, dp_rank=dp_rank)
+    return list(itertools.tee(made, len(trained.chunks)))
+
+
+def _not_finite(step: int, what: str, where: str, checkpoints: Path) -> str:
+    kept = latest_step(checkpoints)
+    remains = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    return (
+        f"step {step}: the {what} is not finite; it began in {where}, and {remains}; lower the learning rate, or look "
+        "at the data and weights"
+    )

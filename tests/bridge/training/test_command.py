@@ -1,0 +1,148 @@
+"""`minimax-m2 train` and `plot` as a user runs them: flags, YAML, a dry run, JSON, the picture; a rank that dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import ENVIRONMENT
+from support.training_runs import TEXT, make_source
+from typer.testing import CliRunner
+
+from bridge.cli import app
+from bridge.training.metrics import flops_per_token, read_metrics
+from bridge.training.settings import setting_fields
+from reference.config import ModelConfig
+
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMMAND = str(Path(sys.executable).with_name("minimax-m2"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
+
+
+def run(*words: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def arguments(source: Path, out: Path) -> list[object]:
+    return ["train", "--model", source, "--data", TEXT, "--out", out, "--steps", 4, "--seq-length", 32]
+
+
+def test_every_setting_is_an_option_with_help() -> None:
+    shown = " ".join(re.sub(r"[│─╭╮╰╯\n]", " ", run("train", "--help")).split())
+    for name in setting_fields():
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_flags_win_over_yaml_and_a_run_writes_what_it_says(source: Path, tmp_path: Path) -> None:
+    lines = [f"model: {source}", "steps: 3", "seq_length: 32", "lr: 1e-3", "dtype: fp32", "export: bf16", ""]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    text = run("train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "run", "--steps", 2, "--data", TEXT)
+    assert "step      2  loss" in text
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"loss", "grad_norm", "lr", "tokens_per_second", "aux_loss", "expert_load", "memory_gb"} <= lines[0].keys()
+    assert all(line["tokens_per_second"] > 0 and line["expert_load"] >= 1 for line in lines)
+    assert lines[0]["lr"] == 1e-3
+    again = run("train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "run", "--data", TEXT, status=2)
+    assert "with setting steps = 2, and now it is 3" in " ".join(again.split())
+    found = json.loads(run("inspect", tmp_path / "run" / "export", "--json"))
+    assert found["problems"] == []
+
+
+def test_json_is_one_object(source: Path, tmp_path: Path) -> None:
+    found = json.loads(run(*arguments(source, tmp_path / "run"), "--until", 1, "--json"))
+    assert (found["first"], found["last"]) == (0, 1)
+    assert found["loss"] == read_metrics(tmp_path / "run")[0]["loss"]
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    words = [*arguments(source, tmp_path / "run"), "--dry-run", "--gpus", 4, "--tp", 2, "--etp", 1, "--ep", 2]
+    found = json.loads(run(*words, "--json"))
+    assert found["fits"]
+    assert (found["settings"]["dp"], found["settings"]["microbatches"], found["settings"]["lr"]) == (2, 4, 1e-5)
+    assert "starts from" in run(*words)
+    run(*words, "--memory", "0.1MB", status=1)
+    assert "gpus (3) must be a positive multiple" in run(*words[:-6], "--gpus", 3, "--tp", 2, status=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_setting_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: {source}\nlearning_rate: 1\n")
+    said = " ".join(run("train", "--config", tmp_path / "run.yaml", "--out", "o", status=2).split())
+    assert "run.yaml: unknown setting 'learning_rate'" in said
+
+
+def test_model_flops_are_six_times_the_weights_a_token_goes_through() -> None:
+    """Of the released model, without attention over the sequence: 6 x the 10 billion active parameters."""
+    active = flops_per_token(ModelConfig(rotary_dim=64), 0) / 6
+    assert active == pytest.approx(10e9, rel=0.06)
+
+
+def curve(run: Path, losses: list[float]) -> Path:
+    run.mkdir()
+    lines = [{"step": n, "loss": loss, "grad_norm": 1.0, "tokens_per_second": 9.0} for n, loss in enumerate(losses, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot_draws_each_run(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib", reason="the extra train is not installed")
+    one, two = curve(tmp_path / "one", [3.0, 2.0]), curve(tmp_path / "two", [3.0, 1.0, 0.5])
+    out = tmp_path / f"curves.{suffix}"
+    run("plot", one, two, "--out", out)
+    start = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+    assert out.read_bytes().startswith(start)
+    run("plot", one, "--out", tmp_path / f"alone.{suffix}")
+    assert (tmp_path / f"alone.{suffix}").read_bytes() != out.read_bytes()
+
+
+def test_plot_of_nothing_is_refused(tmp_path: Path) -> None:
+    assert "no such file; give the folder of a run" in " ".join(run("plot", tmp_path, status=2).split())
+    assert "ends in .png or .svg" in " ".join(run("plot", tmp_path, "--out", "a.pdf", status=2).split())
+
+
+def test_tensorboard_has_the_metrics(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra train is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(*arguments(source, tmp_path / "run"), "--until", 2)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    found = [event.value for event in board.Scalars("loss")]
+    assert torch.tensor(found).tolist() == pytest.approx([line["loss"] for line in read_metrics(tmp_path / "run")])
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(source: Path, tmp_path: Path) -> None:
+    """torchrun ends the others; the next start goes on from the newest checkpoint."""
+    words = [str(one) for one in arguments(source, tmp_path / "run")]
+    words[words.index("--steps") + 1] = "40"
+    launch = [*TWO_RANKS, "--no-python", COMMAND, *words, "--save-every", "1", "--ep", "2", "--dtype", "fp32"]
+    environment = os.environ | ENVIRONMENT
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(launch, env=environment, stdout=log, stderr=log)
+    until = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoints" / "iter_0000003").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(120) != 0
+    again = [*launch, "--until", "6"]
+    done = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] >= 6

@@ -1,0 +1,90 @@
+"""Ten steps on real text: at every layout losses and gradient norms are those of `transformers` with torch's AdamW.
+
+In float32 on gloo ranks, with the load-balancing loss, the bias update, clipping, weight decay and the schedule on. The
+truth is the oracle's run in float64; what its own float32 run is off by is the measure.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.oracles import FLOAT32, FLOAT64, remove_float32_casts
+from support.ranks import RankPool
+from support.training_runs import Curve, job_of, make_source, run_job, samples_of, train_transformers, values_of
+
+from bridge.training.metrics import read_metrics
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "tp2": (2, {"tp": 2, "etp": 1}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2, "etp": 1}),
+    "dp2": (2, {}),
+    "one rank, HybridModel": (1, {"model_class": "hybrid"}),
+}
+SLOW = {
+    "pp2, HybridModel": (2, {"pp": 2, "model_class": "hybrid"}),
+    "tp4, 2 key heads": (4, {"tp": 4, "etp": 1}),
+    "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),
+}
+# Other orders of the same sums: errors of the oracle's size, not its errors; one rounding of a loss is granted to both.
+ALLOWED = 4.0
+UNIT = torch.finfo(torch.float32).eps
+
+
+class Oracle(NamedTuple):
+    source: Path
+    theirs: Curve
+    truth: Curve
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder = tmp_path_factory.mktemp("training")
+    source = make_source(folder / "source", fp8=False)
+    job = job_of(source, folder / "oracle")
+    steps = samples_of(job, folder / "data")
+    theirs = train_transformers(job, steps, FLOAT32)
+    with pytest.MonkeyPatch.context() as patch:
+        remove_float32_casts(patch)
+        return Oracle(source, theirs, train_transformers(job, steps, FLOAT64))
+
+
+@pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest):
+    with RankPool(request.param) as ranks:
+        yield ranks
+
+
+def check_layout(oracle: Oracle, pool: RankPool, settings: dict, out: Path) -> None:
+    job = job_of(oracle.source, out, **settings)
+    pool.call(run_job, values_of(job))
+    lines = read_metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, job.steps + 1))
+    for what, key in (("losses", "loss"), ("norms", "grad_norm")):
+        exact, theirs = getattr(oracle.truth, what), getattr(oracle.theirs, what)
+        own = 0.0  # errors grow from step to step
+        for line, true, other in zip(lines, exact, theirs, strict=True):
+            own = max(own, abs(other - true))
+            error, bound = abs(line[key] - true), ALLOWED * (own + UNIT * abs(true))
+            print(f"{key} {line['step']}: {line[key]:.6f}, error {error:.1e}, transformers' own {own:.1e}")
+            assert error <= bound, (key, line["step"])
+
+
+@pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in LAYOUTS.items()], indirect=["pool"])
+def test_every_layout_trains_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
+    check_layout(oracle, pool, LAYOUTS[name][1], tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in SLOW.items()], indirect=["pool"])
+def test_more_layouts_train_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
+    check_layout(oracle, pool, SLOW[name][1], tmp_path / "run")
+
+
+def test_the_loss_falls(oracle: Oracle) -> None:
+    """The bounds above say nothing if training does nothing: a wrong learning rate must show."""
+    assert oracle.truth.losses[-1] < 0.8 * oracle.truth.losses[0]

@@ -1,0 +1,198 @@
+"""What is refused before any weight is read, and in which words; and a loss that is not finite."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from support.checkpoints import edit_tensors
+from support.training_runs import TEXT, job_of, make_source
+
+from bridge.training import train as training
+from bridge.training.settings import TrainJob, read_yaml
+from bridge.training.train import NotFiniteError, check_layout, train
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that gets as far as the model fails in other words than those expected."""
+
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(training, "build", build)
+
+
+def lines(path: Path, *objects: object) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in objects))
+    return str(path)
+
+
+def indexed(path: Path, ids: list[int]) -> str:
+    builder = IndexedDatasetBuilder(str(path), dtype=np.int32)
+    builder.add_document(np.array(ids), [len(ids)])
+    builder.finalize(str(path.with_suffix(".idx")))
+    return str(path)
+
+
+# What is given as data in a folder, and what the error says.
+DATA: dict[str, tuple[Callable[[Path], str], str]] = {
+    "no file": (lambda at: str(at / "a.jsonl"), r"a\.jsonl: no such file"),
+    "another kind": (lambda at: lines(at / "a.csv", 1), r"expected a file that ends in \.jsonl, \.txt, \.bin"),
+    "nothing in it": (lambda at: lines(at / "a.jsonl"), r"is empty"),
+    "no index": (lambda at: lines(at / "a.bin", 1), r"its index a\.idx is not beside it"),
+    "no JSON": (lambda at: str((at / "a.jsonl").write_text("{nothing") and at / "a.jsonl"), r"line 1: is not JSON"),
+    "no object": (lambda at: lines(at / "a.jsonl", {"text": "a"}, [1]), r"line 2: expected an object, found list"),
+    "no known key": (lambda at: lines(at / "a.jsonl", {"prompt": "a"}), r"one of the keys text, .*found prompt"),
+    "too little": (lambda at: lines(at / "a.jsonl", {"tokens": [1] * 32}), r"has 32 tokens, fewer than one sequence"),
+    "a token too high": (
+        lambda at: lines(at / "a.jsonl", {"tokens": [1] * 99}, {"tokens": [260]}),
+        r"line 2: token 260, and the model's vocabulary has 0 to 259",
+    ),
+    "a token too high in .bin": (lambda at: indexed(at / "a.bin", [1] * 99 + [300]), r"token 300, and the model's"),
+    "no assistant": (
+        lambda at: lines(at / "a.jsonl", {"messages": [{"role": "user", "content": "a"}]}),
+        r"line 1: no message is the assistant's",
+    ),
+    "text after tokens": (
+        lambda at: lines(at / "a.jsonl", {"tokens": [1] * 99}, {"text": "a"}),
+        r"line 2: is text, and the first line of the file has token ids",
+    ),
+    "bytes that are no text": (
+        lambda at: str((at / "a.txt").write_bytes(b"\xff" * 99) and at / "a.txt"),
+        r"a\.txt: is not UTF-8",
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", DATA)
+def test_data(source: Path, tmp_path: Path, name: str) -> None:
+    make, words = DATA[name]
+    with pytest.raises(ValueError, match=words):
+        train(job_of(source, tmp_path / "run", data=(make(tmp_path),)))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_tokenizer(source: Path, tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty: no tokenizer can be made of this"):
+        train(job_of(source, tmp_path / "run", tokenizer=str(tmp_path / "empty")))
+    small = make_source(tmp_path / "small", fp8=False, vocab_size=100, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"the tokenizer has 259 tokens, the model 100; it is another model's"):
+        train(job_of(small, tmp_path / "run"))
+
+
+LAYOUTS = {
+    "tp": ({"tp": 3}, 3, "divi"),
+    "gpus": ({"tp": 4}, 6, r"gpus \(6\) must be a positive multiple of tp x cp x pp"),
+    "experts": ({"ep": 3}, 3, "ep"),
+    "global batch": ({}, 3, r"global_batch_size \(4\) must be a multiple of micro_batch_size x dp = 1 x 3 = 3"),
+    "virtual stages": ({"pp": 2, "vpp": 2, "global_batch_size": 3}, 2, r"the 3 microbatches of a step"),
+    "sequence": ({"tp": 2, "etp": 1, "seq_length": 33}, 2, r"seq_length \(33\) must be a multiple of 2"),
+    "too long": ({"seq_length": 8192}, 1, r"seq_length \(8192\) is above the model's max_position_embeddings \(4096\)"),
+    "context": ({"cp": 2}, 2, r"cp \(2\) above 1 needs Transformer Engine's attention"),
+    "graphs": ({"cuda_graphs": True}, 1, r"cuda_graphs need a GPU"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two of these are possible with a GPU")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(source: Path, tmp_path: Path, name: str) -> None:
+    from bridge.memory_plan.plan import read_config
+
+    changes, world, words = LAYOUTS[name]
+    with pytest.raises(ValueError, match=words):
+        check_layout(job_of(source, tmp_path / "run", **changes), read_config(source), world)
+
+
+SETTINGS = {
+    "unknown": ({"learning_rate": 1}, r"here: unknown setting 'learning_rate'; "),
+    "near": ({"step": 1}, r"unknown setting 'step'; did you mean steps\?"),
+    "missing": ({"model": "a", "data": "b", "out": "c", "steps": 1}, r"here: seq_length must be given"),
+    "type": ({"steps": "ten"}, r"here: steps must be int, found 'ten'"),
+    "choice": ({"schedule": "wavy"}, r"schedule must be one of cosine, linear, constant, found 'wavy'"),
+    "warm-up": ({"warmup_steps": 10}, r"warmup_steps \(10\) must be below steps \(10\)"),
+    "negative": ({"clip_grad": -1.0}, r"clip_grad must be at least 0, found -1\.0"),
+    "shares": ({"data_weights": [0.5, 0.5]}, r"data_weights has 2 shares for 1 files"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name: str) -> None:
+    changes, words = SETTINGS[name]
+    whole = {"model": "m", "data": ["d.txt"], "out": "o", "steps": 10, "seq_length": 8}
+    values = changes if name == "missing" else whole | changes
+    with pytest.raises(ValueError, match=words):
+        TrainJob.from_values(values, "here")
+
+
+def test_yaml_reads_what_a_command_line_says(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: m\ndata: d.txt\nout: o\nsteps: 10\nseq_length: 8\nlr: 1e-3\nexport: fp8\nfreeze: ['*.experts.*']\n"
+    )
+    job = TrainJob.from_values(read_yaml(tmp_path / "run.yaml"), "run.yaml")
+    assert (job.data, job.lr, job.export, job.freeze) == (("d.txt",), 1e-3, "fp8", ("*.experts.*",))
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="expected settings, a line `name: value` for each, found list"):
+        read_yaml(tmp_path / "list.yaml")
+
+
+def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(job_of(source, run, steps=3, until=1))
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.read_text().replace("Alice", "Hatter"))
+    deeper = make_source(tmp_path / "deeper", fp8=False, num_hidden_layers=4)
+    changes = {
+        r"with setting lr = 0\.003, and now it is 0\.1": {"lr": 0.1},
+        r"with setting seq_length = 32, and now it is 64": {"seq_length": 64},
+        r"begun with other data, 7142 tokens .*go on with the same files": {"data": (str(other),)},
+        r"with size of the model num_hidden_layers = 2, and now it is 4": {"model": str(deeper)},
+    }
+    for words, change in changes.items():
+        with pytest.raises(ValueError, match=words):
+            train(job_of(source, run, steps=3, **change))
+    os.mkdir(tmp_path / "full")
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"full: holds thesis\.txt and no run\.json"):
+        train(job_of(source, tmp_path / "full"))
+
+
+def test_frozen_names_that_fit_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"freeze: no parameter fits '\*\.expert\.\*'; names are such as"):
+        train(job_of(source, tmp_path / "run", freeze=("*.expert.*",)))
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path) -> None:
+    """A weight of the second layer goes to infinity after a checkpoint: the run ends, and the checkpoint stays."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    broken = make_source(tmp_path / "broken", fp8=False, num_hidden_layers=2)
+    edit_tensors(broken, lambda tensors: tensors[name].fill_(torch.inf))
+    with pytest.raises(NotFiniteError, match=r"step 1: the loss is not finite; it began in layer 1, .*no checkpoint"):
+        train(job_of(broken, tmp_path / "run"))
+    run = tmp_path / "later"
+    train(job_of(source, run, steps=3, until=1, warmup_steps=0))
+    real = training.load_checkpoint
+
+    def load_and_break(trained, *arguments):
+        real(trained, *arguments)
+        with torch.no_grad():
+            trained.chunks[0].decoder.layers[0].mlp.router.weight.fill_(torch.nan)
+
+    with (
+        patch.object(training, "load_checkpoint", load_and_break),
+        pytest.raises(NotFiniteError, match=r"step 2: .*began in layer 0, and the checkpoint of step 1 is kept"),
+    ):
+        train(job_of(source, run, steps=3, warmup_steps=0))
+    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"
