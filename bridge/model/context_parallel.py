@@ -4,6 +4,8 @@ Of twice as many pieces as there are ranks, rank r has the r-th from each end, s
 attention to compute. Source: megatron-core utils: get_batch_on_this_cp_rank (which wants a GPU).
 """
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed
@@ -29,8 +31,9 @@ def whole_sequence(part: Tensor) -> Tensor:
     ranks, _ = _sizes()
     if ranks == 1:
         return part
+    group: Any = parallel_state.get_context_parallel_group()
     parts = [torch.empty_like(part) for _ in range(ranks)]
-    distributed.all_gather(parts, part.detach().contiguous(), group=parallel_state.get_context_parallel_group())
+    distributed.all_gather(parts, part.detach().contiguous(), group=group)
     halves = [piece.chunk(2, 1) for piece in parts]
     return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], 1)
 
