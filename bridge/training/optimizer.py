@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
+from bridge.model.safe_settings import check_settings
 from bridge.training.settings import TrainJob
 
 # The router's weight is float32 beside bfloat16 ones. megatron-core 0.19's distributed optimizer numbers the parameters
@@ -53,6 +54,9 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     """Each chunk in megatron-core's `DistributedDataParallel`.
 
     On a GPU it is made on a stream of its own: CUDA graphs of the backward pass cannot be captured otherwise.
+
+    Raises:
+        ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
     on_gpu = torch.cuda.is_available()
     config = DistributedDataParallelConfig(
@@ -61,6 +65,8 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
         overlap_grad_reduce=on_gpu,
         overlap_param_gather=on_gpu,
     )
+    for chunk in chunks:
+        check_settings(chunk.config, config)
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -15,9 +15,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from bridge.model.context_parallel import own_part
 from bridge.training.settings import TrainJob
 
 AUX_LOSS = "load_balancing_loss"
@@ -121,8 +121,7 @@ def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
     positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
     batch["position_ids"] = positions
-    if parallel_state.get_context_parallel_world_size() > 1:
-        batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False)
+    batch = {name: own_part(value) for name, value in batch.items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     mask = batch["loss_mask"]
 
