@@ -1,4 +1,4 @@
-"""megatron-bridge's LoRA on our model, on two gloo ranks: gradients, the merged FP8 export, and the adapter in `peft`."""
+"""LoRA of megatron-bridge on our model, on two gloo ranks: gradients, the merged FP8 export, the adapter in `peft`."""
 
 import json
 from collections.abc import Iterator
