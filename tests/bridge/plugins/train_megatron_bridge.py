@@ -30,7 +30,7 @@ for folder in (TESTS.parent, TESTS, TESTS / "benchmarks"):
     sys.path.insert(0, str(folder))
 
 import support.no_async_saving
-import support.transformer_engine_names  # from here on the host can be imported
+import support.transformer_engine_names  # noqa: F401  # from here on the host can be imported
 import torch
 from bridge.plugins import megatron_bridge as plugin
 from megatron.bridge import AutoBridge
