@@ -153,7 +153,7 @@ def _model(hf_path: str, layout: Layout, seq_length: int, **settings: Any) -> Mi
 
 
 def _common(hf_path: str, *, seed: int) -> dict[str, Any]:
-    """The model keeps its own vocabulary, which is larger than the tokenizer's: the checkpoint's shapes are its."""
+    """The tokenizer does not decide on the vocabulary's size: the model's is its checkpoint's."""
     return {
         "ddp": DistributedDataParallelConfig(
             use_distributed_optimizer=True,

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from megatron.bridge.training import config as host
+from support.megatron_bridge import plugin
 from support.oracles import Case
 from support.plans import full_plan
 
 from bridge.model.safe_settings import check_settings
-from bridge.plugins.megatron_bridge import MiniMaxM2ModelProvider, recipes
+from bridge.plugins.megatron_bridge import recipes
 
 pytestmark = pytest.mark.plugins
 
@@ -32,19 +32,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out)
 
 
-def validated(kind: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> host.ConfigContainer:
-    """As the host's entry points do first, on as many ranks as the recipe is for."""
-    monkeypatch.setattr(host, "get_world_size_safe", lambda: recipes.LAYOUTS[kind].gpus)
-    config = RECIPES[kind](folder)
+def validate(config: recipes.ConfigContainer, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the host's entry points do first, on as many ranks."""
+    from megatron.bridge.training import config as host
+
+    monkeypatch.setattr(host, "get_world_size_safe", lambda: gpus)
     host.runtime_config_update(config)
-    return config
 
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_the_host_validates_it(kind: str, folder: str, monkeypatch: pytest.MonkeyPatch):
-    config, layout = validated(kind, folder, monkeypatch), recipes.LAYOUTS[kind]
+    config, layout = RECIPES[kind](folder), recipes.LAYOUTS[kind]
+    validate(config, layout.gpus, monkeypatch)
     model = config.model
-    assert type(model) is MiniMaxM2ModelProvider
+    assert type(model) is plugin.MiniMaxM2ModelProvider
     assert (model.num_layers, model.num_moe_experts, model.vocab_size) == (62, 256, 200064)
     assert config.data_parallel_size == layout.gpus // (layout.tensor * layout.pipeline)
     assert config.data_parallel_size * layout.tensor % layout.expert == 0
@@ -59,7 +60,8 @@ def test_the_host_validates_it(kind: str, folder: str, monkeypatch: pytest.Monke
 def test_fine_tuning_starts_from_the_checkpoint_and_leaves_the_routers_bias(
     kind: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ):
-    config = validated(kind, folder, monkeypatch)
+    config = RECIPES[kind](folder)
+    validate(config, recipes.LAYOUTS[kind].gpus, monkeypatch)
     assert config.checkpoint.pretrained_checkpoint == folder
     assert config.model.moe_router_bias_update_rate == 0
     assert (config.peft is None) == (kind == "sft")
@@ -68,9 +70,8 @@ def test_fine_tuning_starts_from_the_checkpoint_and_leaves_the_routers_bias(
 def test_a_hub_id_is_no_checkpoint_to_start_from(folder: str, monkeypatch: pytest.MonkeyPatch):
     config = RECIPES["sft"](folder)
     config.checkpoint.pretrained_checkpoint = recipes.HUB_ID
-    monkeypatch.setattr(host, "get_world_size_safe", lambda: 128)
     with pytest.raises(AssertionError, match=f"{recipes.HUB_ID} does not exist"):
-        host.runtime_config_update(config)
+        validate(config, 128, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", RECIPES)
