@@ -12,6 +12,8 @@ registration wins. Import it also before a checkpoint that was saved with it is 
     provider      the host's `GPTModelProvider` with this model's settings
     mapping       the host's mapping registry, made from `reference.weights.TABLE`
     conversion    the registered bridge: loading and export by our own loops, or by the host's where only those fit
+    adapters      the host's adapters that are wrong, and refused
+    recipes       configurations of training, in the form of the host's recipes
     saving        what the host's writer leaves out: config.json's quantisation, MTP layers
     names         the names that the host's own modules for this model document
 

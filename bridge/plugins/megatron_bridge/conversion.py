@@ -35,6 +35,7 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge as CheckpointBridge
 from bridge.minimax_m2_bridge import plain_weight
+from bridge.plugins.megatron_bridge.adapters import check_export
 from bridge.plugins.megatron_bridge.mapping import mapping_registry
 from bridge.plugins.megatron_bridge.provider import MiniMaxM2ModelProvider, provider_of
 from bridge.plugins.megatron_bridge.saving import SourceEncoding, checkpoint_folder_of, use_checkpoint_source
@@ -139,6 +140,17 @@ class MiniMaxM2Bridge(MegatronModelBridge):
             return tasks
         hook = SourceEncoding(folder, plain=weight_dtype is not None)
         return [task and replace(task, export_hook=hook) for task in tasks]
+
+    def build_adapter_conversion_tasks(
+        self, megatron_model: Any, exclude_adapter_base_prefixes: Iterable[str] | None = None
+    ) -> dict[str, list[Any]]:
+        """The host's tasks for adapters, to export them or to merge them.
+
+        Raises:
+            ValueError: the host would export others, or not all (`bridge.plugins.megatron_bridge.adapters`).
+        """
+        check_export(_as_list(megatron_model))
+        return super().build_adapter_conversion_tasks(megatron_model, exclude_adapter_base_prefixes)
 
     def _is_ours(self, hf_pretrained: Any, models: list[Any]) -> bool:
         """Whether our own loops know the source and the model, on all ranks."""

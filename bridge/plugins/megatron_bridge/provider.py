@@ -8,6 +8,7 @@ The layer spec is a named function of a module, because megatron-bridge writes i
 # pyright: reportMissingImports=false
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -18,6 +19,7 @@ from bridge.model.build import pipeline_layout
 from bridge.model.config import gpt_model_arguments, transformer_config_fields
 from bridge.model.layer_spec import minimax_m2_block_spec
 from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
+from bridge.plugins.megatron_bridge.adapters import check_training
 from reference.config import ModelConfig
 from reference.parallelism import spread_layers
 from reference.rope import inverse_frequencies
@@ -58,6 +60,16 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
                 setattr(self, name, value)
         super().finalize()
         check_settings(self)
+
+    def provide_distributed_model(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """This rank's chunks, wrapped, as the host builds them.
+
+        Raises:
+            ValueError: hooks have put adapters where they are wrong (`bridge.plugins.megatron_bridge.adapters`).
+        """
+        models = super().provide_distributed_model(*args, **kwargs)
+        check_training(models)
+        return models
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
