@@ -1,7 +1,7 @@
 """megatron-core's distributed data parallelism, optimizer and schedule around a model, on a GPU and without one.
 
 Gradients are summed and kept in float32; the optimizer's weights and state are divided over the data-parallel ranks.
-On a GPU communication overlaps with the backward and the forward pass.
+On a GPU communication overlaps with the backward pass and, but for CUDA graphs, with the forward pass.
 """
 
 from collections.abc import Sequence
@@ -58,12 +58,11 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     Raises:
         ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
-    on_gpu = torch.cuda.is_available()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=on_gpu,
-        overlap_param_gather=on_gpu,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_param_gather=torch.cuda.is_available() and chunks[0].config.cuda_graph_impl == "none",
     )
     for chunk in chunks:
         check_settings(chunk.config, config)
@@ -92,7 +91,7 @@ def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> An
         bf16=job.dtype == "bf16",
         params_dtype=torch.bfloat16 if job.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=True,
-        overlap_param_gather=torch.cuda.is_available(),
+        overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(config) | (FLOAT32_APART if job.dtype == "bf16" else {})
     return get_megatron_optimizer(config, wrapped, overrides)  # pyright: ignore[reportArgumentType]
