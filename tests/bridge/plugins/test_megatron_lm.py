@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checks import assert_relative
 from support.megatron_lm import built, cpu_words, megatron_lm_runs, parsed
-from support.megatron_training import BATCH, CASE, SEQ, Setup, _build, _load, _loss_of_a_step, weights_of
+from support.megatron_training import BATCH, CASE, SEQ, Setup, _build, _load, weights_of
 from support.ranks import RankPool
 from support.sharded_models import groups_of
 from support.small_model import SMALL
@@ -80,9 +80,10 @@ def _trains_like_build_model(kind: ModelClass, layout: Parallelism, how: str) ->
     from functools import partial
 
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import finalize_model_grads
 
     from bridge.plugins.megatron_lm import model_provider
+    from bridge.proof.judge.training import forward_backward, labelled_step, wrapped
 
     rank = distributed.get_rank()
     spec = ["--spec", MODULE, SPECS[kind]] if how == "spec" else []
@@ -96,12 +97,12 @@ def _trains_like_build_model(kind: ModelClass, layout: Parallelism, how: str) ->
         theirs.config.finalize_model_grads_func = partial(finalize_model_grads, force_all_reduce=True)
         tokens = torch.randint(0, CASE.vocab, (2, BATCH, SEQ + 1), generator=torch.Generator().manual_seed(3))
         mine = tokens.chunk(layout.dp, 1)[layout.coordinates(rank).dp]
+        microbatches = [(sequences[:, :-1], sequences[:, 1:]) for sequences in mine]
         found = []
         for model in (theirs, ours):
             _load([model], setup.held(rank), weights_of(CASE, torch.float32), drop_in=False)
-            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-            ddp = DistributedDataParallel(model.config, options, model)
-            loss = _loss_of_a_step([ddp], mine, layout, packed=False)
+            batch = BATCH // layout.dp
+            loss = forward_backward(wrapped([model]), microbatches, labelled_step, seq=SEQ, batch=batch)
             found.append((loss, {name: value.main_grad.clone() for name, value in model.named_parameters()}))
         (loss, grads), (expected, truth) = found
         assert loss == expected
