@@ -136,7 +136,7 @@ def train(run: Run, scripts: Path, asked: argparse.Namespace, folder: Path) -> d
     launcher = [] if asked.gpus else [str(ROOT / "tests" / "support" / "megatron_lm_on_cpu.py")]
     script = [*launcher, str(scripts / f"pretrain_{run.model}.py")]
     command = [sys.executable, *ranks, *script, *words_of(run, asked.steps, folder, gpus=asked.gpus)]
-    path = os.pathsep.join([str(scripts), str(ROOT)])
+    path = os.pathsep.join(filter(None, [str(scripts), str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
     losses = [float(value) for _, value in LOSS.findall(done.stdout)]
