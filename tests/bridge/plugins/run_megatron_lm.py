@@ -121,7 +121,8 @@ def words_of(run: Run, steps: int, folder: Path, *, gpus: int) -> list[str]:
     switches = ["--mock-data", "--finetune", "--no-load-rng", "--no-load-optim"]
     switches += ["--sequence-parallel"] if run.tp > 1 else []
     if gpus:
-        return [*words, *said, *switches, "--bf16", "--moe-token-dispatcher-type", "alltoall"]
+        without_apex = "--no-gradient-accumulation-fusion"  # which has the extension for it
+        return [*words, *said, *switches, "--bf16", "--moe-token-dispatcher-type", "alltoall", without_apex]
     from support.megatron_lm import cpu_words
 
     backend = ["--distributed-backend", "gloo", "--num-workers", "0", "--optimizer", "sgd"]
