@@ -274,7 +274,9 @@ def main() -> int:
         if distributed.get_rank() == 0:
             record["claims"] = judge(done, out)
             (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    if distributed.get_rank():
+    leader = distributed.get_rank() == 0
+    distributed.destroy_process_group()
+    if not leader:
         return 0
     print(json.dumps(record["claims"], indent=1))
     return 0 if all(claim["holds"] for claim in record["claims"].values()) else 1
