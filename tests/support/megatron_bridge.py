@@ -1,10 +1,12 @@
 """Checkpoints and their models, for the tests of `bridge.plugins.megatron_bridge`; imports the host and the plug-in."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import support.transformer_engine_names  # noqa: F401
@@ -85,6 +87,29 @@ def check_files(folder: Path, truth: Truth, *, plain: bool = False) -> None:
     assert saved.keys() == expected.keys()
     for name, value in expected.items():
         assert same_bits(saved[name], truth.whole[name].to(saved[name].dtype) if plain else value), name
+
+
+def forward_step(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable]:
+    """The mean loss of a batch of sequences, for megatron-core's schedules."""
+    tokens = next(batches)
+    positions = torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
+    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+
+
+def with_norms_of_the_host(config: Any) -> Any:
+    """Our layer with megatron-core's attention and the norms of the host's own bridge, whose spec needs a GPU."""
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm
+    from megatron.core.transformer.attention import SelfAttention
+
+    from bridge.model.layer_spec import minimax_m2_block_spec
+
+    block = minimax_m2_block_spec(config)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.module = SelfAttention
+        norms = layer.submodules.self_attention.submodules
+        norms.q_layernorm, norms.k_layernorm = FullDimQNorm, FullDimKNorm
+    return block
 
 
 def unwrapped(models: list[nn.Module]) -> list[nn.Module]:

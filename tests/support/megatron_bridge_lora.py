@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from reference.parallelism import Parallelism
-from support.megatron_bridge import provider_at
+from support.megatron_bridge import forward_step, provider_at, with_norms_of_the_host
 from support.sharded_models import groups_of
 
 RANK, ALPHA = 4, 8
@@ -91,7 +91,7 @@ def train_adapters(
         for _ in range(STEPS):
             ddp.zero_grad_buffer()
             get_forward_backward_func()(
-                forward_step_func=_forward_step,
+                forward_step_func=forward_step,
                 data_iterator=iter([tokens]),
                 model=models,
                 num_microbatches=1,
@@ -153,25 +153,3 @@ def merge_and_export(folder: str, layout: Parallelism, targets: tuple[str, ...],
         models = build_with_adapters(auto, layout, targets)
         auto.save_hf_pretrained(models, Path(out), show_progress=False)
         return exported_adapters(auto, models)
-
-
-def _forward_step(batches: Any, model: nn.Module) -> tuple[Tensor, Any]:
-    tokens = next(batches)
-    positions = torch.arange(SEQ).expand(len(tokens), -1)
-    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
-
-
-def with_norms_of_the_host(config: Any) -> Any:
-    """Our layer with megatron-core's attention and the norms of the host's own bridge, whose spec needs a GPU."""
-    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm
-    from megatron.core.transformer.attention import SelfAttention
-
-    from bridge.model.layer_spec import minimax_m2_block_spec
-
-    block = minimax_m2_block_spec(config)
-    for layer in block.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-        norms = layer.submodules.self_attention.submodules
-        norms.q_layernorm, norms.k_layernorm = FullDimQNorm, FullDimKNorm
-    return block

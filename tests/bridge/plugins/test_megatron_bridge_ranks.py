@@ -19,9 +19,11 @@ from support.megatron_bridge import (
     check_export,
     check_files,
     check_parameters,
+    forward_step,
     make_folder,
     plugin,
     provider_at,
+    with_norms_of_the_host,
 )
 from support.oracles import (
     FLOAT32,
@@ -184,14 +186,14 @@ def _gradients(folder: str, tokens: Tensor, hosts_norms: bool) -> dict[tuple[int
         "finalize_model_grads_func": partial(finalize_model_grads, force_all_reduce=True),
     }
     if hosts_norms:
-        settings["transformer_layer_spec"] = _with_norms_of_the_host
+        settings["transformer_layer_spec"] = with_norms_of_the_host
     with groups_of(TP2):
         provider = provider_at(AutoBridge.from_hf_pretrained(folder), TP2, **settings)
         (ddp,) = provider.provide_distributed_model(
             ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True), use_cpu_initialization=True
         )
         get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step,
             data_iterator=iter([tokens]),
             model=[ddp],
             num_microbatches=1,
@@ -202,25 +204,3 @@ def _gradients(folder: str, tokens: Tensor, hosts_norms: bool) -> dict[tuple[int
         return {
             (held.chunk, held.name): found[held.name] for held in _held(distributed.get_rank()) if held.name in found
         }
-
-
-def _forward_step(batches, model):
-    tokens = next(batches)
-    positions = torch.arange(SEQ).expand(len(tokens), -1)
-    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
-
-
-def _with_norms_of_the_host(config):
-    """Our layer with megatron-core's attention and the norms of the host's own bridge, whose spec needs a GPU."""
-    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm
-    from megatron.core.transformer.attention import SelfAttention
-
-    from bridge.model.layer_spec import minimax_m2_block_spec
-
-    block = minimax_m2_block_spec(config)
-    for layer in block.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-        norms = layer.submodules.self_attention.submodules
-        norms.q_layernorm, norms.k_layernorm = FullDimQNorm, FullDimKNorm
-    return block

@@ -43,6 +43,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.utils import unwrap_model
 from record import environment
 from safetensors.torch import save_file
@@ -253,6 +254,7 @@ def judge(done: dict[str, Recorder], out: Path) -> dict[str, Any]:
 
 def main() -> int:
     out, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(RUNS)
+    get_write_results_queue("fork")  # else its process is a fresh one, which imports all of the above again
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl")
     if distributed.get_world_size() != 2:
@@ -274,7 +276,9 @@ def main() -> int:
         if distributed.get_rank() == 0:
             record["claims"] = judge(done, out)
             (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    if distributed.get_rank():
+    leader = distributed.get_rank() == 0
+    distributed.destroy_process_group()
+    if not leader:
         return 0
     print(json.dumps(record["claims"], indent=1))
     return 0 if all(claim["holds"] for claim in record["claims"].values()) else 1
