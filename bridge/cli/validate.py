@@ -38,8 +38,9 @@ def validate(
     """Run somebody's megatron-core layers on ranks of their own, and say which law of MiniMax-M2 they break.
 
     TARGET is a function that returns a layer spec, a block spec, a hybrid stack spec or a model; or the class of a
-    part. Logits, loss, every gradient, the gradient norm and two optimizer steps are compared with the reference's.
-    Exit status 1 if something differs, 2 if TARGET cannot be run. A checkpoint is compared with --source.
+    part. Logits, loss, every gradient, the gradient norm and, in float32, two steps of gradient descent are compared
+    with the reference's. status 1 if something differs, 2 if TARGET cannot be run. A checkpoint is compared with
+    --source.
     """
     if Path(target).exists():
         _validate_checkpoint(Path(target), source, as_json)

@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from bridge.convert.training_arguments import common_state
 from bridge.jobs.durable import sync, write_bytes
 from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
+from bridge.training.optimizer import gather_parameters
 from bridge.training.settings import TrainJob
 from bridge.training.step import Trained
 from reference.config import ModelConfig
@@ -53,7 +54,7 @@ def latest_step(folder: Path) -> int | None:
 
 
 def save_checkpoint(trained: Trained, folder: Path, step: int, config: ModelConfig) -> None:
-    """Save after a step; all ranks must call it. Older ones than the job's `keep_last` are deleted afterwards.
+    """Save after a step; all ranks must call it. Of this step's and earlier ones the job's `keep_last` are kept.
 
     Raises:
         OSError: it cannot be written; the tracker file names the one before.
@@ -64,6 +65,7 @@ def save_checkpoint(trained: Trained, folder: Path, step: int, config: ModelConf
             if target.exists():  # left by a save that was killed
                 shutil.rmtree(target)
             target.mkdir(parents=True)
+    gather_parameters(trained.wrapped)
     model = model_state(trained.chunks)
     state = {
         **_common(trained.job, config, step),
@@ -78,7 +80,8 @@ def save_checkpoint(trained: Trained, folder: Path, step: int, config: ModelConf
                 sync(path)
             write_bytes(folder / TRACKER, str(step).encode())
             sync(folder)
-            for old in _complete(folder)[: -trained.job.keep_last]:
+            until_now = [one for one in _complete(folder) if one <= step]
+            for old in until_now[: -trained.job.keep_last]:
                 shutil.rmtree(folder / iteration_name(old))
 
 
@@ -144,5 +147,7 @@ def _common(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:
 
 def _complete(folder: Path) -> list[int]:
     """Steps of the run's complete checkpoints, in order."""
-    found = (path for path in folder.glob("iter_*") if (path / "metadata.json").is_file())
-    return sorted(int(path.name.removeprefix("iter_")) for path in found)
+    numbers = {path: path.name.removeprefix("iter_") for path in folder.glob("iter_*")}
+    return sorted(
+        int(number) for path, number in numbers.items() if number.isdecimal() and (path / "metadata.json").is_file()
+    )

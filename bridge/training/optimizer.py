@@ -77,6 +77,16 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     return wrapped
 
 
+def gather_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """After a step: every rank has all of its parameters anew, not only the part that its optimizer moved.
+
+    Where gathering them overlaps with the forward pass, megatron-core leaves it to the next one.
+    """
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> Any:
     """megatron-core's distributed optimizer: Adam with decoupled weight decay, none of it for norms."""
     config = OptimizerConfig(

@@ -133,6 +133,10 @@ def open_start(job: TrainJob) -> Any:
     if job.random or path.suffix == ".json":
         if not path.exists():
             raise ValueError(f"{path}: no such file; random weights need a config.json, or a folder that has one")
+        if path.is_file() and path.name != CONFIG_NAME:
+            raise ValueError(
+                f"{path}: is not called {CONFIG_NAME}, as it must be beside the run's checkpoints; rename it"
+            )
         return RandomStart(path, job.seed)
     is_megatron = path.is_dir() and any(
         (path / name).exists() for name in (".metadata", TRACKER, f"{CHECKPOINTS}/{TRACKER}")

@@ -82,9 +82,14 @@ def forward(trained: Trained, batches: list[Iterator[dict[str, Tensor]]], *, for
     job = trained.job
     dp = parallel_state.get_data_parallel_world_size()
     alone = len(trained.wrapped) == 1
+    microbatches = [list(of_chunk) for of_chunk in batches]
+    share = _trained_share(microbatches[0])
+    # The load-balancing loss is over all tokens, and megatron-core divides its gradient by those that are trained on.
+    trained.chunks[0].config.moe_grad_scale_func = lambda: share
+    iterators = [iter(of_chunk) for of_chunk in microbatches]
     found = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=batches[0] if alone else batches,  # pyright: ignore[reportArgumentType]
+        data_iterator=iterators[0] if alone else iterators,  # pyright: ignore[reportArgumentType]
         model=trained.wrapped[0] if alone else trained.wrapped,
         num_microbatches=job.global_batch_size // (job.micro_batch_size * dp),
         seq_length=job.seq_length,
@@ -99,6 +104,16 @@ def forward(trained: Trained, batches: list[Iterator[dict[str, Tensor]]], *, for
         sums += one["sums"]
     torch.distributed.all_reduce(sums)
     return sums
+
+
+def _trained_share(microbatches: list[dict[str, Tensor]]) -> Tensor:
+    """Of the tokens of the global batch, the share that is trained on."""
+    masks = [batch["loss_mask"] for batch in microbatches]
+    counts = [float(sum(mask.sum() for mask in masks)), float(sum(mask.numel() for mask in masks))]
+    sums = torch.tensor(counts, device=torch.cuda.current_device())
+    group: Any = parallel_state.get_data_parallel_group()
+    torch.distributed.all_reduce(sums, group=group)
+    return sums[0] / sums[1]
 
 
 def train_step(trained: Trained, batches: list[Iterator[dict[str, Tensor]]]) -> StepResult | None:

@@ -177,7 +177,8 @@ def _run(
     if begun:
         load_checkpoint(trained, checkpoints, begun)
     graphs = CudaGraphs(trained) if job.cuda_graphs else None
-    writer = MetricsWriter(out, begun) if is_rank_zero() else None
+    with raise_on_all_ranks():
+        writer = MetricsWriter(out, begun) if is_rank_zero() else None
     loss = None
     try:
         for step in range(begun + 1, last + 1):
@@ -185,9 +186,11 @@ def _run(
                 graphs.before(step - begun)
             began = time.perf_counter()
             result = train_step(trained, _batches(trained, dataset, step))
-            if result is None or not math.isfinite(result.grad_norm):
+            if result is None:
                 where = first_not_finite(trained, _batches(trained, dataset, step))
-                raise NotFiniteError(_not_finite(step, "loss" if result is None else "gradient", where, checkpoints))
+                raise NotFiniteError(_not_finite(step, "loss", where, checkpoints))
+            if not math.isfinite(result.grad_norm):  # it is in the weights already
+                raise NotFiniteError(_not_finite(step, "gradient", "the backward pass", checkpoints))
             seconds = time.perf_counter() - began
             loss = result.loss
             if writer is not None:

@@ -124,9 +124,9 @@ SOME = tuple(
     "pair",
     [
         ("backward sum missing", "norm weight gradients summed over different heads"),  # gradients only
-        ("backward sum missing", "all channels rotated"),
-        ("RoPE theta 10000", "bias in the weights"),
-        ("norm over each head", "gate and up exchanged"),
+        pytest.param(("backward sum missing", "all channels rotated"), marks=pytest.mark.slow),
+        pytest.param(("RoPE theta 10000", "bias in the weights"), marks=pytest.mark.slow),
+        pytest.param(("norm over each head", "gate and up exchanged"), marks=pytest.mark.slow),
     ],
 )
 def test_two_mistakes_at_once_are_both_named(pair):

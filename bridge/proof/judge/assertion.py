@@ -20,7 +20,7 @@ def assert_matches_reference(
     dtype: torch.dtype = torch.float32,
     ranks: JudgesRanks | None = None,
 ) -> Judgement:
-    """Run a target on ranks of its own, and compare logits, loss, every gradient and two optimizer steps.
+    """Run a target on ranks of its own, and compare logits, loss, every gradient and two steps of gradient descent.
 
     Args:
         target: a function, a class or a spec, or `"package.module:name"`; what it may be: `bridge.proof.judge.target`.

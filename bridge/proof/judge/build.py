@@ -83,7 +83,7 @@ def _layer_with(part: Made, config: TransformerConfig) -> ModuleSpec:
         experts = replace(parts.mlp.keywords["submodules"], router=part.value)
         parts.mlp = partial(parts.mlp.func, **parts.mlp.keywords | {"submodules": experts})
         return layer
-    if isinstance(part.value, ModuleSpec):
+    if part.slot is Slot.ATTENTION and isinstance(part.value, ModuleSpec):
         parts.self_attention = part.value
         return layer
     norms: dict[str, Any] = {"q_layernorm": FullDimQNorm, "k_layernorm": FullDimKNorm}

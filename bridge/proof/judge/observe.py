@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor, distributed, nn
 
 from bridge.model.process_groups import groups_of
@@ -63,7 +64,7 @@ def observe(target: Target, problem: Problem, layout: RunLayout, dtype: torch.dt
     rank, sizes = distributed.get_rank(), layout.sizes
     with groups_of(sizes):
         kind, chunks = build(target, problem.config, layout, dtype)
-        model = ModelClass.HYBRID if kind is Kind.HYBRID else ModelClass.GPT
+        model = ModelClass.HYBRID if isinstance(chunks[0], HybridModel) else ModelClass.GPT
         states = [model_state(chunk) for chunk in chunks]
         bindings = bind(states, model, problem.config, sizes, rank)
         for bound in bindings.bound:
@@ -78,7 +79,7 @@ def observe(target: Target, problem: Problem, layout: RunLayout, dtype: torch.dt
         for _ in range(steps):
             losses.append(forward_backward(ddp, microbatches, labelled_step, seq=seq, batch=batch))
             norms.append(gradient_norm(chunks))
-            gradients = gradients or _shares(_gradients(chunks), bindings.bound)
+            gradients = gradients or _shares(_gradients(chunks), [one for one in bindings.bound if _has_gradient(one)])
             descend(chunks, LEARNING_RATE)
         weights = _shares([model_state(chunk) for chunk in chunks], bindings.bound)
         unmarked = _unmarked(states, bindings.bound, sizes, rank, problem.config)
@@ -110,6 +111,11 @@ def _shares(values: Sequence[dict[str, Tensor]], bound: Sequence[Bound]) -> dict
         for one in bound
         if one.name in values[one.parameter.chunk]
     }
+
+
+def _has_gradient(bound: Bound) -> bool:
+    """The router's bias has none, also where it is a parameter: what moves it shows in later steps."""
+    return bound.parameter.row.trained
 
 
 def _unmarked(

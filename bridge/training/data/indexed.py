@@ -72,20 +72,29 @@ def make_sources(
 
 def _source(path: Path, tokenizer: Tokenizer | None, vocab_size: int, cache: Path, progress: Progress) -> Source:
     needs = tokenizer if needs_tokenizer(path) else None
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    made_from = {"content": content, "tokenizer": needs and needs.fingerprint, "vocab_size": vocab_size}
+    read = [path, path.with_suffix(".idx")] if path.suffix == ".bin" else [path]
+    made_from = {
+        "content": [_digest(file) for file in read],
+        "kind": path.suffix,
+        "tokenizer": needs and needs.fingerprint,
+        "vocab_size": vocab_size,
+    }
     fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     record = cache / f"{fingerprint[:16]}.json"
-    if record.is_file():
-        return Source(**json.loads(record.read_bytes()))
+    prefix = path.with_suffix("") if path.suffix == ".bin" else cache / fingerprint[:16]
+    if record.is_file():  # wherever the file, or the run, was then
+        return Source(**json.loads(record.read_bytes()))._replace(prefix=str(prefix))
     if path.suffix == ".bin":
         source = _scanned(path, vocab_size, fingerprint)
     else:
-        documents = read_documents(path, needs, vocab_size)
-        source = _indexed(documents, path, cache / fingerprint[:16], fingerprint, progress)
+        source = _indexed(read_documents(path, needs, vocab_size), path, prefix, fingerprint, progress)
     write_bytes(record, json_bytes(source._asdict()))  # last: what it names is whole
     return source
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _indexed(documents: Iterator[Document], path: Path, prefix: Path, fingerprint: str, progress: Progress) -> Source:

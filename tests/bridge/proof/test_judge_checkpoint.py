@@ -215,6 +215,7 @@ FP8_PLANTS: dict[str, tuple[Plant, dict[str, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FP8_PLANTS)
 def test_a_mistake_in_float8_files_is_named(name: str, planted: Callable[..., Path], original: Path) -> None:
     plant, expected = FP8_PLANTS[name]
@@ -256,6 +257,7 @@ PAIRS: dict[str, tuple[tuple[Plant, ...], dict[str, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_mistakes_on_one_tensor_are_both_named(name: str, planted: Callable[..., Path], original: Path) -> None:
     plants, expected = PAIRS[name]

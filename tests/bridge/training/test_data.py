@@ -107,6 +107,35 @@ def test_files_are_tokenised_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache") == first
 
 
+def test_what_was_tokenised_is_found_where_the_run_is_now(folder: Path) -> None:
+    text = folder / "a.txt"
+    text.write_bytes(TEXT.read_bytes())
+    tokenizer = Tokenizer(str(folder), VOCABULARY)
+    (made,) = make_sources([str(text)], tokenizer, VOCABULARY, folder / "before")
+    (folder / "before").rename(folder / "after")
+    (found,) = make_sources([str(text)], tokenizer, VOCABULARY, folder / "after")
+    assert found == made._replace(prefix=made.prefix.replace("before", "after"))
+    assert Path(f"{found.prefix}.bin").is_file()
+
+
+def test_the_same_bytes_of_another_kind_or_with_another_index_are_other_data(folder: Path) -> None:
+    lines, text = folder / "a.jsonl", folder / "a.txt"
+    for path in (lines, text):
+        path.write_text('{"text": "one two three"}\n')
+    tokenizer = Tokenizer(str(folder), VOCABULARY)
+    as_lines, as_text = make_sources([str(lines), str(text)], tokenizer, VOCABULARY, folder / "cache")
+    assert as_lines.fingerprint != as_text.fingerprint
+    assert as_lines.tokens < as_text.tokens
+    found = []
+    for lengths in ([8], [3, 5]):
+        builder = IndexedDatasetBuilder(str(folder / "b.bin"), dtype=np.int32)
+        builder.add_document(np.arange(3, 11), lengths)
+        builder.finalize(str(folder / "b.idx"))
+        found += make_sources([str(folder / "b.bin")], None, VOCABULARY, folder / "cache")
+    assert found[0].fingerprint != found[1].fingerprint
+    assert found[0].prefix == found[1].prefix == str(folder / "b")
+
+
 def test_blends_of_indexed_datasets_follow_their_weights(folder: Path) -> None:
     """Datasets that megatron-core's own builder wrote: one of tokens 10, one of tokens 20."""
     for token in (10, 20):

@@ -17,15 +17,15 @@ from bridge.training.metrics import read_metrics
 
 LAYOUTS = {
     "one rank": (1, {}),
-    "tp2": (2, {"tp": 2, "etp": 1}),
     "pp2": (2, {"pp": 2}),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
     "tp2 ep2": (2, {"tp": 2, "ep": 2, "etp": 1}),
     "dp2": (2, {}),
     "one rank, HybridModel": (1, {"model_class": "hybrid"}),
 }
 SLOW = {
+    "tp2": (2, {"tp": 2, "etp": 1}),
+    "ep2": (2, {"ep": 2}),
     "pp2, HybridModel": (2, {"pp": 2, "model_class": "hybrid"}),
     "tp4, 2 key heads": (4, {"tp": 4, "etp": 1}),
     "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),

@@ -174,6 +174,13 @@ def test_frozen_names_that_fit_nothing(source: Path, tmp_path: Path) -> None:
         train(job_of(source, tmp_path / "run", freeze=("*.expert.*",)))
 
 
+def test_a_config_under_another_name(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tiny.json"
+    other.write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"tiny\.json: is not called config\.json"):
+        train(job_of(other, tmp_path / "run"))
+
+
 def test_a_loss_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path) -> None:
     """A weight of the second layer goes to infinity after a checkpoint: the run ends, and the checkpoint stays."""
     name = "model.layers.1.self_attn.o_proj.weight"

@@ -20,6 +20,7 @@ from support.training_runs import (
 from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import MetricsWriter, read_metrics
 from bridge.training.settings import TrainJob
+from bridge.training.train import train
 
 STEPS, STOP = 6, 3
 NUMBERS = ("step", "loss", "grad_norm", "lr", "aux_loss", "expert_load")
@@ -143,3 +144,17 @@ def test_a_line_that_was_cut_off_is_written_again(whole: Path, tmp_path: Path) -
     writer.write({"step": 2, "loss": 0.5})
     writer.close()
     assert [line["loss"] for line in read_metrics(tmp_path)] == [read_metrics(whole)[0]["loss"], 0.5]
+
+
+def test_what_was_just_saved_is_kept_whatever_else_is_there(source: Path, tmp_path: Path) -> None:
+    """A run that was set back to an earlier step, and a checkpoint that someone copied aside."""
+    run = tmp_path / "run"
+    changes = {"save_every": 1, "keep_last": 1}
+    train(job_at(source, run, until=1, **changes))
+    folder = run / "checkpoints"
+    for name in ("iter_0000020", "iter_0000030", "iter_0000001_good"):
+        shutil.copytree(folder / "iter_0000001", folder / name)
+    train(job_at(source, run, until=2, **changes))
+    assert latest_step(folder) == 2
+    kept = {"iter_0000002", "iter_0000020", "iter_0000030", "iter_0000001_good"}
+    assert {path.name for path in folder.glob("iter_*")} == kept

@@ -58,7 +58,10 @@ def test_the_problem_uses_every_expert_and_its_bias_changes_the_choice() -> None
     assert CONFIG.intermediate_size % CONFIG.block_size
 
 
-@pytest.mark.parametrize("target", ["bridge:minimax_m2_layer_spec", "bridge:minimax_m2_hybrid_spec"])
+@pytest.mark.parametrize(
+    "target",
+    ["bridge:minimax_m2_layer_spec", pytest.param("bridge:minimax_m2_hybrid_spec", marks=pytest.mark.slow)],
+)
 def test_ours_holds_at_quick_layouts(target: str, ranks: JudgesRanks) -> None:
     judgement = judged(ranks, target, *(layout.name for layout in QUICK))
     assert_holds(judgement)
@@ -74,6 +77,7 @@ def test_ours_holds_at_every_layout(target: str, ranks: JudgesRanks) -> None:
     assert_holds(judged(ranks, target, *LAYOUTS))
 
 
+@pytest.mark.slow
 def test_ours_holds_in_bfloat16(ranks: JudgesRanks) -> None:
     assert_holds(judged(ranks, "bridge:minimax_m2_layer_spec", "tp 1", "tp 2", dtype=torch.bfloat16))
 
@@ -109,10 +113,15 @@ def test_a_parameter_of_another_name_is_found_by_its_place_and_shape(ranks: Judg
 @pytest.mark.parametrize(
     ("target", "layout", "name"),
     [
-        ("all_channels_rotated", "tp 1", "all channels rotated"),
-        ("interleaved", "tp 1", "interleaved RoPE"),
+        pytest.param("all_channels_rotated", "tp 1", "all channels rotated", marks=pytest.mark.slow),
+        pytest.param("interleaved", "tp 1", "interleaved RoPE", marks=pytest.mark.slow),
         ("RouterWithBiasInTheWeights", "tp 1", "bias in the weights"),
-        ("gradients_summed_by_name", "tp 2", "norm weight gradients summed over different heads"),
+        pytest.param(
+            "gradients_summed_by_name",
+            "tp 2",
+            "norm weight gradients summed over different heads",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_planted_mistake_is_named(target: str, layout: str, name: str, ranks: JudgesRanks) -> None:

@@ -1,0 +1,43 @@
+"""What a step makes of a batch, of which not every token may be trained on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from support.checks import assert_relative
+from support.training_runs import job_of, make_source
+from torch import Tensor
+
+from bridge.model.process_groups import model_parallel
+from bridge.training.start import open_start
+from bridge.training.step import forward
+from bridge.training.train import build
+
+
+def batches_of(share: int) -> list[dict[str, Tensor]]:
+    """Two microbatches, in which one of `share` tokens is trained on."""
+    tokens = torch.randint(3, 259, (2, 2, 33), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(32) % share == 0).float().expand(2, -1)
+    return [{"tokens": one[:, :-1], "labels": one[:, 1:], "loss_mask": mask} for one in tokens]
+
+
+@pytest.mark.parametrize("share", [2, 8])
+def test_the_load_balancing_loss_weighs_the_same_however_few_tokens_are_trained_on(tmp_path: Path, share: int) -> None:
+    """Its gradient is the difference between those with it and without."""
+    source = make_source(tmp_path / "source", fp8=False, num_hidden_layers=2)
+    job = job_of(source, tmp_path / "run", micro_batch_size=2, bias_update_rate=0.0)
+    with open_start(job) as start, model_parallel():
+        trained = build(job, start)
+        router = trained.chunks[0].decoder.layers[0].mlp.router
+
+        def gradient(coefficient: float, share: int) -> Tensor:
+            trained.chunks[0].config.moe_aux_loss_coeff = coefficient
+            trained.wrapped[0].zero_grad_buffer()
+            forward(trained, [iter(batches_of(share))])
+            destroy_moe_metrics_tracker()  # the next model may have other layers
+            return router.weight.main_grad.clone()
+
+        of_all, of_few = (gradient(1.0, one) - gradient(0.0, one) for one in (1, share))
+        assert of_all.norm() > 0.01
+        assert_relative(of_few, of_all, 1e-4, "router")
