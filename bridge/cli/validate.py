@@ -39,7 +39,7 @@ def validate(
 
     TARGET is a function that returns a layer spec, a block spec, a hybrid stack spec or a model; or the class of a
     part. Logits, loss, every gradient, the gradient norm and, in float32, two steps of gradient descent are compared
-    with the reference's. status 1 if something differs, 2 if TARGET cannot be run. A checkpoint is compared with
+    with the reference's. Exit status 1 if something differs, 2 if TARGET cannot be run. A checkpoint is compared with
     --source.
     """
     if Path(target).exists():
