@@ -164,6 +164,7 @@ def test_what_is_no_target_is_said_before_anything_starts(target: object) -> Non
         Target.of(target)
 
 
+@pytest.mark.slow
 def test_a_layout_that_cannot_be_run_is_not_one_that_holds(ranks: JudgesRanks) -> None:
     """megatron-core's own norms are over one head, and refuse sequence parallelism: this layer exists at TP 1 only."""
     judgement = judged(ranks, "per_head_norms", "tp 1", "tp 2")
