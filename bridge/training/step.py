@@ -113,7 +113,7 @@ def _trained_share(microbatches: list[dict[str, Tensor]]) -> Tensor:
     sums = torch.tensor(counts, device=torch.cuda.current_device())
     group: Any = parallel_state.get_data_parallel_group()
     torch.distributed.all_reduce(sums, group=group)
-    return sums[0] / sums[1]
+    return sums[:1] / sums[1:]  # of one entry, as the scale that other loops leave in megatron-core
 
 
 def train_step(trained: Trained, batches: list[Iterator[dict[str, Tensor]]]) -> StepResult | None:
