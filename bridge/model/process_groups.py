@@ -60,9 +60,10 @@ def _join_processes() -> None:
     torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def groups_of(layout: Parallelism) -> AbstractContextManager[None]:
+def groups_of(layout: Parallelism, *, seed: int = 1234) -> AbstractContextManager[None]:
     """`model_parallel` at a layout's sizes."""
     return model_parallel(
+        seed=seed,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,

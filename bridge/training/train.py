@@ -22,7 +22,7 @@ from bridge.jobs.ranks import all_gather_objects, check_same_on_all_ranks, is_ra
 from bridge.jobs.target import check_apart
 from bridge.memory_plan.plan import layout
 from bridge.model.build import build_model
-from bridge.model.process_groups import model_parallel
+from bridge.model.process_groups import groups_of
 from bridge.training.checkpoints import latest_step, load_checkpoint, save_checkpoint
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.data.batches import build_dataset, microbatches
@@ -124,15 +124,7 @@ def train(
     out, start = Path(job.out), open_start(job)
     with start:
         parallelism = check_layout(job, start.config, world_size())
-        sizes = {
-            "tensor_model_parallel_size": parallelism.tp,
-            "pipeline_model_parallel_size": parallelism.pp,
-            "virtual_pipeline_model_parallel_size": parallelism.vpp if parallelism.vpp > 1 else None,
-            "expert_model_parallel_size": parallelism.ep,
-            "expert_tensor_parallel_size": parallelism.expert_tp,
-            "context_parallel_size": parallelism.cp,
-        }
-        with model_parallel(seed=job.seed, **sizes):
+        with groups_of(parallelism, seed=job.seed):
             if job.cuda_graphs:
                 model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
             check_same_on_all_ranks({"job": job})
