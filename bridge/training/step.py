@@ -50,7 +50,9 @@ class Trained:
     load: Tensor | None = None  # tokens of each layer and expert here, of the step that is being made
 
     def __post_init__(self) -> None:
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # another loop here may have left one of another shape
+        # Another loop in this process may have left a scale of another shape, and losses of another number of layers.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        destroy_moe_metrics_tracker()
         config = self.chunks[0].config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.optimizer.scale_loss
@@ -151,7 +153,7 @@ def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
 def _aux_loss(trained: Trained) -> float:
     """Mean over layers and microbatches, on all ranks."""
     job, entry = trained.job, get_moe_metrics_tracker().metrics.get(AUX_LOSS)
-    destroy_moe_metrics_tracker()  # the next model may have other layers
+    destroy_moe_metrics_tracker()
     layers = trained.chunks[0].config.num_layers
     device = torch.cuda.current_device()
     values = torch.zeros(layers, device=device) if entry is None else entry.values.to(device).clone()

@@ -41,3 +41,13 @@ def test_the_load_balancing_loss_weighs_the_same_however_few_tokens_are_trained_
         of_all, of_few = (gradient(1.0, one) - gradient(0.0, one) for one in (1, share))
         assert of_all.norm() > 0.01
         assert_relative(of_few, of_all, 1e-4, "router")
+
+
+def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Path) -> None:
+    """megatron-core keeps the load-balancing losses of the last model's layers for the whole process."""
+    for layers in (2, 3):
+        source = make_source(tmp_path / f"source{layers}", fp8=False, num_hidden_layers=layers)
+        job = job_of(source, tmp_path / "run", micro_batch_size=2, aux_loss=0.01)
+        with open_start(job) as start, model_parallel():
+            forward(build(job, start), [iter(batches_of(1))])
+    destroy_moe_metrics_tracker()
