@@ -46,7 +46,8 @@ def timed(act: Callable[[], bool]) -> float:
     return time.monotonic() - begin
 
 
-def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [10, pytest.param(TIMES, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills: int, whole: dict[str, str], tmp_path: Path) -> None:
     """Within as long as the last undisturbed save took: the machine may be busy at times."""
     (tmp_path / "timed").mkdir()
     seconds = timed(lambda: saves(tmp_path / "timed/out"))
@@ -61,7 +62,7 @@ def test_killed_at_random_moments(whole: dict[str, str], tmp_path: Path) -> None
         seconds = timed(lambda out=out: saves(out, overwrite=True))
         assert checksums(out) == whole
         assert os.listdir(out.parent) == ["out"]
-        if killed == TIMES:
+        if killed == kills:
             return
     pytest.fail(f"only {killed} of 200 saves were killed before they were done")
 
