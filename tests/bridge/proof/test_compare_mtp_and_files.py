@@ -108,7 +108,8 @@ for other in sys.argv[2:]:
 def test_carried_files_are_compared_in_bounded_memory(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Two of 1 GiB, in a quarter of one: they differ in their last byte, then in length, then not."""
     others = [Path(shutil.copytree(copy, tmp_path / f"other{number}")) for number in range(3)]
-    for folder, length, last in ((copy, 2**30, b""), *zip(others, (2**30, 2**30 + 1, 2**30), (b"x", b"", b""))):
+    files = [(2**30, b""), (2**30, b"x"), (2**30 + 1, b""), (2**30, b"")]
+    for folder, (length, last) in zip((copy, *others), files, strict=True):
         with (folder / "tokenizer.model").open("wb") as file:
             file.write(b"model")
             file.seek(length - len(last))
