@@ -145,6 +145,10 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("config_differs", _every, None,
             "config.json describes another model: it computes something else with the same weights; copy the original's"
             " values"),
+    Mistake("storage_misdescribed", _every, None,
+            "config.json says otherwise than the files which weights are float8, or by which blocks: a loader looks "
+            "for scales that are not there, or leaves those out that are; describe what is stored, or leave "
+            "quantization_config out where nothing is float8"),
     Mistake("wrong_shape", _every, None,
             "another shape than the original's, and not its transpose: it cannot be loaded; look at how it was cut and "
             "put together"),

@@ -29,6 +29,9 @@ SECONDS = 300.0  # of a call, where an idle machine takes a few
 AFTERMATH = 10.0  # that the others get once a rank has failed: those that wait for it never end
 STACK_SECONDS = 1.0  # to write down where it stands
 
+# How reports begin that are not a traceback.
+RETURNED, DIED, STILL_AT_WORK = "returned", "died, exit code ", "still at work"
+
 
 class RankError(AssertionError):
     """A call that did not return on every rank, with what each rank raised or where it stood, by rank."""
@@ -42,7 +45,7 @@ class Answer(NamedTuple):
     """What came of a call on one rank: the pickled value, or else what went wrong."""
 
     value: bytes | None
-    error: str = "returned"
+    error: str = RETURNED
 
 
 class _Rank(NamedTuple):
@@ -147,7 +150,7 @@ class RankPool:
             os.kill(rank.process.pid, signal.SIGUSR1)
         time.sleep(STACK_SECONDS if silent else 0)
         return [
-            answers.get(number) or Answer(None, f"still at work\n{rank.stack.read_text()}")
+            answers.get(number) or Answer(None, f"{STILL_AT_WORK}\n{rank.stack.read_text()}")
             for number, rank in enumerate(self._ranks)
         ]
 
@@ -156,7 +159,7 @@ class RankPool:
             return rank.pipe.recv()
         except EOFError:
             rank.process.join(AFTERMATH)
-            return Answer(None, f"died, exit code {rank.process.exitcode}\n{rank.stack.read_text()}")
+            return Answer(None, f"{DIED}{rank.process.exitcode}\n{rank.stack.read_text()}")
 
 
 def _stack_file(folder: Path, rank: int) -> Path:

@@ -7,7 +7,7 @@ what does not fit is told by the names of `reference.conversion_mistakes`: what 
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -175,7 +175,16 @@ class ConvertedMegatron:
                 found[mistake] += place.names
         known = {entry.key for entry in self._entries.values()}
         others = [key for key in self.files.shapes if key.startswith(OF_THE_MODEL) and key not in known]
+        others += {key for entry in self._entries.values() for key in self._beyond(entry)}
         return dict(found) | ({"extra": sorted(others)} if others else {})
+
+    def _beyond(self, entry: Entry) -> Iterator[str]:
+        """Layers or experts of its tensor that the model does not have."""
+        shape = self.files.shapes.get(entry.key, ())
+        if len(shape) == len(entry.shape):
+            for axis, (found, size) in enumerate(zip(shape, entry.leading, strict=False)):
+                if found > size:
+                    yield f"{entry.key}[{':, ' * axis}{size}:{found}]"
 
     def _seen(self, entry: Entry) -> list[str]:
         shape = self.files.shapes.get(entry.key)

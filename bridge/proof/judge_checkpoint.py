@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge.huggingface.checkpoint import same_bits
-from bridge.huggingface.safetensors_folder import SafetensorsFolder
+from bridge.huggingface.safetensors_folder import CONFIG_NAME, SafetensorsFolder
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.workers import run_units
 from bridge.proof.checkpoint import open_checkpoint
 from bridge.proof.converted_checkpoint import ConvertedHuggingFace, Found, open_converted
 from bridge.proof.explain import Explainer, Judged, Original, judged, right_dtypes
-from reference.config import ModelConfig
+from reference.config import ModelConfig, QuantizationConfig
 from reference.conversion_mistakes import BY_NAME
 from reference.fp8 import FP8
 from reference.mistaken_sources import Place, decode
 from reference.mistaken_values import Parts
+from reference.quantization import is_quantized
 from reference.weights import Layout, instances
 
 UNIT = 32  # places that a worker takes at a time
@@ -89,18 +90,13 @@ def judge_checkpoint(
         ValueError: one of them cannot be read as a checkpoint, or the original is not whole.
     """
     case = _Case(target, source)
+    seen = [*_config_verdicts(case), *_header_verdicts(case)]
     units = range(-(-len(case.places) // UNIT))
     judged_units = run_units(
         _judge_unit, case, units, reopen=partial(_Case, target, source), workers=workers, what="judge",
         progress=progress,
     )  # fmt: skip
-    verdicts = [verdict for unit in judged_units for verdict in unit]
-    verdicts += [
-        _Verdict(name, (mistake,), float("nan"))
-        for mistake, names in case.target.header_findings().items()
-        for name in names
-    ]
-    verdicts += [_Verdict(key, ("config_differs",), float("nan")) for key in _config_differences(case)]
+    verdicts = [verdict for unit in judged_units for verdict in unit] + seen
     names = {name for place in case.places for name in place.names}
     return _judgement(names, verdicts)
 
@@ -166,14 +162,39 @@ def _error(found: Judged, right: Parts) -> float:
     return error / size if size else float("inf")
 
 
-def _config_differences(case: _Case) -> list[str]:
-    """Keys of config.json that make it another model; how weights are stored is the files' business."""
-    files = case.target.files if isinstance(case.target, ConvertedHuggingFace) else None
-    if not isinstance(files, SafetensorsFolder):
+def _header_verdicts(case: _Case) -> list[_Verdict]:
+    found = case.target.header_findings()
+    return [_Verdict(name, (mistake,), float("nan")) for mistake, names in found.items() for name in names]
+
+
+def _config_verdicts(case: _Case) -> list[_Verdict]:
+    """What in config.json makes it another model, or says otherwise than the files how weights are stored."""
+    if not isinstance(case.target, ConvertedHuggingFace):
         return []
-    found = ModelConfig.from_hf(files.config_json)
-    names = [field.name for field in fields(ModelConfig) if field.name != "quantization"]
-    return [f"config.json: {name}" for name in names if getattr(found, name) != getattr(case.config, name)]
+    files, found = case.target.files, []
+    try:
+        config = ModelConfig.from_hf(files.config_json)
+        names = [field.name for field in fields(ModelConfig) if field.name != "quantization"]
+        found += [("config_differs", name) for name in names if getattr(config, name) != getattr(case.config, name)]
+        found += [("storage_misdescribed", key) for key in _storage_differences(case, files, config)]
+    except ValueError as error:
+        found.append(("config_differs", str(error)))
+    return [_Verdict(f"{CONFIG_NAME}: {said}", (mistake,), float("nan")) for mistake, said in found]
+
+
+def _storage_differences(case: _Case, files: SafetensorsFolder, config: ModelConfig) -> list[str]:
+    """Keys of quantization_config."""
+    weights = {name for place in case.places for name in place.names if name in files.tensors}
+    in_fp8 = {name for name in weights if files.tensors[name].dtype == FP8}
+    found = ["quantization_config"] if in_fp8 != {name for name in weights if is_quantized(name, config)} else []
+    described = config.quantization
+    if in_fp8 and described is not None:
+        original = case.config.quantization or QuantizationConfig()
+        if described.block_size != original.block_size:
+            found.append("quantization_config.weight_block_size")
+        if described.scale_fmt == "ue8m0" != original.scale_fmt:
+            found.append("quantization_config.scale_fmt")
+    return found
 
 
 def _judgement(names: set[str], verdicts: list[_Verdict]) -> Judgement:

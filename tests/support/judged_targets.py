@@ -1,5 +1,7 @@
 """Targets for the judge: layers of megatron-core with one mistake each, written without our modules' code."""
 
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +14,9 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -82,6 +86,21 @@ class KeyNorm(ShardedNorm):
         super().__init__(config.num_query_groups, config, hidden_size, eps)
 
 
+class OneHeadsWeights(nn.Module):
+    """Over all heads, by one head's weights: right as long as those of all heads are the same."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
+
+
+def one_heads_weights(config):
+    return with_attention(config, SelfAttention, q_layernorm=OneHeadsWeights, k_layernorm=OneHeadsWeights)
+
+
 class AttentionWithOwnNorms(SelfAttention):
     """Norms under names that neither megatron-core nor our tables know."""
 
@@ -146,6 +165,16 @@ class RouterWithBiasInTheWeights(Float32Router):
         return weights / weights.sum(-1, keepdim=True), chosen
 
 
+class RouterWithBiasAsParameter(Float32Router):
+    """`expert_bias` is a parameter without a gradient, where megatron-core has a buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bias = self.expert_bias
+        del self.expert_bias
+        self.expert_bias = nn.Parameter(bias, requires_grad=False)
+
+
 class SwappedLinear(ColumnParallelLinear):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         output, bias = super().forward(*args, **kwargs)
@@ -199,6 +228,31 @@ def megatron_routers_and_model(config, args, pre_process=True, post_process=True
     )
 
 
+def hybrid_model(config, args):
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from bridge.model.layer_spec import minimax_m2_hybrid_spec
+
+    return HybridModel(
+        replace(config, num_layers=2 * config.num_layers),
+        minimax_m2_hybrid_spec(config),
+        args.padded_vocab_size,
+        args.max_sequence_length,
+        hybrid_layer_pattern="*E" * config.num_layers,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+    )
+
+
+def without_norms(config):
+    return with_attention(config, SelfAttention, q_layernorm=IdentityOp, k_layernorm=IdentityOp)
+
+
+norm_spec = ModuleSpec(FullDimQNorm)
+
+
 # ------------------------------------------------------------------------------------------------ that cannot be run
 
 
@@ -214,6 +268,10 @@ def wants_something_else(config, checkpoint):
 
 def makes_a_number(config):
     return 5
+
+
+def dies(config):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def raises_inside(config):

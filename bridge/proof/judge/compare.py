@@ -74,6 +74,25 @@ def strangers(names: Sequence[str]) -> list[Fault]:
     return [Fault("unknown parameters", said)] if names else []
 
 
+def absent(weights: Sequence[str]) -> list[Fault]:
+    """Weights of MiniMax-M2's that no parameter is for."""
+    said = (
+        f"The model has no parameter for these weights of MiniMax-M2: {', '.join(kinds(weights))}. A part or a layer "
+        "is missing, or a parameter's place and shape do not show which weight it is."
+    )
+    return [Fault("missing parameters", said)] if weights else []
+
+
+def one_head_for_all(seen: Gathered) -> list[Fault]:
+    """Norms that are right while all heads have the same weights: those of a checkpoint differ from head to head."""
+    names = ", ".join(kinds(sorted(seen.one_head)))
+    said = (
+        f"The norm is over all heads, but has one head's weights for all of them: {names}. A checkpoint's weights "
+        "differ from head to head, and do not fit; give the norm the weights of all heads."
+    )
+    return [Fault("one head's weights", said)] if seen.one_head else []
+
+
 def later_steps(seen: Gathered, exact: Truth, bound: float) -> tuple[Errors, list[Fault]]:
     """Losses and gradient norms of every step, and the weights after the last."""
     errors: Errors = {}

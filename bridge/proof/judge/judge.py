@@ -8,7 +8,7 @@ import torch
 
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.rank_pool import RankError, RankPool
-from bridge.proof.judge.compare import bookkeeping, first_step, later_steps, strangers
+from bridge.proof.judge.compare import absent, bookkeeping, first_step, later_steps, one_head_for_all, strangers
 from bridge.proof.judge.failure import failure_of
 from bridge.proof.judge.gather import gather
 from bridge.proof.judge.layouts import RunLayout
@@ -130,16 +130,16 @@ def _at(
     errors, diagnosis = first_step(together, posed, layout.sizes, bound)
     faults = [] if diagnosis is None else faults_of(diagnosis)
     strange = _named(seen, lambda rank: rank.bindings.strange)
-    faults += strangers(strange)
+    faults += strangers(strange) + absent(_named(seen, lambda rank: rank.bindings.missing))
     if not strange:  # whose gradients are in megatron-core's norm too
         more, found = bookkeeping(together, _named(seen, lambda rank: rank.unmarked), bound)
         errors, faults = errors | more, faults + found
+    if diagnosis is None:
+        faults += one_head_for_all(together)
     if not faults:
         later, faults = later_steps(together, exact, bound)
         errors |= later
-    missing = kinds(_named(seen, lambda rank: rank.bindings.missing))
-    guessed = kinds(_named(seen, lambda rank: rank.bindings.guessed))
-    notes = [*guessed, *(f"{name}: no parameter for it" for name in missing)]
+    notes = kinds(_named(seen, lambda rank: rank.bindings.guessed))
     return LayoutVerdict(layout.name, bound, errors, tuple(faults), diagnosis), notes
 
 

@@ -230,6 +230,54 @@ def test_another_config_is_named(key: str, value: int, planted: Callable[..., Pa
     assert (finding.name, finding.tensors, finding.worst) == ("config_differs", 1, f"config.json: {key}")
 
 
+@pytest.mark.parametrize("value", [{"rotary_dim": None}, {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}])
+def test_a_config_that_cannot_be_read_is_named_with_what_is_wrong_with_the_weights(
+    value: dict[str, object], planted: Callable[..., Path], original: Path
+) -> None:
+    copy = planted(moved({K: V, V: K}))
+    edit_config(copy, lambda config: config.update(value))
+    found = judge_checkpoint(copy, original)
+    assert counts(found) == {"config_differs": 1, "kv_swapped": 2}
+    worst = next(one.worst for one in found.findings if one.name == "config_differs")
+    assert next(iter(value)) in worst
+
+
+STORAGE: dict[str, tuple[bool, Callable[[dict], object], str]] = {
+    "no section for float8": (True, lambda c: c.pop("quantization_config"), "quantization_config"),
+    "a section for bfloat16": (
+        False,
+        lambda c: c.update(quantization_config={"quant_method": "fp8"}),
+        "quantization_config",
+    ),
+    "float8 that it excludes": (
+        True,
+        lambda c: c["quantization_config"].update(modules_to_not_convert=["gate", "lm_head", "q_proj"]),
+        "quantization_config",
+    ),
+    "blocks of another size": (
+        True,
+        lambda c: c["quantization_config"].update(weight_block_size=[64, 64]),
+        "quantization_config.weight_block_size",
+    ),
+    "scales that are powers of two": (
+        True,
+        lambda c: c["quantization_config"].update(scale_fmt="ue8m0"),
+        "quantization_config.scale_fmt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORAGE)
+def test_what_config_json_says_of_storage_is_held_against_the_files(
+    name: str, planted: Callable[..., Path], original: Path
+) -> None:
+    fp8, edit, key = STORAGE[name]
+    copy = planted(fp8=fp8)
+    edit_config(copy, edit)
+    (finding,) = judge_checkpoint(copy, original).findings
+    assert (finding.name, finding.worst) == ("storage_misdescribed", f"config.json: {key}")
+
+
 # --- Several. ---
 
 

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
-from support.wrong_conversions import GROUPS, PER_GROUP, SIZES, WIDTH
+from support.checkpoints import edit_config, edit_tensors
+from support.conversions import imported_from
+from support.wrong_conversions import EXPERTS, GROUPS, LAYERS, PER_GROUP, SIZES, WIDTH
 from torch import Tensor
 
 from bridge.huggingface.random_checkpoint import make_checkpoint
@@ -59,3 +62,30 @@ def test_mistakes_in_what_megatron_saves_are_named(tmp_path: Path) -> None:
         "router_narrowed": 1,
         "bias_lost": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "has", "removed", "beyond", "extra"),
+    [
+        ("num_hidden_layers", LAYERS, f".layers.{LAYERS - 1}.", f"[{LAYERS - 1}:{LAYERS}]", 10),
+        ("num_local_experts", EXPERTS, f".experts.{EXPERTS - 1}.", f"[:, {EXPERTS - 1}:{EXPERTS}]", 2),
+    ],
+)
+def test_layers_and_experts_beyond_the_models_are_extra(
+    size: str, has: int, removed: str, beyond: str, extra: int, tmp_path: Path
+) -> None:
+    original = tmp_path / "original"
+    make_checkpoint(original, SIZES)
+    target = imported_from(original, tmp_path / "megatron")
+    edit_config(original, lambda config: config.update({size: has - 1}))
+    edit_tensors(original, lambda tensors: [tensors.pop(name) for name in list(tensors) if removed in name])
+    if size == "num_local_experts":
+        edit_tensors(original, lambda tensors: tensors.update(_routers(tensors)))
+    found = {one.name: one for one in judge_checkpoint(target, original).findings}
+    assert found["extra"].tensors == extra
+    assert found["extra"].worst.endswith(beyond)
+
+
+def _routers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of one expert fewer."""
+    return {n: v[:-1].clone() for n, v in tensors.items() if n.endswith((".gate.weight", "score_correction_bias"))}

@@ -87,6 +87,9 @@ def test_ours_holds_in_bfloat16(ranks: JudgesRanks) -> None:
     [
         ("megatron_routers_and_model", "tp 2", None, Kind.MODEL),
         ("bridge.model.qk_norm:FullDimQNorm", "tp 2", Slot.Q_NORM, Kind.PART),
+        (f"{TARGETS}:norm_spec", "tp 1", Slot.Q_NORM, Kind.PART),
+        ("hybrid_model", "tp 1", None, Kind.MODEL),
+        ("RouterWithBiasAsParameter", "tp 1", None, Kind.PART),
         ("bridge.model.router:Float32Router", "tp 1", None, Kind.PART),
         ("bridge.model.attention:MiniMaxM2SelfAttention", "tp 1", None, Kind.PART),
     ],
@@ -103,6 +106,13 @@ def test_a_spec_itself_is_a_target(ranks: JudgesRanks) -> None:
     assert_holds(judged(ranks, spec, "tp 1"))
 
 
+def test_weights_without_a_parameter_are_named(ranks: JudgesRanks) -> None:
+    (found,) = judged(ranks, "without_norms", "tp 1").layouts
+    sentence = dict(found.faults)["missing parameters"]
+    assert "self_attn.q_norm.weight" in sentence
+    assert "self_attn.k_norm.weight" in sentence
+
+
 def test_a_parameter_of_another_name_is_found_by_its_place_and_shape(ranks: JudgesRanks) -> None:
     judgement = judged(ranks, "own_norms", "tp 1", "tp 2")
     assert_holds(judgement)
@@ -116,6 +126,7 @@ def test_a_parameter_of_another_name_is_found_by_its_place_and_shape(ranks: Judg
         pytest.param("all_channels_rotated", "tp 1", "all channels rotated", marks=pytest.mark.slow),
         pytest.param("interleaved", "tp 1", "interleaved RoPE", marks=pytest.mark.slow),
         ("RouterWithBiasInTheWeights", "tp 1", "bias in the weights"),
+        ("one_heads_weights", "tp 1", "one head's weights"),
         pytest.param(
             "gradients_summed_by_name",
             "tp 2",
@@ -149,6 +160,7 @@ def test_a_missing_backward_sum_is_found_at_tp_2_and_only_there(ranks: JudgesRan
         ("wants_something_else", r"has a parameter 'checkpoint', expected only config, args, "),
         ("makes_a_number", "makes a int, expected the ModuleSpec of a TransformerLayer"),
         ("raises_inside", "it raises KeyError: 'planted'"),
+        ("dies", "the process of rank 0 was ended by SIGKILL, perhaps for lack of memory"),
         ("of_transformer_engine", "needs Transformer Engine and a GPU, which are not here"),
         (f"{TARGETS}:ShardedNorm", "is a class, neither a Router nor an Attention.*--part"),
     ],
