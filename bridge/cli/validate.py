@@ -26,7 +26,7 @@ def validate(
     ] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline parallel size.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Expert parallel size.")] = None,
-    cp: Annotated[int | None, typer.Option(min=1, help="Context parallel size; needs GPUs.")] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Context parallel size, for an attention that has it.")] = None,
     layouts: Annotated[str, typer.Option(help="quick (1 or 2 ranks) or full (up to 4).")] = QUICK,
     part: Annotated[
         str | None, typer.Option(help="TARGET is this part of the layer: q_norm, k_norm, router or attention.")

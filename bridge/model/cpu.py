@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import utils as core_utils
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
@@ -39,13 +40,13 @@ class _Inert:
 
 
 class _TorchOnCPU:
-    """`torch` for a module that writes `device="cuda"` out: these factories read it as the CPU."""
+    """`torch` for a module that writes `device="cuda"` out or pins memory: these factories read it as the CPU's own."""
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(torch, name)
         if name not in ("zeros", "ones", "tensor"):
             return attribute
-        return lambda *size, device=None, **kwargs: attribute(
+        return lambda *size, device=None, pin_memory=False, **kwargs: attribute(
             *size, device=CPU if device == "cuda" else device, **kwargs
         )
 
@@ -84,6 +85,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (optimizer, "torch", _TorchOnCPU()),  # the loss scale
     (core_utils, "torch", _TorchOnCPU()),  # the gradient norm
     (utils, "torch", _TorchOnCPU()),  # the causal mask
+    (rope_utils, "torch", _TorchOnCPU()),  # the angles of a context-parallel rank
     (hybrid_block, "torch", _TorchOnCPU()),  # the positions of `flash_decode`
 )
 

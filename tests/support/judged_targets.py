@@ -250,6 +250,66 @@ def without_norms(config):
     return with_attention(config, SelfAttention, q_layernorm=IdentityOp, k_layernorm=IdentityOp)
 
 
+class Gathered(torch.autograd.Function):
+    """The parts of all ranks, one after the other; the gradient of a part is the sum of what all ranks have for it."""
+
+    sums = True
+
+    @classmethod
+    def forward(cls, ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @classmethod
+    def backward(cls, ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        if cls.sums:
+            torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+class GatheredWithoutSum(Gathered):
+    sums = False
+
+
+class GatheredAttention(nn.Module):
+    """Causal attention whose context-parallel ranks gather all keys and values, each for the queries it has."""
+
+    gather = Gathered
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.scale = config.kv_channels**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        ranks = group.size()
+        pieces = [torch.arange(2 * ranks)[[rank, 2 * ranks - 1 - rank]] for rank in range(ranks)]
+        steps = torch.arange(len(query) // 2)
+        places = [(piece[:, None] * len(steps) + steps).flatten() for piece in pieces]  # of each rank's tokens
+        key, value = (self.gather.apply(x, group) for x in (key, value))
+        is_past = torch.cat(places) <= places[group.rank()][:, None]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        made = nn.functional.scaled_dot_product_attention(query, key, value, is_past, scale=self.scale, enable_gqa=True)
+        return made.permute(2, 0, 1, 3).flatten(2)
+
+
+class GatheredWithoutBackwardSum(GatheredAttention):
+    """Keys and values get gradients from the queries of their own rank alone."""
+
+    gather = GatheredWithoutSum
+
+
+def gathered_attention(config):
+    return with_attention(config, MiniMaxM2SelfAttention, core_attention=GatheredAttention)
+
+
+def gathered_without_backward_sum(config):
+    return with_attention(config, MiniMaxM2SelfAttention, core_attention=GatheredWithoutBackwardSum)
+
+
 norm_spec = ModuleSpec(FullDimQNorm)
 
 

@@ -33,6 +33,11 @@ KNOWN = (
         lambda: not _transformer_engine_is_here(),
     ),
     Known(
+        r"Context parallelism is only supported by TEDotProductAttention",
+        "its attention is megatron-core's local one, which has no context parallelism: use Transformer Engine's on GPUs, "
+        "or one of your own",
+    ),
+    Known(
         r"sequence parallel not supported by torch LayerNorm",
         "its norms are megatron-core's WrappedTorchNorm, which refuses sequence parallelism, without which experts are "
         "not trained under tensor parallelism: use norms that carry it (bridge.model.layer_spec.RMSNorm, or "

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from reference.parallelism import Parallelism
 
 RECOMPUTE: dict[str, Any] = {
@@ -37,16 +35,7 @@ SETS = {"quick": QUICK, "full": FULL}
 
 
 def layout_of(*, tp: int = 1, pp: int = 1, ep: int = 1, cp: int = 1) -> RunLayout:
-    """One layout by its sizes; an expert is whole, and there are as many data-parallel ranks as the experts need.
-
-    Raises:
-        ValueError: context parallelism on a host without a GPU for each rank.
-    """
+    """One layout by its sizes; an expert is whole, and there are as many data-parallel ranks as the experts need."""
     sizes = Parallelism(tp=tp, pp=pp, ep=ep, cp=cp, dp=max(1, -(-ep // (tp * cp))), etp=1)
-    if cp > 1 and torch.cuda.device_count() < sizes.world_size:
-        raise ValueError(
-            f"cp {cp}: context parallelism is in Transformer Engine's attention only, and {sizes.world_size} ranks "
-            f"want as many GPUs; {torch.cuda.device_count()} are here"
-        )
     named = {axis: getattr(sizes, axis) for axis in ("tp", "pp", "ep", "cp", "dp")}
     return RunLayout(", ".join(f"{axis} {size}" for axis, size in named.items() if size > 1) or "tp 1", sizes)

@@ -66,11 +66,6 @@ def test_json_says_the_same(run: Run) -> None:
         (("spec",), "expected package.module:function"),
         (("a:b", "--layouts", "most"), "--layouts most: expected quick or full"),
         (("a:b", "--layouts", "full", "--tp", "2"), "give the sizes of one layout, or a set"),
-        pytest.param(
-            ("a:b", "--cp", "2"),
-            "cp 2: context parallelism is in Transformer Engine's attention only",
-            marks=pytest.mark.skipif(torch.cuda.device_count() > 1, reason="cp 2 runs on this host's GPUs"),
-        ),
         (("a:b", "--part", "head"), "expected q_norm, k_norm, router or attention"),
         ((str(Path(__file__).parent),), "a checkpoint needs --source"),
     ],

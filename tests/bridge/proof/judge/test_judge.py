@@ -14,7 +14,7 @@ from bridge.model.config import transformer_config
 from bridge.model.layer_spec import minimax_m2_layer_spec
 from bridge.model.process_groups import model_parallel
 from bridge.proof.judge.judge import JudgesRanks, judge
-from bridge.proof.judge.layouts import FULL, QUICK
+from bridge.proof.judge.layouts import FULL, QUICK, layout_of
 from bridge.proof.judge.problem import CONFIG, problem
 from bridge.proof.judge.target import Kind, Slot, Target, TargetError
 from bridge.proof.judge.verdict import Judgement, Status
@@ -104,6 +104,24 @@ def test_a_spec_itself_is_a_target(ranks: JudgesRanks) -> None:
     with model_parallel():
         spec = minimax_m2_layer_spec(transformer_config(CONFIG, params_dtype=torch.float32))
     assert_holds(judged(ranks, spec, "tp 1"))
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2}, pytest.param({"tp": 2, "cp": 2}, marks=pytest.mark.slow)])
+def test_context_parallelism(sizes: dict[str, int], ranks: JudgesRanks) -> None:
+    """By an attention that gathers keys and values; one that does not give their gradients back is found."""
+    names = "gathered_attention", "gathered_without_backward_sum"
+    right, wrong = (judge(Target.of(f"{TARGETS}:{name}"), [layout_of(**sizes)], ranks=ranks) for name in names)
+    assert_holds(right)
+    assert wrong.status is Status.DIFFERS
+    assert {"logits", "loss"}.isdisjoint(dict(wrong.layouts[0].differing))
+    assert "gradient of model.layers.0.self_attn.v_proj.weight" in dict(wrong.layouts[0].differing)
+
+
+def test_an_attention_without_context_parallelism_cannot_be_run_there(ranks: JudgesRanks) -> None:
+    (found,) = judge(Target.of("bridge:minimax_m2_layer_spec"), [layout_of(cp=2)], ranks=ranks).layouts
+    assert found.status is Status.CANNOT_RUN
+    assert found.failure is not None
+    assert "which has no context parallelism" in found.failure.reason
 
 
 def test_weights_without_a_parameter_are_named(ranks: JudgesRanks) -> None:
