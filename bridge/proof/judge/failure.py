@@ -34,8 +34,8 @@ KNOWN = (
     ),
     Known(
         r"Context parallelism is only supported by TEDotProductAttention",
-        "its attention is megatron-core's local one, which has no context parallelism: use Transformer Engine's on GPUs, "
-        "or one of your own",
+        "its attention is megatron-core's local one, which has no context parallelism: use Transformer Engine's on "
+        "GPUs, or one of your own",
     ),
     Known(
         r"sequence parallel not supported by torch LayerNorm",

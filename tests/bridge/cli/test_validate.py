@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from support.ranks import RankPool
 from typer.testing import CliRunner, Result
 
