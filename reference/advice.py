@@ -1,14 +1,16 @@
 """Which parallel layouts fit into a given memory: what to change where a layout does not.
 
-Memory is what `reference.memory` counts: parameters, gradients and optimizer state.
+Memory is what `reference.memory` counts: parameters, gradients and optimizer state; and, of a given workload, the
+activations that `reference.activations` counts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from reference.activations import Workload, activations
 from reference.config import ModelConfig
 from reference.memory import holdings, training_bytes
 from reference.parallelism import Parallelism, spread_layers
@@ -18,11 +20,15 @@ MOST_GROWTH = 16  # advice looks at up to this many times the given ranks
 
 
 class Fit(NamedTuple):
-    """A layout, the bytes of its largest rank, and how it differs from the given one, such as "ep 8 -> 16"."""
+    """A layout, the bytes of its largest rank, and how it differs from the given one, such as "ep 8 -> 16".
+
+    Its workload differs in what is recomputed.
+    """
 
     parallelism: Parallelism
     distributed_optimizer: bool
     largest: int
+    workload: Workload | None
     changes: tuple[str, ...]
 
 
@@ -60,22 +66,39 @@ def layouts(config: ModelConfig, like: Parallelism, ranks: int) -> Iterator[Para
         for ep, etp in product(experts, narrow):
             if tp * like.cp * dp % (etp * ep) == 0:
                 layout = replace(like, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp, layers_per_stage=layers)
-                if _divides(config, layout):
+                if _passes(layout.check, config):
                     yield layout
 
 
-def advise(config: ModelConfig, given: Parallelism, *, memory: int, distributed_optimizer: bool) -> Advice:
+def advise(
+    config: ModelConfig,
+    given: Parallelism,
+    *,
+    memory: int,
+    distributed_optimizer: bool,
+    workload: Workload | None = None,
+) -> Advice:
     """Layouts whose largest rank needs at most `memory` bytes, with the distributed optimizer or as given.
+
+    Of a workload, only layouts that it divides by; its activations are recomputed as given, or all of them.
 
     The nearest layout changes the fewest sizes, and of those the one that changes them by the smallest factors. The
     four nearest are given, each changing other sizes. Where none fits, twice as many ranks are tried, and so on up to
     `MOST_GROWTH` times as many.
     """
 
+    works = list(dict.fromkeys([workload, workload and replace(workload, recompute="full")]))
+
+    def fit(layout: Parallelism, on: bool, work: Workload | None) -> Fit:
+        switched = ["distributed optimizer"] * (on != distributed_optimizer) + ["recompute"] * (work != workload)
+        return Fit(layout, on, _largest(config, layout, on, work), work, _changes(given, layout, switched))
+
     def fits(ranks: int) -> list[Fit]:
         return [
-            Fit(layout, on, _largest(config, layout, on), _changes(given, layout, on != distributed_optimizer))
+            fit(layout, on, work)
             for layout in layouts(config, given, ranks)
+            for work in works
+            if work is None or _passes(work.check, config, layout)
             for on in sorted({distributed_optimizer, True})
         ]
 
@@ -97,16 +120,22 @@ def advise(config: ModelConfig, given: Parallelism, *, memory: int, distributed_
     return Advice(ranks, tuple(dict.fromkeys([*list(nearest.values())[:4], *roomiest])), least)
 
 
-def _largest(config: ModelConfig, parallelism: Parallelism, distributed_optimizer: bool) -> int:
-    return max(
+def _largest(
+    config: ModelConfig, parallelism: Parallelism, distributed_optimizer: bool, workload: Workload | None
+) -> int:
+    kept = [
         training_bytes(held, parallelism, distributed_optimizer=distributed_optimizer).total
         for held in holdings(config, parallelism)
-    )
+    ]
+    if workload is None:
+        return max(kept)
+    peaks = activations(config, parallelism, workload)
+    return max(nbytes + peak.total for nbytes, peak in zip(kept, peaks, strict=True))
 
 
-def _divides(config: ModelConfig, layout: Parallelism) -> bool:
+def _passes(check: Callable[..., None], *given: Any) -> bool:
     try:
-        layout.check(config)
+        check(*given)
     except ValueError:
         return False
     return True
@@ -117,7 +146,7 @@ def _sizes(parallelism: Parallelism) -> dict[str, int]:
     return {name: getattr(parallelism, name) for name in ("tp", "pp", "vpp", "ep")} | {"etp": parallelism.expert_tp}
 
 
-def _changes(given: Parallelism, other: Parallelism, optimizer_changes: bool) -> tuple[str, ...]:
+def _changes(given: Parallelism, other: Parallelism, switched: list[str]) -> tuple[str, ...]:
     before, after = _sizes(given), _sizes(other)
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
-    return tuple(["distributed optimizer"] * optimizer_changes + changed)
+    return tuple(switched + changed)

@@ -6,8 +6,8 @@ hundreds of ranks. They equal the sums over `reference.sharding.parameters` of e
 Bytes are those of megatron-core's Adam with bfloat16 parameters and float32 gradients: 2 + 4 + 12 a parameter (a
 float32 copy and two moments). The router's weight is float32 and needs no copy: 4 + 4 + 8. Its bias is not trained: 4.
 The distributed optimizer divides the 12 (or 8) among the ranks that hold the same parameters: dp x cp of them outside
-the experts, the expert-data-parallel ones inside. Not counted: activations, the few elements that fill a gradient
-buffer up to its alignment, and what communication and CUDA take.
+the experts, the expert-data-parallel ones inside. Not counted: the few elements that fill a gradient buffer up to its
+alignment, and what communication and CUDA take. Activations depend on more: `reference.activations`.
 
 Source: megatron-core DistributedOptimizer._build_model_and_main_param_groups, Float16OptimizerWithFloat16Params.
 """
@@ -39,15 +39,16 @@ class Holding(NamedTuple):
 
 
 class Bytes(NamedTuple):
-    """What training keeps on a rank, in bytes."""
+    """What training keeps on a rank, in bytes; activations are 0 where no workload says what they are of."""
 
     weights: int
     gradients: int
     optimizer: int
+    activations: int = 0
 
     @property
     def total(self) -> int:
-        """Weights, gradients and optimizer state."""
+        """Weights, gradients, optimizer state, and the activations where they are counted."""
         return sum(self)
 
 

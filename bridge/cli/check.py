@@ -110,13 +110,25 @@ def plan(
     distributed_optimizer: Annotated[
         bool, typer.Option(help="Divide the optimizer's state among data-parallel ranks.")
     ] = True,
+    seq_length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence; with it activations are counted.", show_default=False)
+    ] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass of a rank.")] = 1,
+    global_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences in a step (default: as many as fill the pipeline).", show_default=False),
+    ] = None,
+    recompute: Annotated[
+        str, typer.Option(help="Activations computed again in the backward pass: none, selective or full.")
+    ] = "none",
     picture: Annotated[Path | None, typer.Option(help="Draw it as .svg or .html.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What each rank would hold, in parameters and bytes, and what to change if it does not fit.
 
-    Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are not counted. Both classes
-    of model need as much; for a HybridModel the pattern of its layers is shown.
+    Reads config.json only. Exit status 1 if a rank needs more than --memory. Activations are counted where --seq-length
+    is given, of bfloat16 with Transformer Engine and balanced routing. For a HybridModel the pattern of its layers is
+    shown; it needs as much as a GPTModel but for --recompute full, where it keeps two inputs a layer, not one.
     """
     with reporting():
         from bridge.memory_plan import plan, report
@@ -125,11 +137,19 @@ def plan(
         config = plan.read_config(path)
         layers = None if layers_per_stage is None else plan.parse_layers(layers_per_stage)
         sizes = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp}
+        workload = plan.workload(
+            seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            recompute=recompute,
+            model=model,
+        )
         found = plan.plan(
             config,
             plan.layout(config, gpus=gpus, layers_per_stage=layers, **sizes),
             memory=plan.parse_memory(memory),
             distributed_optimizer=distributed_optimizer,
+            workload=workload,
         )
         if picture and is_rank_zero():
             write_picture(found, picture)

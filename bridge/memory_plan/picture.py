@@ -37,6 +37,8 @@ PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer",
 }
+ACTIVATIONS = {"activations": "activations"}  # of a plan with a workload
+ACTIVATIONS_STYLE = ".activations { fill: #d55e00; }\n"
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>:root {{ color-scheme: light dark; }} body {{ margin: 0; overflow-x: auto; }}</style></head>
@@ -64,7 +66,7 @@ def picture(plan: Plan) -> str:
     columns = _columns(plan, rows, lines)
     edge = columns.bar + BAR * plan.memory / max(plan.memory, plan.largest)
     svg = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "aria-label": lines[0]})
-    SubElement(svg, "style").text = STYLE
+    SubElement(svg, "style").text = STYLE + ACTIVATIONS_STYLE * (plan.workload is not None)
     ground = SubElement(svg, "rect", {"class": "ground"})
     y = top = _heading(svg, plan, columns, lines, edge)
     for _, of_stage in groupby(rows, key=lambda group: group.stage):
@@ -110,7 +112,7 @@ def _heading(svg: Element, plan: Plan, columns: _Columns, lines: list[str], edge
     for number, line in enumerate(lines):
         _text(svg, columns.ranks, y + number * LINE, line, strong=number == 0)
     y += len(lines) * LINE
-    for part, name in PARTS.items():
+    for part, name in _names(plan).items():
         _rect(svg, part, x, y - FONT + 1, FONT, FONT)
         _text(svg, x + FONT + 6, y, name)
         x += FONT + 6 + _width(name) + GAP
@@ -141,11 +143,16 @@ def _stage(plan: Plan, group: RankGroup) -> str:
 
 
 def _parts(plan: Plan, group: RankGroup) -> dict[str, int]:
-    """Bytes by PARTS; they add up to the group's total."""
+    """Bytes of each part that a bar has; they add up to the group's total."""
     chosen = plan.chosen(group)
     expert = 2 * group.holding.expert
-    parts = (chosen.weights - expert, expert, chosen.gradients, chosen.optimizer)
-    return dict(zip(PARTS, parts, strict=True))
+    parts = (chosen.weights - expert, expert, chosen.gradients, chosen.optimizer, chosen.activations)
+    return dict(zip(_names(plan), parts, strict=False))
+
+
+def _names(plan: Plan) -> dict[str, str]:
+    """The parts of a bar, and what they are called."""
+    return PARTS if plan.workload is None else PARTS | ACTIVATIONS
 
 
 def _ranks(group: RankGroup) -> str:
@@ -166,7 +173,8 @@ def _details(plan: Plan, group: RankGroup) -> str:
             f"{holds(plan, group)}; experts {experts_of(group)}",
             f"{group.holding.total - group.holding.expert:,} dense and {group.holding.expert:,} expert parameters",
             f"weights {gigabytes(chosen.weights)}, gradients {gigabytes(chosen.gradients)}, "
-            f"optimizer {gigabytes(chosen.optimizer)}",
+            f"optimizer {gigabytes(chosen.optimizer)}"
+            + (f", activations {gigabytes(chosen.activations)}" if plan.workload else ""),
             f"total {gigabytes(group.distributed.total)} with the distributed optimizer, "
             f"{gigabytes(group.replicated.total)} without",
         ]

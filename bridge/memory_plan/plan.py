@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from bridge.formats import A_DISTRIBUTED_FOLDER, check_folder, check_model
 from bridge.huggingface.read_json import read_object
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
+from reference.activations import Workload, activations
 from reference.advice import Advice, advise, default_layers
 from reference.config import ModelConfig
 from reference.memory import Bytes, Holding, holdings, training_bytes
@@ -43,13 +44,17 @@ class RankGroup(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A layout, the memory of a GPU in bytes, which optimizer is meant, and each rank's group."""
+    """A layout, the memory of a GPU in bytes, which optimizer is meant, and each rank's group.
+
+    Activations are those of the workload, and 0 without one.
+    """
 
     config: ModelConfig
     parallelism: Parallelism
     memory: int
     distributed_optimizer: bool
     ranks: tuple[RankGroup, ...]
+    workload: Workload | None = None
 
     def chosen(self, group: RankGroup) -> Bytes:
         """The bytes under the optimizer that is meant."""
@@ -147,26 +152,49 @@ def layout(
     return parallelism
 
 
+def workload(seq_length: int | None, **settings: Any) -> Workload | None:
+    """What a step computes on: `settings` are those of `Workload`. None where no sequence length is given.
+
+    Raises:
+        ValueError: `seq_length` is not given, but settings are that only count with it; or as `Workload`.
+    """
+    if seq_length is not None:
+        return Workload(seq_length=seq_length, **settings)
+    unused = Workload(seq_length=1, model=settings["model"])
+    for name, value in settings.items():
+        if value != getattr(unused, name):
+            raise ValueError(f"{name} ({value}) is for counting activations, which needs seq_length: give it too")
+    return None
+
+
 # --- What follows from it. ---
 
 
-def plan(config: ModelConfig, parallelism: Parallelism, *, memory: int, distributed_optimizer: bool = True) -> Plan:
-    """What each rank holds.
+def plan(
+    config: ModelConfig,
+    parallelism: Parallelism,
+    *,
+    memory: int,
+    distributed_optimizer: bool = True,
+    workload: Workload | None = None,
+) -> Plan:
+    """What each rank holds, and, of a workload, its activations.
 
     Raises:
-        ValueError: the model does not divide by the parallel sizes.
+        ValueError: the model or the workload does not divide by the parallel sizes.
     """
-    held = [
-        (holding, *(training_bytes(holding, parallelism, distributed_optimizer=on) for on in (False, True)))
-        for holding in holdings(config, parallelism)
-    ]
+    peaks = [peak.total for peak in activations(config, parallelism, workload)] if workload else [0] * parallelism.pp
+    held = []
+    for holding, peak in zip(holdings(config, parallelism), peaks, strict=True):
+        both = (training_bytes(holding, parallelism, distributed_optimizer=on) for on in (False, True))
+        held.append((holding, *(one._replace(activations=peak) for one in both)))
     stages, local = parallelism.stages(config), config.num_local_experts // parallelism.ep
     ranks = []
     for rank in range(parallelism.world_size):
         at = parallelism.coordinates(rank)
         experts = range(at.ep * local, (at.ep + 1) * local)
         ranks.append(RankGroup((rank,), at.pp, tuple(stages[at.pp :: parallelism.pp]), (experts,), *held[at.pp]))
-    return Plan(config, parallelism, memory, distributed_optimizer, tuple(ranks))
+    return Plan(config, parallelism, memory, distributed_optimizer, tuple(ranks), workload)
 
 
 def rank_groups(plan: Plan, most: int) -> list[RankGroup]:
@@ -193,4 +221,10 @@ def advice(plan: Plan) -> Advice | None:
     """Layouts that fit, where the plan does not."""
     if plan.headroom >= 0:
         return None
-    return advise(plan.config, plan.parallelism, memory=plan.memory, distributed_optimizer=plan.distributed_optimizer)
+    return advise(
+        plan.config,
+        plan.parallelism,
+        memory=plan.memory,
+        distributed_optimizer=plan.distributed_optimizer,
+        workload=plan.workload,
+    )

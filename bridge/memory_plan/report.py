@@ -6,11 +6,15 @@ from itertools import groupby
 from typing import Any
 
 from bridge.memory_plan.plan import Plan, RankGroup, advice, rank_groups
+from reference.activations import Workload
 from reference.advice import Advice, Fit
 from reference.checkpoint import parameter_count
 from reference.parallelism import hybrid_layer_pattern, spread_layers
 
 NOT_COUNTED = "activations, communication buffers and CUDA's own memory are not counted"
+NOT_COUNTED_BESIDE_ACTIVATIONS = (
+    "routing is assumed to be balanced; communication buffers, CUDA's own memory and fragmentation are not counted"
+)
 
 
 def gigabytes(nbytes: int) -> str:
@@ -44,11 +48,16 @@ def experts_of(group: RankGroup) -> str:
 
 def flags(fit: Fit) -> str:
     """The options of `minimax-m2 plan` that ask for a layout."""
-    p, layers = fit.parallelism, fit.parallelism.layers_per_stage
+    p, layers, work = fit.parallelism, fit.parallelism.layers_per_stage, fit.workload
     sizes = {name: getattr(p, name) for name in ("tp", "pp", "vpp", "ep", "cp")}
     options = [*(f"--{name} {size}" for name, size in sizes.items() if size > 1), f"--etp {p.expert_tp}"]
     if layers and layers != spread_layers(sum(layers), len(layers)):
         options.append(f"--layers-per-stage {','.join(map(str, layers))}")
+    if work is not None:
+        names = ("seq_length", "micro_batch_size", "global_batch_size")
+        sizes = {name.replace("_", "-"): getattr(work, name) for name in names}
+        options += [f"--{name} {size}" for name, size in sizes.items() if size is not None]
+        options += [f"--recompute {work.recompute}"] * (work.recompute != "none")
     return " ".join(options + ["--no-distributed-optimizer"] * (not fit.distributed_optimizer))
 
 
@@ -61,9 +70,11 @@ def table(plan: Plan, most: int = 16) -> tuple[list[str], list[list[str]]]:
         chosen, other = plan.chosen(group), group.replicated if here else group.distributed
         expert = group.holding.expert
         parameters = f"{(group.holding.total - expert) / 1e9:.3f} + {expert / 1e9:.3f} B"
-        sizes = [gigabytes(size) for size in (*chosen, chosen.total, other.total)]
+        parts = chosen if plan.workload else chosen[:-1]
+        sizes = [gigabytes(size) for size in (*parts, chosen.total, other.total)]
         rows.append([compact(runs(group.ranks)), holds(plan, group), experts_of(group), parameters, *sizes])
     headings = ["ranks", "holds", "experts", "dense + expert parameters", "weights", "gradients", "optimizer"]
+    headings += ["activations"] * (plan.workload is not None)
     return [*headings, f"total, {names[here]}", names[not here]], rows
 
 
@@ -76,13 +87,27 @@ def summary(plan: Plan, found: Advice | None = None) -> list[str]:
         + ", ".join(f"{name} {size}" for name, size in sizes.items()),
         f"fullest rank: {gigabytes(plan.largest)} of {gigabytes(plan.memory)}; "
         + (f"fits, {room} left" if plan.headroom >= 0 else f"DOES NOT FIT, {room} too much"),
-        NOT_COUNTED,
+        not_counted(plan),
     ]
+    if plan.workload is not None:
+        lines.insert(1, _workload(plan, plan.workload))
     if found and (found.gpus > p.world_size or not found.fits):
         least = f"{gigabytes(found.least.largest)} with {flags(found.least)}"
         more = f"{found.gpus} would do" if found.fits else f"nor do {found.gpus}"
         lines.append(f"no layout of these {p.world_size} GPUs fits: the least is {least}; {more}")
     return lines
+
+
+def not_counted(plan: Plan) -> str:
+    """What a plan leaves out."""
+    return NOT_COUNTED if plan.workload is None else NOT_COUNTED_BESIDE_ACTIVATIONS
+
+
+def _workload(plan: Plan, workload: Workload) -> str:
+    return (
+        f"activations: {workload.microbatches(plan.parallelism)} microbatches of {workload.micro_batch_size} x "
+        f"{workload.seq_length} tokens a step, recompute {workload.recompute}"
+    )
 
 
 def pattern(plan: Plan) -> str:
@@ -108,7 +133,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "distributed_optimizer": plan.distributed_optimizer,
         "largest": plan.largest,
         "headroom": plan.headroom,
-        "not_counted": NOT_COUNTED,
+        "workload": plan.workload
+        and asdict(plan.workload) | {"microbatches": plan.workload.microbatches(plan.parallelism)},
+        "not_counted": not_counted(plan),
         "ranks": [
             {
                 "rank": group.ranks[0],

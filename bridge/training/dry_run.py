@@ -29,7 +29,13 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
     check_files(job.data)
     with open_start(job) as start:
         parallelism = check_layout(job, start.config, gpus or world_size())
-        found = plan.plan(start.config, parallelism, memory=plan.parse_memory(memory), distributed_optimizer=True)
+        found = plan.plan(
+            start.config,
+            parallelism,
+            memory=plan.parse_memory(memory),
+            distributed_optimizer=True,
+            workload=job.workload,
+        )
         advice = plan.advice(found)
         headings, rows = report.table(found)
         settings = {
@@ -37,7 +43,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
             "etp": parallelism.expert_tp,
             "dp": parallelism.dp,
             "layers_per_stage": parallelism.layers_per_stage,
-            "microbatches": job.global_batch_size // (job.micro_batch_size * parallelism.dp),
+            "microbatches": job.workload.microbatches(parallelism),
             "starts from": start.what,
         }
         lines = report.summary(found, advice)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from reference.activations import Workload
 from reference.model_class import ModelClass
 
 
@@ -141,6 +142,17 @@ class TrainJob:
     def sizes(self) -> dict[str, Any]:
         """The parallel sizes, as `reference.parallelism.Parallelism` names them."""
         return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
+
+    @property
+    def workload(self) -> Workload:
+        """What a step computes on, as the memory plan counts it."""
+        return Workload(
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            recompute=self.recompute,
+            model=ModelClass(self.model_class),
+        )
 
     def at(self, **changes: Any) -> Self:
         """The same job with other values."""

@@ -75,29 +75,7 @@ def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
         ValueError: the sizes do not go together, or not with the model, the batch or the sequence.
     """
     parallelism = layout(config, gpus=world, **job.sizes)
-    once = job.micro_batch_size * parallelism.dp
-    if job.global_batch_size % once:
-        raise ValueError(
-            f"global_batch_size ({job.global_batch_size}) must be a multiple of micro_batch_size x dp = "
-            f"{job.micro_batch_size} x {parallelism.dp} = {once}"
-        )
-    number = job.global_batch_size // once
-    if job.vpp > 1 and number % job.pp:
-        raise ValueError(
-            f"with virtual stages the {number} microbatches of a step (global_batch_size / (micro_batch_size x dp)) "
-            f"must be a multiple of pp ({job.pp})"
-        )
-    pieces = (2 * job.cp if job.cp > 1 else 1) * job.tp
-    if job.seq_length % pieces:
-        raise ValueError(
-            f"seq_length ({job.seq_length}) must be a multiple of {pieces}: tp ({job.tp}) ranks divide it, and with cp "
-            f"({job.cp}) above 1 each twice"
-        )
-    if job.seq_length > config.max_position_embeddings:
-        raise ValueError(
-            f"seq_length ({job.seq_length}) is above the model's max_position_embeddings "
-            f"({config.max_position_embeddings})"
-        )
+    job.workload.check(config, parallelism)
     if job.cp > 1 and not torch.cuda.is_available():
         raise ValueError(f"cp ({job.cp}) above 1 needs Transformer Engine's attention, and a GPU for it")
     if job.cuda_graphs and not torch.cuda.is_available():
