@@ -19,14 +19,14 @@ grouped_linear, linear, ops.basic.rmsnorm and dot_product_attention.backends; `c
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, padded_vocab_size
 from reference.pipeline_schedule import in_flight
 
-RECOMPUTE = ("none", "selective", "full")
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Workload:
     seq_length: int
     micro_batch_size: int = 1
     global_batch_size: int | None = None
-    recompute: str = "none"
+    recompute: Recompute = "none"
     model: ModelClass = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class Workload:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be a positive integer, found {size}")
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, found {self.recompute!r}")
+        if self.recompute not in get_args(Recompute):
+            raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, found {self.recompute!r}")
 
     def microbatches(self, parallelism: Parallelism) -> int:
         """Forward passes of each data-parallel rank in a step.

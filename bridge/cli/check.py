@@ -19,6 +19,7 @@ from bridge.cli.common import (
     say_line,
     say_notes,
 )
+from reference.activations import Recompute
 from reference.model_class import DEFAULT_MODEL, ModelClass
 
 
@@ -118,9 +119,7 @@ def plan(
         int | None,
         typer.Option(help="Sequences in a step (default: as many as fill the pipeline).", show_default=False),
     ] = None,
-    recompute: Annotated[
-        str, typer.Option(help="Activations computed again in the backward pass: none, selective or full.")
-    ] = "none",
+    recompute: Annotated[Recompute, typer.Option(help="Activations computed again in the backward pass.")] = "none",
     picture: Annotated[Path | None, typer.Option(help="Draw it as .svg or .html.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,16 +7,18 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import pytest
-from support.plans import full_plan, large, too_large
+from support.plans import full_plan, large, too_large, working
 
-from bridge.memory_plan.picture import CHARACTER, FONT, PARTS, picture, write_picture
+from bridge.memory_plan.picture import ACTIVATIONS, CHARACTER, FONT, PARTS, picture, write_picture
 from bridge.memory_plan.plan import rank_groups
+from bridge.memory_plan.report import gigabytes
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
 SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = {
     "512 ranks": large,
+    "512 ranks, activations": working,
     "8 ranks, too large": too_large,
     "one rank": lambda: full_plan(1),
     "62 stages": lambda: full_plan(62, pp=62),
@@ -73,7 +75,7 @@ def test_nothing_in_the_picture_overlaps_or_leaves_it(planned):
     assert CHARACTER >= 0.602 * FONT  # a character of the fonts named in the picture
 
 
-@pytest.mark.parametrize("planned", [large, too_large])
+@pytest.mark.parametrize("planned", [large, too_large, working])
 def test_bars_are_the_bytes(planned):
     """Each bar's parts, measured against the distance from its start to the memory line."""
     found = planned()
@@ -83,13 +85,16 @@ def test_bars_are_the_bytes(planned):
     expected = rank_groups(found, 64)
     assert len(rows) == len(expected)
     for row, group in zip(rows, expected, strict=True):
-        parts = {rect.get("class"): rect for rect in row.iter(f"{SVG}rect") if rect.get("class") in PARTS}
-        assert list(parts) == list(PARTS)
+        named = PARTS if found.workload is None else PARTS | ACTIVATIONS
+        classes = {rect.get("class"): rect for rect in row.iter(f"{SVG}rect")}
+        parts = {name: rect for name, rect in classes.items() if name not in ("all", "held")}
+        assert list(parts) == list(named)
         start = float(parts["dense"].get("x"))
         measured = [float(rect.get("width")) / (line - start) * found.memory for rect in parts.values()]
         experts = 2 * group.holding.expert
         chosen = group.distributed
         truth = [chosen.weights - experts, experts, chosen.gradients, chosen.optimizer]
+        truth += [chosen.activations] * (found.workload is not None)
         pixel = found.memory / (line - start)
         assert measured == pytest.approx(truth, rel=0.01, abs=0.1 * pixel)
         ends = start + sum(float(rect.get("width")) for rect in parts.values())
@@ -108,6 +113,9 @@ def test_rows_say_more_in_their_titles():
     assert len(titles) == 8
     for words in ("ranks 5,", "layers 31-61, norm and head", "experts 128-255", "1029.28 GB without", "686.22 GB with"):
         assert words in titles[5]
+    row = ElementTree.fromstring(picture(working())).find(f"{SVG}g/{SVG}title").text
+    assert f"activations {gigabytes(working().ranks[0].distributed.activations)}" in row
+    assert "activations" not in titles[5]
     totals = [text.text for text in svg.iter(f"{SVG}text") if text.text.endswith(" over")]
     assert totals == ["686.22 GB, 606.22 GB over"] * 8
 
@@ -154,7 +162,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_text_can_be_read_on_both_grounds():
     """WCAG's 4.5 : 1 for text; the colours of a bar's neighbours differ in lightness, whatever the colour vision."""
-    style = ElementTree.fromstring(picture(large())).find(f"{SVG}style").text
+    style = ElementTree.fromstring(picture(working())).find(f"{SVG}style").text
     light, dark = style.split("@media (prefers-color-scheme: dark)")
     for part in (light, dark):
         colors = dict.fromkeys(("text", ".ground"))
@@ -162,6 +170,6 @@ def test_text_can_be_read_on_both_grounds():
             rule = next(r for r in part.split("}") if selector in r.split("{")[-2] and "fill" in r)
             colors[selector] = rule.split("fill: ")[1][:7]
         assert contrast(colors["text"], colors[".ground"]) > 4.5
-    fills = [light.split(f".{part} {{ fill: ")[1][:7] for part in PARTS]
+    fills = [style.split(f".{part} {{ fill: ")[1][:7] for part in PARTS | ACTIVATIONS]
     for one, other in pairwise(fills):
         assert contrast(one, other) > 1.35
