@@ -114,3 +114,34 @@ def test_the_pattern_is_said_of_a_hybrid_model_only(tmp_path: Path):
     assert said.exit_code == 0, said.output
     assert "--hybrid-layer-pattern '*E*E|*E'" in said.output
     assert "*E" not in CliRunner().invoke(app, words).output
+
+
+def test_a_workload_is_counted_where_its_sequence_length_is_given(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG))
+
+    def run(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["plan", str(tmp_path), "--gpus", "4", "--pp", "2", *words])
+        return result.exit_code, " ".join(result.output.split())
+
+    found = {}
+    for recompute in ("none", "full"):
+        words = ("--seq-length", "256", "--global-batch-size", "16", "--recompute", recompute, "--json")
+        status, said = run(*words)
+        assert status == 0
+        found[recompute] = json.loads(said)
+        assert found[recompute]["workload"] == {
+            "seq_length": 256, "micro_batch_size": 1, "global_batch_size": 16, "recompute": recompute, "model": "gpt",
+            "microbatches": 8,
+        }  # fmt: skip
+    assert found["full"]["largest"] < found["none"]["largest"]
+    assert json.loads(run("--json")[1])["largest"] < found["full"]["largest"]
+    assert "activations: 2 microbatches of 1 x 256 tokens" in run("--seq-length", "256")[1]
+    for words, message in {
+        ("--recompute", "full"): "recompute (full) is for counting activations, which needs seq_length",
+        ("--global-batch-size", "8"): "global_batch_size (8) is for counting activations",
+        ("--seq-length", "256", "--global-batch-size", "3"): "global_batch_size (3) must be a multiple of",
+        ("--seq-length", "256", "--recompute", "some"): "'some' is not one of 'none', 'selective', 'full'",
+    }.items():
+        status, said = run(*words)
+        assert status == 2
+        assert message in said.replace(" │ │ ", " ")

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from support.plans import full_plan, large, too_large
+from support.plans import FULL, full_plan, large, too_large, working
 
 from bridge.memory_plan import report
 from bridge.memory_plan.plan import advice
 from bridge.memory_plan.report import NOT_COUNTED, advice_rows, compact, flags, pattern, runs, summary, table, to_json
+from reference.activations import Workload, activations
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
@@ -126,3 +127,43 @@ def test_json_has_every_rank():
     assert said["advice"]["gpus"] == 64
     assert said["advice"]["fits"][0]["largest"] <= said["memory"]
     assert to_json(large())["advice"] is None
+
+
+def test_activations_are_counted_where_there_is_a_workload():
+    planned, without = working(), large()
+    peaks = [peak.total for peak in activations(FULL, planned.parallelism, planned.workload)]
+    assert [planned.ranks[rank].distributed.activations for rank in range(0, 512, 64)] == peaks
+    for one, other in zip(planned.ranks, without.ranks, strict=True):
+        assert one.replicated.total - other.replicated.total == one.distributed.activations
+        assert one.distributed[:3] == other.distributed[:3]
+    headings, rows = table(planned)
+    assert headings[-3:] == ["activations", "total, with distributed optimizer", "without distributed optimizer"]
+    assert {len(row) for row in rows} == {len(headings)} == {len(table(without)[0]) + 1}
+    assert [row[-3] for row in rows] == [report.gigabytes(peak) for peak in peaks]
+    assert summary(planned)[1] == "activations: 64 microbatches of 1 x 4096 tokens a step, recompute none"
+    assert "balanced" in summary(planned)[3]
+    assert NOT_COUNTED not in summary(planned)
+    said = json.loads(json.dumps(to_json(planned)))
+    assert said["workload"]["microbatches"] == 64
+    assert said["ranks"][64]["with_distributed_optimizer"]["activations"] == peaks[1]
+    assert to_json(without)["workload"] is None
+
+
+def test_activations_make_a_plan_fail_and_advice_counts_them():
+    """Parameters of 128 ranks fit; with the activations of four microbatches of 16384 tokens they do not."""
+    sizes = {"tp": 2, "pp": 4, "ep": 16, "etp": 1}
+    assert full_plan(128, **sizes).headroom > 0
+    workload = Workload(seq_length=8192, micro_batch_size=2, global_batch_size=512)
+    planned = full_plan(128, workload=workload, **sizes)
+    assert planned.headroom < 0
+    found = advice(planned)
+    assert any("recompute" in fit.changes for fit in found.fits)
+    for fit in found.fits:
+        words = flags(fit).split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert (given["--seq-length"], given["--micro-batch-size"]) == ("8192", "2")
+        recompute = given.get("--recompute", "none")
+        assert (recompute != "none") == ("recompute" in fit.changes)
+        named = {name: int(given.get(f"--{name}", 1)) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
+        again = full_plan(found.gpus, workload=Workload(**{**vars(workload), "recompute": recompute}), **named)
+        assert again.largest == fit.largest <= planned.memory

@@ -72,6 +72,11 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path:
     found = json.loads(run(*words, "--json"))
     assert found["fits"]
     assert (found["settings"]["dp"], found["settings"]["microbatches"], found["settings"]["lr"]) == (2, 4, 1e-5)
+    assert found["plan"]["workload"]["seq_length"] == found["settings"]["seq_length"]
+    counted = [rank["with_distributed_optimizer"]["activations"] for rank in found["plan"]["ranks"]]
+    assert min(counted) > 0
+    recomputed = json.loads(run(*words, "--recompute", "full", "--json"))["plan"]
+    assert recomputed["largest"] < found["plan"]["largest"]
     assert "starts from" in run(*words)
     run(*words, "--memory", "0.1MB", status=1)
     assert "gpus (3) must be a positive multiple" in run(*words[:-6], "--gpus", 3, "--tp", 2, status=2)
