@@ -1,4 +1,4 @@
-"""What a step would be on paper: memory by part, traffic, FLOPs and time, in a table of README.md that a test makes again.
+"""A step on paper: memory by part, traffic, FLOPs and time, for the table in bridge/memory_plan/README.md.
 
 Time is that of the matrix products at a rate that was measured on one GPU, stretched by what a layout adds without any
 traffic: recomputation repeats the forward pass, the pipeline waits for its slowest stage, and for its first microbatch
@@ -93,17 +93,16 @@ def _row(config: ModelConfig, choice: Choice, width: int) -> list[str]:
     found = planned(config, choice)
     if not choice.sizes:
         least = _least(found)
-        return [gpus, f"none fits: the least is {least.largest / 1e9:.1f} GB, {flags(least)}", *[""] * (width - 2)]
+        told = f"none fits: {_options(least.parallelism, choice)} needs least"
+        return [gpus, told, *[""] * 4, f"{least.largest / 1e9:.1f}", *[""] * (width - 7)]
     workload, p = found.workload, found.parallelism
     assert workload is not None
     step = expected_step(config, p, workload, RATES[choice.kind])
     fullest = max((found.chosen(group) for group in found.ranks), key=lambda held: held.total)
-    words = " ".join(flags(Fit(p, True, 0, None, ())).split())
-    recompute = f" --recompute {choice.recompute}" * (choice.recompute != "none")
     mfu = step.flops / step.seconds / choice.gpus / PEAKS[choice.kind]
     return [
         gpus,
-        f"`{words}{recompute}`",
+        _options(p, choice),
         *_gigabytes([*fullest, fullest.total], 1),
         *_gigabytes(step.traffic, 0),
         f"{step.seconds:.1f}",
@@ -117,6 +116,12 @@ def _least(found: Plan) -> Fit:
     return advise(
         found.config, found.parallelism, memory=found.memory, distributed_optimizer=True, workload=found.workload
     ).least
+
+
+def _options(parallelism: Parallelism, choice: Choice) -> str:
+    """The layout as the command's options."""
+    recompute = f" --recompute {choice.recompute}" * (choice.recompute != "none")
+    return f"`{flags(Fit(parallelism, True, 0, None, ()))}{recompute}`"
 
 
 def _gigabytes(sizes: Sequence[int], digits: int) -> list[str]:

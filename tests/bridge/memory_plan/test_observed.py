@@ -1,16 +1,20 @@
-"""The table of activations against what autograd keeps of our own layers in megatron-core, byte for byte.
+"""What the plan says of a layer against what our own layers in megatron-core are seen to keep and to send, to the byte.
 
 Without a GPU the layers are of the local backend, which keeps other things in three places. Each is a row here, and all
 that is left must equal the rows of `reference.activations`.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from support.kept_tensors import kept_storages
 from support.ranks import RankPool
+from support.sent_tensors import Collectives
+from torch import Tensor
 
 from bridge.model.build import build_model
 from bridge.model.process_groups import groups_of, model_parallel
@@ -30,6 +34,7 @@ from reference.activations import (
 from reference.config import ModelConfig
 from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
+from reference.step_traffic import traffic
 
 SMALL = ModelConfig(
     hidden_size=96,
@@ -59,16 +64,29 @@ LOCAL_EXPERTS = (Kept("steps of SwiGLU", Tokens.ROWS, lambda w: 3 * w.intermedia
 LOCAL_DISPATCHER = (Kept("weights and mask by expert", Tokens.SHARE, lambda w: w.experts, 4 + 1),)
 
 
-def kept_by(layers: int, model: str, recompute: str) -> int:
-    """Bytes that are kept after a forward pass with the loss, in megatron-core's groups; parameters are left out."""
+def model_and_losses(layers: int, model: str, recompute: str) -> tuple[Any, Callable[[], Tensor]]:
+    """A model in megatron-core's groups, and its forward pass with the loss."""
     destroy_moe_metrics_tracker()  # it has as many entries as the first model has layers
     torch.manual_seed(0)
     config = replace(SMALL, num_hidden_layers=layers)
-    built = build_model(config, model=model, backend="local", **RECOMPUTE[recompute])
+    built: Any = build_model(config, model=model, backend="local", **RECOMPUTE[recompute])
     tokens = torch.randint(0, SMALL.vocab_size, (BATCH, SEQ))
     positions = torch.arange(SEQ).expand(BATCH, -1)
-    own = [*built.parameters(), *built.buffers()]
-    return sum(kept_storages(lambda: built(tokens, positions, None, labels=tokens), own))
+    return built, lambda: built(tokens, positions, None, labels=tokens)
+
+
+def kept_by(layers: int, model: str, recompute: str) -> int:
+    """Bytes that are kept after a forward pass; parameters are left out."""
+    built, losses = model_and_losses(layers, model, recompute)
+    return sum(kept_storages(losses, [*built.parameters(), *built.buffers()]))
+
+
+def sent_by(layers: int, recompute: str) -> int:
+    """Bytes of the whole tensors that are gathered or scattered, forward and backward."""
+    _, losses = model_and_losses(layers, "gpt", recompute)
+    with Collectives() as seen:
+        losses().sum().backward()
+    return seen.nbytes
 
 
 def a_layer_and_ends(model: str, recompute: str) -> tuple[int, int]:
@@ -112,7 +130,7 @@ def rotation(recompute: str) -> int:
     return 4 * angles if recompute == "full" else 2 * angles
 
 
-PARALLEL = Parallelism(tp=2, ep=2, etp=1)
+PARALLEL, ALL_EXPERTS = Parallelism(tp=2, ep=2, etp=1), Parallelism(tp=2, etp=1)
 
 
 def on_a_rank(model: str, recompute: str) -> tuple[int, int]:
@@ -121,11 +139,31 @@ def on_a_rank(model: str, recompute: str) -> tuple[int, int]:
         return a_layer_and_ends(model, recompute)
 
 
+def sent_on_a_rank() -> dict[str, int]:
+    """What a third layer's collectives add, on one of two tensor-parallel ranks that have all experts each."""
+    with groups_of(ALL_EXPERTS):
+        return {recompute: sent_by(3, recompute) - sent_by(2, recompute) for recompute in ("none", "full")}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
 @CPU_ONLY
-def test_ranks_together_keep_what_the_table_says() -> None:
+def test_a_layer_sends_what_is_planned(pool: RankPool) -> None:
+    for found in pool.call(sent_on_a_rank):
+        for recompute, whole in found.items():
+            workload = Workload(seq_length=SEQ, micro_batch_size=BATCH, global_batch_size=BATCH, recompute=recompute)
+            planned = traffic(SMALL, ALL_EXPERTS, workload).tensor // SMALL.num_hidden_layers
+            assert whole // 2 == planned  # of two ranks, each sends half of a whole tensor
+
+
+@CPU_ONLY
+def test_ranks_together_keep_what_the_table_says(pool: RankPool) -> None:
     """At TP 2 x EP 2. Routing is not balanced here: only both ranks together have as many rows as two that are."""
-    with RankPool(2) as pool:
-        found = pool.call(on_a_rank, "gpt", "none")
+    found = pool.call(on_a_rank, "gpt", "none")
     layer, ends = (sum(of_ranks) for of_ranks in zip(*found, strict=True))
     workload = Workload(seq_length=SEQ, micro_batch_size=BATCH)
     assert layer == 2 * expected_layer(PARALLEL, workload)
