@@ -89,13 +89,13 @@ def advise(
 
     works = list(dict.fromkeys([workload, workload and replace(workload, recompute="full")]))
 
-    def fit(layout: Parallelism, on: bool, work: Workload | None) -> Fit:
+    def fit_of(layout: Parallelism, on: bool, work: Workload | None) -> Fit:
         switched = ["distributed optimizer"] * (on != distributed_optimizer) + ["recompute"] * (work != workload)
         return Fit(layout, on, _largest(config, layout, on, work), work, _changes(given, layout, switched))
 
     def fits(ranks: int) -> list[Fit]:
         return [
-            fit(layout, on, work)
+            fit_of(layout, on, work)
             for layout in layouts(config, given, ranks)
             for work in works
             if work is None or _passes(work.check, config, layout)

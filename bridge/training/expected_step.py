@@ -6,12 +6,12 @@ to come through. Traffic is in no part of it, as if all of it were hidden behind
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bridge.memory_plan.plan import Plan, layout, parse_memory, plan
 from bridge.memory_plan.report import flags
 from bridge.training.metrics import PEAKS, flops_per_token
-from reference.activations import Workload
+from reference.activations import Recompute, Workload
 from reference.advice import Fit, advise
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
@@ -42,8 +42,8 @@ class Choice(NamedTuple):
 
     gpus: int
     kind: str
-    recompute: str
-    sizes: dict[str, int]
+    recompute: Recompute
+    sizes: dict[str, Any]
 
 
 SEQUENCE, BATCH = 4096, 1024
