@@ -251,7 +251,8 @@ def activations(config: ModelConfig, parallelism: Parallelism, workload: Workloa
             pp=parallelism.pp, vpp=parallelism.vpp, stage=stage, microbatches=workload.microbatches(parallelism)
         )
         kept = max(sum(held * size for held, size in zip(counts, each, strict=True)) for counts in times)
-        peaks = [Activations(kept, max(moments.values()))]
+        computes = any(stages[chunk] for chunk in chunks)
+        peaks = [Activations(kept, max(moments.values()) if computes else 0)]
         if stage == parallelism.pp - 1:  # the backward pass of a loss follows its forward pass at once
             logits = 2 * tokens[Tokens.SEQUENCE] * width.vocabulary
             peaks.append(Activations(kept + head, logits))

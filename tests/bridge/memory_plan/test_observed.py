@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.kept_tensors import kept_storages
 from support.ranks import RankPool
 from support.sent_tensors import Collectives
@@ -34,6 +37,7 @@ from reference.activations import (
 from reference.config import ModelConfig
 from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
+from reference.pipeline_schedule import in_flight
 from reference.step_traffic import traffic
 
 SMALL = ModelConfig(
@@ -86,6 +90,7 @@ def sent_by(layers: int, recompute: str) -> int:
     _, losses = model_and_losses(layers, "gpt", recompute)
     with Collectives() as seen:
         losses().sum().backward()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than a schedule's
     return seen.nbytes
 
 
@@ -158,6 +163,47 @@ def test_a_layer_sends_what_is_planned(pool: RankPool) -> None:
             workload = Workload(seq_length=SEQ, micro_batch_size=BATCH, global_batch_size=BATCH, recompute=recompute)
             planned = traffic(SMALL, ALL_EXPERTS, workload).tensor // SMALL.num_hidden_layers
             assert whole // 2 == planned  # of two ranks, each sends half of a whole tensor
+
+
+def moments_on_a_rank(vpp: int, microbatches: int) -> tuple[int, set[tuple[int, ...]]]:
+    """This pipeline rank, and its chunks' forward passes whose backward pass has not begun, after each forward pass."""
+    destroy_moe_metrics_tracker()
+    layers = replace(SMALL, num_hidden_layers=2 * vpp)
+    with groups_of(Parallelism(pp=2, vpp=vpp)):
+        built: Any = build_model(layers, backend="local", params_dtype=torch.float32)
+        chunks = built if isinstance(built, list) else [built]
+        held, seen = [0] * vpp, set()
+
+        def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+            tokens = next(batches)
+            output = model(tokens, torch.arange(SEQ).expand(BATCH, -1), None, labels=tokens)
+            chunk = next(number for number, one in enumerate(chunks) if one is model)
+            held[chunk] += 1
+            seen.add(tuple(held))
+
+            def begin(gradient: Tensor) -> None:
+                held[chunk] -= 1
+
+            output.register_hook(begin)
+            return output, lambda losses: (losses.mean(), {})
+
+        batches = [iter([torch.zeros(BATCH, SEQ, dtype=torch.long)] * microbatches) for _ in chunks]
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if vpp > 1 else batches[0],
+            model=built,
+            num_microbatches=microbatches,
+            seq_length=SEQ,
+            micro_batch_size=BATCH,
+        )
+        return parallel_state.get_pipeline_model_parallel_rank(), seen
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(("vpp", "microbatches"), [(1, 3), (2, 4)])
+def test_a_real_schedule_has_as_many_in_flight(pool: RankPool, vpp: int, microbatches: int) -> None:
+    for stage, seen in pool.call(moments_on_a_rank, vpp, microbatches):
+        assert seen == in_flight(pp=2, vpp=vpp, stage=stage, microbatches=microbatches)
 
 
 @CPU_ONLY
