@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -102,10 +102,15 @@ def _signature() -> inspect.Signature:
     for name, setting in setting_fields().items():
         kind, _ = optional(types[name])
         default = setting.default
-        shown = "" if default in (MISSING, None, ()) else f" (default: {str(default).lower()})"
+        words = ", ".join(default) if isinstance(default, tuple) else str(default).lower()
+        shown = "" if default in (MISSING, None, ()) else f" (default: {words})"
         extra: dict[str, Any] = {"help": setting.metadata["help"] + shown, "rich_help_panel": setting.metadata["panel"]}
         if get_origin(kind) is tuple:
-            kind = list[get_args(kind)[0]]
+            item = get_args(kind)[0]
+            if get_origin(item) is Literal:  # which typer has no lists of: `TrainJob` looks at the words
+                extra["help"] += f"; of {', '.join(get_args(item))}"
+                item = str
+            kind = list[item]
         flag = "--" + name.replace("_", "-")
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
         option = typer.Option(*flags, show_default=False, **extra)

@@ -11,6 +11,7 @@ A row is data: the settings that must all be so, and the settings with which it 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -110,6 +111,16 @@ REFUSALS: dict[str, Refusal] = {
         "megatron-core's experts refuse it with an assertion: their fused form is for GPUs with CuTe kernels",
         {"use_transformer_engine_op_fuser": False},
         {"use_transformer_engine_op_fuser": on},
+    ),
+    "compiled cross entropy of other dtypes": Refusal(
+        "wrong",
+        "the gradient of the logits is rounded to bfloat16, whatever dtype they have",
+        {"cross_entropy_loss_fusion": False},
+        {
+            "cross_entropy_loss_fusion": on,
+            "cross_entropy_fusion_impl": lambda kind: kind == "native",
+            "params_dtype": lambda dtype: dtype is not torch.bfloat16,
+        },
     ),
     "local CUDA graphs": Refusal(
         "broken",

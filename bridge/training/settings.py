@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from bridge.model.fusions import FusionName, fusion_settings
 from reference.activations import Workload
 from reference.model_class import ModelClass
 
@@ -89,6 +90,9 @@ class TrainJob:
     recompute: Literal["none", "selective", "full"] = _setting(
         "Activations that are computed again in the backward pass.", SPEED, "none", free=True)  # fmt: skip
     cuda_graphs: bool = _setting("CUDA graphs of attention and router, by Transformer Engine.", SPEED, False, free=True)
+    fusions: tuple[FusionName, ...] = _setting(
+        "Fused kernels (bridge.model.fusions), each by this option", SPEED, ("none",), free=True
+    )
 
     def __post_init__(self) -> None:
         least = {
@@ -112,6 +116,7 @@ class TrainJob:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        fusion_settings(self.fusions)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> Self:

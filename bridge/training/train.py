@@ -21,7 +21,9 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, check_same_on_all_ranks, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.target import check_apart
 from bridge.memory_plan.plan import layout
-from bridge.model.build import build_model
+from bridge.model.build import MakeSpec, build_model
+from bridge.model.fusions import check_fusions, fusion_settings
+from bridge.model.layer_spec import default_backend
 from bridge.model.process_groups import groups_of
 from bridge.training.checkpoints import latest_step, load_checkpoint, save_checkpoint
 from bridge.training.cuda_graphs import CudaGraphs
@@ -80,6 +82,7 @@ def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
         raise ValueError(f"cp ({job.cp}) above 1 needs Transformer Engine's attention, and a GPU for it")
     if job.cuda_graphs and not torch.cuda.is_available():
         raise ValueError("cuda_graphs need a GPU and Transformer Engine; leave them out here")
+    check_fusions(job.fusions, default_backend())
     return parallelism
 
 
@@ -177,8 +180,19 @@ def _run(
     return TrainSummary(begun, max(last, begun), loss, checkpoints, exported)
 
 
-def build(job: TrainJob, start: Start, *, fill: bool = True, progress: Progress = no_progress) -> Trained:
-    """The model with its weights (`fill`), wrapped, and its optimizer; inside `model_parallel`, on all ranks."""
+def build(
+    job: TrainJob,
+    start: Start,
+    *,
+    fill: bool = True,
+    progress: Progress = no_progress,
+    spec: MakeSpec | None = None,
+    **overrides: Any,
+) -> Trained:
+    """The model with its weights (`fill`), wrapped, and its optimizer; inside `model_parallel`, on all ranks.
+
+    `spec` makes other layers than MiniMax-M2's, and `overrides` are `TransformerConfig` fields that win over the job's.
+    """
     aux = {} if job.aux_loss is None else {"moe_aux_loss_coeff": job.aux_loss}
     with raise_on_all_ranks():
         built = build_model(
@@ -188,9 +202,14 @@ def build(job: TrainJob, start: Start, *, fill: bool = True, progress: Progress 
             perform_initialization=False,
             calculate_per_token_loss=True,
             moe_router_bias_update_rate=job.bias_update_rate,
-            **aux,
-            **RECOMPUTE[job.recompute],
-            **(CudaGraphs.settings if job.cuda_graphs else {}),
+            spec=spec,
+            **{
+                **aux,
+                **RECOMPUTE[job.recompute],
+                **fusion_settings(job.fusions),
+                **(CudaGraphs.settings if job.cuda_graphs else {}),
+                **overrides,
+            },
         )
     chunks: list[Any] = built if isinstance(built, list) else [built]
     if fill:

@@ -96,5 +96,6 @@ def provider_of(config: ModelConfig, params_dtype: torch.dtype) -> MiniMaxM2Mode
         should_pad_vocab=True,
         make_vocab_size_divisible_by=1,  # padded only where the tensor-parallel ranks need it
         masked_softmax_fusion=False,  # megatron-core's default, which the host's provider overrides
-        cross_entropy_loss_fusion=torch.cuda.is_available(),  # it is compiled at its first call
+        # It is compiled at its first call, and rounds gradients to bfloat16.
+        cross_entropy_loss_fusion=torch.cuda.is_available() and params_dtype == torch.bfloat16,
     )

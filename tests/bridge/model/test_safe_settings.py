@@ -60,6 +60,9 @@ TRIGGERS: dict[str, Trigger] = {
     "MTP layers": Trigger({"mtp_num_layers": 1}),
     "meta device": Trigger({"init_model_with_meta_device": True}),
     "operation fuser": Trigger({"use_transformer_engine_op_fuser": True}),
+    "compiled cross entropy of other dtypes": Trigger(
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native", "params_dtype": torch.float32}
+    ),
     "local CUDA graphs": Trigger({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]}),
     "CUDA graphs, router padding": Trigger(GRAPHS | {"moe_router_padding_for_quantization": True}, needs=FP8),
     "CUDA graphs, gathering parameters": Trigger(

@@ -103,6 +103,7 @@ LAYOUTS = {
     "too long": ({"seq_length": 8192}, 1, r"seq_length \(8192\) is above the model's max_position_embeddings \(4096\)"),
     "context": ({"cp": 2}, 2, r"cp \(2\) above 1 needs Transformer Engine's attention"),
     "graphs": ({"cuda_graphs": True}, 1, r"cuda_graphs need a GPU"),
+    "fusions": ({"fusions": ("router", "permute")}, 1, r"fusions: router, permute need Transformer Engine and a GPU"),
 }
 
 
@@ -124,6 +125,8 @@ SETTINGS = {
     "choice": ({"schedule": "wavy"}, r"schedule must be one of cosine, linear, constant, found 'wavy'"),
     "warm-up": ({"warmup_steps": 10}, r"warmup_steps \(10\) must be below steps \(10\)"),
     "negative": ({"clip_grad": -1.0}, r"clip_grad must be at least 0, found -1\.0"),
+    "no such fusion": ({"fusions": ["rope"]}, r"here: fusions must be one of none, router, .*, found 'rope'"),
+    "fusions": ({"fusions": ["none", "router"]}, r"fusions: found none beside router"),
     "shares": ({"data_weights": [0.5, 0.5]}, r"data_weights has 2 shares for 1 files"),
 }
 

@@ -1,0 +1,72 @@
+"""megatron-core's fused kernels that this model may have: what each is set by, and where it runs.
+
+They are off unless asked for (`minimax-m2 train --fusions`). A fusion computes what the separate operations do, in
+another order of rounding: losses and gradients agree to rounding, not bit for bit. `record` is the benchmark that
+measured it with this model; the driver's default follows it, so that it stays "none" as long as there is no record.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and settings are read without it
+    from bridge.model.layer_spec import Backend
+
+FusionName = Literal["none", "router", "permute", "cross_entropy", "cross_entropy_te"]
+
+
+class Fusion(NamedTuple):
+    """One row: what it fuses, the `TransformerConfig` fields, the backends that have it, and the record of its speed."""
+
+    fuses: str
+    settings: Mapping[str, Any]
+    backends: tuple["Backend", ...] = ("transformer_engine",)
+    record: str | None = None
+
+
+FUSIONS: dict[str, Fusion] = {
+    "router": Fusion("scores, choice and weights of the experts", {"moe_router_fusion": True}),
+    "permute": Fusion("tokens to their experts' order and back", {"moe_permute_fusion": True}),
+    "cross_entropy": Fusion(
+        "logits to losses, compiled by torch",
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"},
+        ("transformer_engine", "local"),
+    ),
+    # megatron-core warns that it has been unstable.
+    "cross_entropy_te": Fusion(
+        "logits to losses, Transformer Engine's kernel",
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
+    ),
+}
+
+
+def fusion_settings(names: Iterable[str]) -> dict[str, Any]:
+    """The `TransformerConfig` fields of some fusions; of "none" there are none.
+
+    Raises:
+        ValueError: "none" is not alone, or two fusions want the same field otherwise.
+    """
+    chosen = [name for name in names if name != "none"]
+    if chosen and "none" in names:
+        raise ValueError(f"fusions: found none beside {', '.join(chosen)}; leave none out, or the others")
+    settings: dict[str, Any] = {}
+    for name in chosen:
+        for field, value in FUSIONS[name].settings.items():
+            if settings.setdefault(field, value) != value:
+                raise ValueError(
+                    f"fusions: {', '.join(chosen)} want {field} to be {settings[field]!r} and {value!r}; choose one"
+                )
+    return settings
+
+
+def check_fusions(names: Iterable[str], backend: "Backend") -> None:
+    """Refuse fusions that a backend has no kernels for.
+
+    Raises:
+        ValueError: names them, and says what they need.
+    """
+    lacking = [name for name in names if name != "none" and backend not in FUSIONS[name].backends]
+    if lacking:
+        raise ValueError(
+            f"fusions: {', '.join(lacking)} need Transformer Engine and a GPU, and the layers here are of the backend "
+            f"{backend!r}; leave them out, or run where both are"
+        )

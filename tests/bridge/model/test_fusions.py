@@ -1,0 +1,94 @@
+"""What the table of fusions says is so: its fields are megatron-core's, and a fused loss is the plain one."""
+
+from dataclasses import fields
+from typing import NamedTuple, get_args
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from support.small_model import SMALL
+from torch import Tensor
+
+from bridge.model.build import build_model
+from bridge.model.fusions import FUSIONS, FusionName, check_fusions, fusion_settings
+from bridge.model.layer_spec import Backend
+from bridge.model.process_groups import model_parallel
+
+
+def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
+    known = {field.name for field in fields(TransformerConfig)}
+    assert get_args(FusionName) == ("none", *FUSIONS)
+    for fusion in FUSIONS.values():
+        assert set(fusion.settings) <= known
+        assert set(fusion.backends) <= set(get_args(Backend))
+
+
+def test_each_fusion_is_off_unless_asked_for() -> None:
+    defaults = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    for fusion in FUSIONS.values():
+        assert any(getattr(defaults, field) != value for field, value in fusion.settings.items())
+    assert fusion_settings(("none",)) == {}
+
+
+def test_fusions_are_put_together_and_contradictions_found() -> None:
+    assert fusion_settings(("router", "permute")) == {"moe_router_fusion": True, "moe_permute_fusion": True}
+    with pytest.raises(ValueError, match=r"found none beside router; leave none out, or the others"):
+        fusion_settings(("none", "router"))
+    with pytest.raises(ValueError, match=r"want cross_entropy_fusion_impl to be 'native' and 'te'; choose one"):
+        fusion_settings(("cross_entropy", "cross_entropy_te"))
+
+
+def test_what_a_backend_lacks_is_refused() -> None:
+    check_fusions(("none",), "local")
+    check_fusions(("cross_entropy",), "local")
+    check_fusions(tuple(FUSIONS), "transformer_engine")
+    with pytest.raises(ValueError, match=r"fusions: router, permute need Transformer Engine and a GPU, .*'local'"):
+        check_fusions(("router", "cross_entropy", "permute"), "local")
+
+
+class Losses(NamedTuple):
+    """Losses, and the gradient of a weighted sum of them with respect to the logits."""
+
+    values: Tensor
+    gradient: Tensor
+
+
+def losses_of(dtype: torch.dtype, **settings: object) -> tuple[Losses, Losses]:
+    """As a model with the settings makes them, and torch's in float64 from the same logits."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(7, 2, SMALL.vocab_size, generator=generator).to(dtype)
+    labels = torch.randint(0, SMALL.vocab_size, (2, 7), generator=generator)
+    weights = torch.randn(2, 7, generator=generator)
+    exact = logits.double().requires_grad_()
+    truth = torch.nn.functional.cross_entropy(exact.permute(1, 2, 0), labels, reduction="none")
+    (true_gradient,) = torch.autograd.grad((truth * weights).sum(), exact)
+    # Compiling takes longer than all of this: the same operations one by one.
+    with model_parallel(), torch._dynamo.config.patch(disable=True):
+        model = build_model(SMALL, params_dtype=dtype, backend="local")
+        for name, value in settings.items():  # what is refused when it is built
+            setattr(model.config, name, value)
+        leaf = logits.clone().requires_grad_()
+        losses = model.compute_language_model_loss(labels, leaf * 1)  # it is changed in place
+        (gradient,) = torch.autograd.grad((losses * weights).sum(), leaf)
+    return Losses(losses, gradient), Losses(truth, true_gradient)
+
+
+FUSED = fusion_settings(("cross_entropy",))
+
+
+def test_the_compiled_loss_and_its_gradient_are_torchs() -> None:
+    """In bfloat16, in which float32 arithmetic is rounded once."""
+    fused, truth = losses_of(torch.bfloat16, **FUSED)
+    torch.testing.assert_close(fused.values.double(), truth.values, rtol=1e-6, atol=1e-6)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    torch.testing.assert_close(fused.gradient.double(), truth.gradient, rtol=1.01 * unit, atol=1e-7)
+
+
+def test_the_compiled_loss_has_bfloat16_gradients_of_float32() -> None:
+    """Why it is refused: the loss that is not fused has float32 ones."""
+    fused, truth = losses_of(torch.float32, **FUSED)
+    plain, _ = losses_of(torch.float32)
+    torch.testing.assert_close(plain.gradient.double(), truth.gradient, rtol=1e-5, atol=1e-7)
+    assert fused.gradient.dtype == torch.float32
+    assert torch.equal(fused.gradient, fused.gradient.bfloat16().float())
+    assert not torch.equal(plain.gradient, plain.gradient.bfloat16().float())
