@@ -15,7 +15,7 @@ FusionName = Literal["none", "router", "permute", "cross_entropy", "cross_entrop
 
 
 class Fusion(NamedTuple):
-    """One row: what it fuses, the `TransformerConfig` fields, the backends that have it, and the record of its speed."""
+    """One row: what it fuses, `TransformerConfig` fields, the backends that have it, and the record of its speed."""
 
     fuses: str
     settings: Mapping[str, Any]

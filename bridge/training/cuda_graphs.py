@@ -2,17 +2,41 @@
 
 What must be so for the capture: `DistributedDataParallel` is made on a stream of its own (`bridge.training.optimizer`),
 the random states are Transformer Engine's, and megatron-core's microbatch calculator is set up.
+
+Where parameters are gathered while the forward pass runs (`overlap_param_gather`), modules have hooks that wait for
+theirs, and a module with hooks cannot be captured: they are taken off for the capture. A graph does not call the hooks
+that are put back, so the layer itself calls those of its captured modules before it. No GPU has run that yet, and
+`bridge.model.safe_settings` refuses the two together.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
 from bridge.training.step import Trained
 
 EAGER_STEPS = 3
+
+
+@contextmanager
+def without_gather_hooks(wrapped: Sequence[DistributedDataParallel]) -> Iterator[bool]:
+    """Inside, no module waits for its parameters: says whether any did. Parameters stay as they are, gathered or not."""
+    hooked = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=False)
+    try:
+        yield bool(hooked)
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
 
 
 class CudaGraphs:
@@ -27,7 +51,9 @@ class CudaGraphs:
     def __init__(self, trained: Trained):
         job, config = trained.job, trained.chunks[0].config
         rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        unset_num_microbatches_calculator()  # another run in this process may have left one
         init_num_microbatches_calculator(rank, None, job.global_batch_size, job.micro_batch_size, dp)
+        self._wrapped = trained.wrapped
         self._helper = TECudaGraphHelper(
             model=trained.wrapped,
             config=config,
@@ -39,4 +65,7 @@ class CudaGraphs:
     def before(self, step: int) -> None:
         """Call it before each step that is made here, counted from 1."""
         if step == EAGER_STEPS + 1:
-            self._helper.create_cudagraphs()
+            with without_gather_hooks(self._wrapped) as hooked:
+                self._helper.create_cudagraphs()
+            if hooked:
+                self._helper.cuda_graph_set_manual_hooks()

@@ -1,7 +1,7 @@
 """megatron-core's distributed data parallelism, optimizer and schedule around a model, on a GPU and without one.
 
 Gradients are summed and kept in float32; the optimizer's weights and state are divided over the data-parallel ranks.
-On a GPU communication overlaps with the backward pass and, but for CUDA graphs, with the forward pass.
+On a GPU communication overlaps with the backward pass and, where that is not refused (CUDA graphs), the forward pass.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
-from bridge.model.safe_settings import check_settings
+from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
 
 # The router's weight is float32 beside bfloat16 ones. megatron-core 0.19's distributed optimizer numbers the parameters
@@ -50,6 +51,20 @@ def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:
         raise ValueError(f"freeze: {list(patterns)} leaves a rank nothing to train; freeze less")
 
 
+def ddp_config(model: TransformerConfig, *, overlap: bool) -> DistributedDataParallelConfig:
+    """Float32 sums and the distributed optimizer; `overlap` of its communication, but for gathering that is refused."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    of_gathering = [refusal for refusal in REFUSALS.values() if "overlap_param_gather" in refusal.ddp]
+    if any(refusal.found(model, config) for refusal in of_gathering):
+        config.overlap_param_gather = False
+    return config
+
+
 def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     """Each chunk in megatron-core's `DistributedDataParallel`.
 
@@ -58,12 +73,7 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     Raises:
         ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
-        overlap_param_gather=torch.cuda.is_available() and chunks[0].config.cuda_graph_impl == "none",
-    )
+    config = ddp_config(chunks[0].config, overlap=torch.cuda.is_available())
     for chunk in chunks:
         check_settings(chunk.config, config)
     stream: Any = torch.cuda.Stream()
