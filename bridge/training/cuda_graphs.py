@@ -28,7 +28,7 @@ EAGER_STEPS = 3
 
 @contextmanager
 def without_gather_hooks(wrapped: Sequence[DistributedDataParallel]) -> Iterator[bool]:
-    """Inside, no module waits for its parameters: says whether any did. Parameters stay as they are, gathered or not."""
+    """Inside, no module waits for its parameters; says whether any did. They stay as they are, gathered or not."""
     hooked = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
     for chunk in hooked:
         chunk.disable_forward_pre_hook(param_sync=False)
@@ -69,3 +69,8 @@ class CudaGraphs:
                 self._helper.create_cudagraphs()
             if hooked:
                 self._helper.cuda_graph_set_manual_hooks()
+
+    def delete(self) -> None:
+        """Give back the memory of the graphs, for a process that goes on with another model."""
+        if self._helper.graphs_created():
+            self._helper.delete_cuda_graphs()
