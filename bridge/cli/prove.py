@@ -46,11 +46,13 @@ class Benchmark(StrEnum):
     LAYER = "layer"
     FP8 = "fp8"
     LOAD = "load"
+    TRAIN = "train"
     OFFLINE = "offline"
 
 
 NEED_A_GPU = (Benchmark.NORM, Benchmark.LAYER)
-RUN_BY_RANKS = (Benchmark.NORM, Benchmark.LAYER, Benchmark.LOAD)
+RUN_BY_RANKS = (Benchmark.NORM, Benchmark.LAYER, Benchmark.LOAD, Benchmark.TRAIN)
+STARTS_ITS_RANKS = (Benchmark.TRAIN,)  # and runs a tiny model by gloo where there is no GPU
 
 
 def demo(
@@ -124,15 +126,21 @@ def bench(
         Benchmark,
         typer.Argument(
             help="norm: query and key norms; layer: whole layers; fp8: block scales; load: live load and export; "
-            "offline: import and export."
+            "train: training steps; offline: import and export."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
-    gpus: Annotated[int, typer.Option(help="Ranks, one a GPU: tensor parallel size of norm, layer and load.")] = 1,
+    gpus: Annotated[
+        int,
+        typer.Option(help="Ranks, one a GPU: tensor parallel size of norm, layer and load, expert parallel of train."),
+    ] = 1,
     model: Annotated[
         ModelClass | None,
         typer.Option(help=f"The class whose layers are measured by layer (default: {DEFAULT_MODEL})."),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Of train: one more step of each row, profiled, for the GPU's idle share.")
+    ] = False,
 ) -> None:
     """Run a benchmark of tests/benchmarks, with its baselines, on this machine. norm and layer need a GPU."""
     import torch
@@ -145,15 +153,19 @@ def bench(
             raise ValueError(f"{script}: not there; benchmarks run from a checkout, installed with pip install -e .")
         if model is not None and what is not Benchmark.LAYER:
             raise ValueError(f"--model {model}: bench {what} measures no layers; leave --model out")
+        if profile and what is not Benchmark.TRAIN:
+            raise ValueError(f"--profile: bench {what} makes no training steps; leave --profile out")
         if gpus > 1 and what not in RUN_BY_RANKS:
             raise ValueError(f"--gpus {gpus}: bench {what} runs in one process; leave --gpus out")
         found, needed = torch.cuda.device_count(), gpus if gpus > 1 or what in NEED_A_GPU else 0
-        if found < needed:
+        if found < needed and (found or what not in STARTS_ITS_RANKS):
             raise ValueError(
                 f"bench {what} needs NVIDIA GPUs: {needed}, found {found}; run it on a machine that has them"
             )
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-    arguments = [str(out), *([] if model is None else [str(model)])]
+    own = what in STARTS_ITS_RANKS
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 and not own else []
+    ranks = ["--ranks", str(gpus), "--ep", str(gpus)] if own else []
+    arguments = [str(out), *([] if model is None else [str(model)]), *ranks, *(["--profile"] if profile else [])]
     raise typer.Exit(subprocess.run([sys.executable, *launcher, str(script), *arguments], check=False).returncode)
 
 

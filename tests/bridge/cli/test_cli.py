@@ -1,8 +1,10 @@
 """The command, as a user runs it: what it prints, what it leaves behind, and its exit status."""
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +107,28 @@ def test_bench_layer_measures_the_class_that_is_asked_for(monkeypatch: pytest.Mo
     assert [command[-2:] for command in started] == [["out.json", "hybrid"]]
 
 
+@pytest.mark.parametrize("found", [0, 2])
+def test_bench_train_starts_its_own_ranks(found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without a GPU, where they are gloo's."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(
+        bridge.cli.prove.subprocess,
+        "run",
+        lambda command, check: started.append(command) or SimpleNamespace(returncode=0),
+    )
+    assert CliRunner().invoke(app, ["bench", "train", "out.json", "--gpus", "2", "--profile"]).exit_code == 0
+    ((_, script, *options),) = started
+    assert Path(script).name == "bench_train.py"
+    given = arguments_of(script)(options)
+    assert (given.out, given.ranks, given.ep, given.profile) == (Path("out.json"), 2, 2, True)
+
+
+def arguments_of(script: str) -> Callable:
+    """How a benchmark reads its command line."""
+    return runpy.run_path(script, run_name="imported")["arguments"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -112,6 +136,7 @@ def test_bench_layer_measures_the_class_that_is_asked_for(monkeypatch: pytest.Mo
         (["norm"], "bench norm needs NVIDIA GPUs: 1, found 0"),
         (["load", "--gpus", "2"], "bench load needs NVIDIA GPUs: 2, found 0"),
         (["fp8", "--gpus", "2"], "--gpus 2: bench fp8 runs in one process"),
+        (["load", "--profile"], "--profile: bench load makes no training steps"),
     ],
 )
 def test_bench_says_what_it_lacks(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
