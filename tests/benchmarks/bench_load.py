@@ -8,10 +8,12 @@ process holds beyond what it held before, page cache not counted: its own (sampl
 
     python tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]                              one GPU
     torchrun --nproc-per-node 2 tests/benchmarks/bench_load.py OUT.json [LAYERS [FOLDER]]         TP 2: etp 2, and EP 2
+    torchrun --nproc-per-node 8 tests/benchmarks/bench_load.py OUT.json 2 FOLDER --layout tp=2,ep=4 --layout ep=8
 
-The checkpoint is made in FOLDER if it is not there: random codes, no model that says anything.
+The checkpoint is made in FOLDER if it is not there and the ranks are one: random codes, no model that says anything.
 """
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +102,7 @@ def measure(folder: Path, layout: Parallelism) -> dict[str, Any]:
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
     }
-    row: dict[str, Any] = {"tp": layout.tp, "ep": layout.ep, "etp": layout.expert_tp}
+    row: dict[str, Any] = {"tp": layout.tp, "dp": layout.dp, "ep": layout.ep, "etp": layout.expert_tp}
     with model_parallel(**sizes), MiniMaxM2Bridge.from_hf_pretrained(folder) as bridge:
         row["rank"] = distributed.get_rank()
         with measured(row, "build"):
@@ -190,7 +192,13 @@ def planning() -> dict[str, float]:
     return found
 
 
-def main(out: Path, layers: int, folder: Path) -> None:
+def layout_of(words: str, world: int) -> Parallelism:
+    """ "tp=2,ep=4" on so many ranks; the others are data-parallel, and experts are whole unless etp says otherwise."""
+    sizes = {name: int(size) for name, size in (part.split("=") for part in words.split(","))}
+    return Parallelism(**{"etp": 1, "dp": world // sizes.get("tp", 1)} | sizes)
+
+
+def main(out: Path, layers: int, folder: Path, given: Sequence[str] = ()) -> None:
     warnings.simplefilter("ignore")
     world = int(os.environ.get("WORLD_SIZE", 1))
     made = time.perf_counter()
@@ -199,6 +207,7 @@ def main(out: Path, layers: int, folder: Path) -> None:
     made = time.perf_counter() - made
     print(f"checkpoint {made:.1f} s", flush=True)
     layouts = [Parallelism(tp=world, etp=world)] + ([Parallelism(tp=world, ep=world, etp=1)] if world > 1 else [])
+    layouts = [layout_of(words, world) for words in given] or layouts
     found = {"layers": layers, "planning for 512 ranks": planning(), "rows": []}
     with model_parallel():
         from megatron.core import parallel_state
@@ -212,6 +221,11 @@ def main(out: Path, layers: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[2:]
-    number = int(arguments[0]) if arguments else 2
-    main(Path(sys.argv[1]), number, Path(arguments[1] if len(arguments) > 1 else f"/tmp/minimax-m2-{number}-layers"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("layers", type=int, nargs="?", default=2)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--layout", action="append", default=[], help="such as tp=2,ep=4")
+    options = parser.parse_args()
+    made_in = options.folder or Path(f"/tmp/minimax-m2-{options.layers}-layers")
+    main(options.out, options.layers, made_in, options.layout)

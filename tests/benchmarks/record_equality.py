@@ -1,15 +1,19 @@
 """The proof of training as a record: `tests/bridge/model/test_training.py`, and how it came out, layout by layout.
 
     NVIDIA_TF32_OVERRIDE=0 python tests/benchmarks/record_equality.py OUT.json [-k EXPRESSION]
+    NVIDIA_TF32_OVERRIDE=0 python tests/benchmarks/record_equality.py OUT.json --layout "tp2 pp2" --layout "dp4 ep4"
 
 A row has the largest and the mean error of a tensor over `transformers`' own error in that dtype, both against float64,
 one rounding granted to both. What is written appears test by test, so a run that is stopped leaves what it finished.
+`--layout` is a name of the test's `SETUPS`; where one cannot be run here, that is an error.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +26,23 @@ PROOF = Path(__file__).parents[1] / "bridge" / "model" / "test_training.py"
 
 
 class Recorder:
-    """A pytest plug-in: outcome and recorded properties of every test, in a file."""
+    """A pytest plug-in: outcome and recorded properties of every test, in a file; of all layouts, or of some."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, layouts: Sequence[str] = ()):
         self.out = out
+        self.layouts = layouts
         self.rows: dict[str, dict] = {}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if not self.layouts:
+            return
+        named = {item: getattr(item, "callspec", None) and item.callspec.params.get("name") for item in items}
+        missing = set(self.layouts) - set(named.values())
+        if missing:
+            known = sorted({name for name in named.values() if name})
+            raise pytest.UsageError(f"--layout: {'; '.join(sorted(missing))} cannot be run here; of {'; '.join(known)}")
+        config.hook.pytest_deselected(items=[item for item in items if named[item] not in self.layouts])
+        items[:] = [item for item in items if named[item] in self.layouts]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
@@ -43,4 +59,10 @@ class Recorder:
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main(["-n", "0", "-q", str(PROOF), *sys.argv[2:]], plugins=[Recorder(Path(sys.argv[1]))]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layout", action="append", default=[])
+    options, others = parser.parse_known_args()
+    every = ["-m", "slow or not slow"] if options.layout else []
+    recorder = Recorder(options.out, options.layout)
+    sys.exit(pytest.main(["-n", "0", "-q", *every, str(PROOF), *others], plugins=[recorder]))

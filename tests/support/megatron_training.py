@@ -22,8 +22,14 @@ from support.sharded_models import groups_of
 
 CASE = Case(heads=8, groups=2, head_dim=16, rotary=8, hidden=32, width=24, experts=4, top_k=2, layers=2, vocab=64)
 DEEP_CASE = replace(CASE, layers=4)  # for four stages
-MICROBATCHES = {CASE: 2, DEEP_CASE: 4}  # more than there are ranks: else virtual stages cannot mix up their messages
+WIDE_CASE = replace(CASE, experts=8)  # for eight expert-parallel ranks, each with sequences of its own
+MICROBATCHES = {
+    CASE: 2,
+    DEEP_CASE: 4,
+    WIDE_CASE: 2,
+}  # more than there are ranks: else virtual stages cannot mix up their messages
 STEPS, BATCH, SEQ, LEARNING_RATE = 3, 2, 8, 0.5
+BATCHES = {CASE: BATCH, DEEP_CASE: BATCH, WIDE_CASE: 8}  # sequences in a microbatch, over all ranks
 
 GPUS = torch.cuda.device_count()
 DIALECTS = {kind: dialects[0 if GPUS else 1] for kind, dialects in MODEL_DIALECTS.items()}
@@ -91,7 +97,7 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | N
         microbatches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in mine]
         losses, norms, first = [], [], {}
         for _ in range(steps_of(dtype)):
-            losses.append(forward_backward(ddp, microbatches, step, seq=SEQ, batch=BATCH // layout.dp))
+            losses.append(forward_backward(ddp, microbatches, step, seq=SEQ, batch=len(mine[0])))
             norms.append(gradient_norm(chunks))
             grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
             first = first or _shards(grads, held, setup.drop_in)

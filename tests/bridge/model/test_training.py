@@ -19,13 +19,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.megatron_training import (
-    BATCH,
+    BATCHES,
     CASE,
     DEEP_CASE,
     GPUS,
     LEARNING_RATE,
     MICROBATCHES,
     SEQ,
+    WIDE_CASE,
     Setup,
     leave_out_the_backward_all_reduce,
     steps_of,
@@ -60,6 +61,8 @@ SETUPS = {
     "tp2 pp2": Setup(CASE, Parallelism(tp=2, pp=2, etp=1)),
     "tp2 dp2 ep2": Setup(CASE, Parallelism(tp=2, dp=2, ep=2, etp=1)),
     "tp2 dp2 ep4": Setup(CASE, Parallelism(tp=2, dp=2, ep=4, etp=1)),
+    "dp4 ep4": Setup(WIDE_CASE, Parallelism(dp=4, ep=4)),
+    "dp8 ep8": Setup(WIDE_CASE, Parallelism(dp=8, ep=8)),
     "tp2 dp2 ep2, experts cut in two": Setup(CASE, Parallelism(tp=2, dp=2, ep=2, etp=2)),
     "tp2 pp2 vpp2": Setup(DEEP_CASE, Parallelism(tp=2, pp=2, vpp=2, etp=1)),
     "cp2": Setup(CASE, Parallelism(cp=2)),  # with Transformer Engine's attention
@@ -77,6 +80,7 @@ RUNNABLE = [
     for name, setup in SETUPS.items()
     if (setup.layout.world_size <= GPUS if GPUS else setup.layout.cp == 1)  # megatron-core's own attention has no cp
 ]
+MANY_RANKS = ("dp4 ep4", "dp8 ep8")  # slow where ranks share few cores
 DTYPES = [FLOAT32, BFLOAT16] if GPUS else [FLOAT32]
 
 
@@ -92,7 +96,8 @@ class Run(NamedTuple):
 def microbatches(case: Case, dtype: torch.dtype) -> Tensor:
     """Sequences whose choice of experts is far from a tie."""
     model = hf_model(case, {name: value.float() for name, value in weights_of(case, dtype).items()}, FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES[case] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
+    batch = BATCHES[case]
+    return settled_tokens(model, batch=MICROBATCHES[case] * batch, seq=SEQ + 1).view(-1, batch, SEQ + 1)
 
 
 # ------------------------------------------------------------------------------------------ the oracle, in one process
@@ -177,7 +182,12 @@ ALLOWED = 2.5
 
 
 on_their_ranks = pytest.mark.parametrize(
-    ("pool", "name"), [(SETUPS[name].layout.world_size, name) for name in RUNNABLE], indirect=["pool"]
+    ("pool", "name"),
+    [
+        pytest.param(SETUPS[name].layout.world_size, name, marks=[pytest.mark.slow] if name in MANY_RANKS else [])
+        for name in RUNNABLE
+    ],
+    indirect=["pool"],
 )
 
 
