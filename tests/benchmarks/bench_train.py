@@ -19,10 +19,7 @@ GPU the same code runs a tiny model by gloo, which says that it works and nothin
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,7 @@ import torch
 from bridge.model.layer_spec import default_backend
 
 sys.path.insert(0, str(Path(__file__).parent))
+import child
 from train_rows import BASE, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
 
 SIZES = ("tp", "pp", "ep", "etp", "cp")
@@ -69,20 +67,7 @@ def run_ranks(plan: dict[str, Any], ranks: int, log: Path, limit: float) -> int 
     """The ranks' exit status; None if they were ended after `limit` seconds."""
     script = str(Path(__file__).with_name("train_visit.py"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, script, json.dumps(plan)]
-    here = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with log.open("ab") as file:
-        child = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, env=os.environ | {"PYTHONPATH": here}
-        )
-        try:
-            return child.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+    return child.run([sys.executable, *launcher, script, json.dumps(plan)], log, limit)
 
 
 def measure(visits: list[tuple[int, str]], plan: dict[str, Any], ranks: int, until: float) -> list[Line]:
@@ -95,7 +80,7 @@ def measure(visits: list[tuple[int, str]], plan: dict[str, Any], ranks: int, unt
             told = plan | {"visits": todo, "out": str(out), "until": until}
             status = run_ranks(told, ranks, log, until + GRACE - time.time())
             lines = [*_read(out)]
-            said = log.read_text(errors="replace").strip().splitlines()[-12:]
+            said = child.last_words(log, 12)
             for line in unfinished(lines):
                 how = "hung, and was ended" if status is None else f"the ranks ended with status {status}"
                 _append(out, {"round": line["round"], "row": line["row"], "failed": how, "where": said})

@@ -13,10 +13,7 @@ and its tokens, so that the time of a step would stay the same if communication 
 
 import argparse
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,12 +25,13 @@ import torch
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
+import child
 from record import environment
 from train_rows import BASE, FP8_EXPERTS, PEER_NORMS
 from true_width import few_layers, make
 
+HERE = Path(__file__).parent
 # Layouts of `tests/bridge/model/test_training.py`, and their ranks.
 PROVEN = {
     "tp2": 2,
@@ -122,29 +120,12 @@ def make_run(run: Run, folder: Path, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch, "out.json"), Path(scratch, "log")
         command = [word.format(out=out, folder=folder) for word in run.command]
-        here = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         began = time.time()
-        with log.open("wb") as file:
-            child = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                env=os.environ | {"PYTHONPATH": here, "NVIDIA_TF32_OVERRIDE": "0"},
-            )
-            try:
-                status: int | str = child.wait(limit)
-            except subprocess.TimeoutExpired:
-                status = f"ended after {limit:.0f} s"
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        said = log.read_text(errors="replace").strip().splitlines()
-        found = {"ranks": run.ranks, "command": shlex.join(run.command), "status": status}
-        found |= {"seconds": round(time.time() - began, 1)}
+        status = child.run(command, log, limit, NVIDIA_TF32_OVERRIDE="0")
+        found = {"ranks": run.ranks, "command": shlex.join(run.command), "seconds": round(time.time() - began, 1)}
+        found["status"] = f"ended after {limit:.1f} s" if status is None else status
         if status != 0:
-            found["said"] = said[-20:]
+            found["said"] = child.last_words(log, 20)
         return found | {"result": json.loads(out.read_text()) if out.exists() else None}
 
 

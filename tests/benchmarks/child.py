@@ -1,0 +1,37 @@
+"""A process that may fail or hang, with all that it starts."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(command: Sequence[str], log: Path, limit: float, **environment: str) -> int | None:
+    """Its exit status; None if it was ended after `limit` seconds. What it prints is added to `log`.
+
+    It imports the checkout that this file is of.
+    """
+    checkout = str(Path(__file__).parents[2])
+    path = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("ab") as file:
+        child = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # so that its ranks are ended with it
+            env=os.environ | environment | {"PYTHONPATH": path},
+        )
+        try:
+            return child.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def last_words(log: Path, lines: int) -> list[str]:
+    """The last lines that it printed."""
+    return log.read_text(errors="replace").strip().splitlines()[-lines:] if log.exists() else []
