@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_train
 import idle
-from train_rows import BASE, LAYERS, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
+from train_rows import ACCUMULATED, APEX, BASE, LAYERS, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
 from train_visit import visit
 
 from bridge.model.config import transformer_config
@@ -63,8 +63,12 @@ def test_rows_say_what_they_need() -> None:
     assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH, "cross_entropy"]
     assert lacks(ROWS["router"], "local", gpu=False) == "Transformer Engine, for router"
     assert lacks(ROWS["graphs"], "local", gpu=False) == "a GPU"
-    ours = [name for name, row in ROWS.items() if row.layers == "ours"]
+    ours = [
+        name for name, row in ROWS.items() if row.layers == "ours" and not ACCUMULATED.items() <= row.settings.items()
+    ]
     assert [lacks(ROWS[name], "transformer_engine", gpu=True) for name in ours] == [None] * len(ours)
+    if importlib.util.find_spec(APEX) is None:
+        assert lacks(ROWS["gradient accumulation"], "transformer_engine", gpu=True) == f"APEX's {APEX}"
     if importlib.util.find_spec("megatron.bridge") is None:
         assert lacks(ROWS[PEER], "transformer_engine", gpu=True) == "megatron-bridge and a GPU"
 

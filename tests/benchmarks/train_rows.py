@@ -2,8 +2,10 @@
 
 `FUSED` are the fusions that go together (`bridge.model.fusions`). `PEER_FLAGS` are what the provider of megatron-bridge
 0.6.2 for this model sets otherwise than `bridge.model.config` does on a GPU, with Transformer Engine
-(`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it). A row that `bridge.model.safe_settings` refuses
-is written as what it says; one that `lifts` a refusal is tried all the same, last, and what happens is written down.
+(`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
+Transformer Engine is installed, and megatron-core's output layer refuses it without an extension of APEX. A row that
+`bridge.model.safe_settings` refuses is written as what it says; one that `lifts` a refusal is tried all the same, last,
+and what happens is written down.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +25,6 @@ PEER_FLAGS: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,
     "cross_entropy_fusion_impl": "native",
-    "gradient_accumulation_fusion": True,
     "moe_permute_fusion": True,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -31,6 +32,8 @@ PEER_FLAGS: dict[str, Any] = {
     "deallocate_pipeline_outputs": True,
     "moe_router_dtype": None,
 }
+ACCUMULATED: dict[str, Any] = {"gradient_accumulation_fusion": True}
+APEX = "fused_weight_gradient_mlp_cuda"
 FP8: dict[str, Any] = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 PADDED_BY_ROUTER: dict[str, Any] = FP8 | {"moe_router_padding_for_quantization": True}
 GATHERING = "CUDA graphs, gathering parameters"  # the row of `REFUSALS`
@@ -62,12 +65,13 @@ ROWS: dict[str, Row] = {
     "permute": Row(fusions=("permute",)),
     "cross_entropy": Row(fusions=("cross_entropy",)),
     "cross_entropy_te": Row(fusions=("cross_entropy_te",)),
-    "gradient accumulation": Row({"gradient_accumulation_fusion": True}),
+    "gradient accumulation": Row(ACCUMULATED),
     "fusions": Row(fusions=FUSED),
     "fusions, TE's cross entropy": Row(fusions=FUSED_TE),
     "graphs": Row(graphs=True),
     "fusions and graphs": Row(fusions=FUSED, graphs=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
+    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),
     f"{PEER_NORMS}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER_NORMS),
@@ -112,6 +116,8 @@ def lacks(row: Row, backend: Backend, *, gpu: bool) -> str | None:
         return "megatron-bridge and a GPU"
     if not gpu and (row.graphs or row.settings):
         return "a GPU"
+    if ACCUMULATED.items() <= row.settings.items() and not _installed(APEX):
+        return f"APEX's {APEX}"
     short = [name for name in row.fusions if name != "none" and backend not in FUSIONS[name].backends]
     return f"Transformer Engine, for {', '.join(short)}" if short else None
 

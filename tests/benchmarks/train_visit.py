@@ -45,6 +45,7 @@ from record import environment
 from train_rows import LAYERS, ROWS, Row, Shape
 
 SEED = 1234
+LEFT_OVER = 2 << 30  # bytes that a visit may leave behind
 BALANCED = {"moe_router_force_load_balancing": True}
 
 
@@ -175,7 +176,7 @@ def main(plan: dict[str, Any]) -> None:
             write({**about, "environment": environment()})
         for number, name in plan["visits"]:
             if all_gather_objects(time.time() > plan["until"])[0]:
-                return
+                break
             key = {"round": number, "row": name}
             if is_rank_zero():
                 write({**key, "began": time.time()})
@@ -190,6 +191,10 @@ def main(plan: dict[str, Any]) -> None:
                 torch.cuda.empty_cache()
             if is_rank_zero():
                 write({**key, **found, "ended": time.time()})
+            if any(all_gather_objects(torch.cuda.is_available() and torch.cuda.memory_allocated() > LEFT_OVER)):
+                break  # another process has all of the memory
+        all_gather_objects(None)
+        os._exit(0)  # NCCL's end may wait for graphs that are gone
 
 
 if __name__ == "__main__":

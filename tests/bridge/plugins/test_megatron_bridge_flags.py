@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import MiniMaxM2Config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from train_rows import PEER_FLAGS
+from train_rows import ACCUMULATED, PEER_FLAGS
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from bridge.model.config import GPU_SETTINGS, transformer_config
@@ -26,8 +26,6 @@ pytestmark = [pytest.mark.plugins, pytest.mark.skipif(torch.cuda.is_available(),
 # Theirs does not look at the host, which has neither a GPU nor Transformer Engine here.
 OF_THE_HOST = {"use_cpu_initialization", "transformer_impl", "moe_grouped_gemm"}
 OF_THE_CALLER = {"pipeline_dtype"}  # who sets it where there are stages
-# True where Transformer Engine is: what the provider asks is looked at below.
-ASKED = "gradient_accumulation_fusion"
 
 
 def test_peer_flags_are_what_the_hosts_provider_sets_otherwise() -> None:
@@ -48,8 +46,8 @@ def test_peer_flags_are_what_the_hosts_provider_sets_otherwise() -> None:
     assert {name: value for name, value in different.items() if name not in OF_THE_HOST | OF_THE_CALLER} == {
         name: value
         for name, value in PEER_FLAGS.items()
-        if name not in (ASKED, "cross_entropy_fusion_impl")  # the latter is as it is in ours
+        if name != "cross_entropy_fusion_impl"  # as it is in ours
     }
     assert theirs.cross_entropy_fusion_impl == PEER_FLAGS["cross_entropy_fusion_impl"]
-    (asked,) = [field for field in fields(GPTModelProvider) if field.name == ASKED]
+    (asked,) = [field for field in fields(GPTModelProvider) if field.name in ACCUMULATED]
     assert asked.default_factory is fusions.can_enable_gradient_accumulation_fusion
