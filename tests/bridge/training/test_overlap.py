@@ -3,10 +3,15 @@
 The hooks are megatron-core's own, of its `DistributedDataParallel`; only the capture needs a GPU.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from support.overlap import train_steps
+from support.ranks import RankPool
 from support.small_model import SMALL
+from support.training_runs import make_source
 from torch import nn
 
 from bridge.model.build import build_model
@@ -68,6 +73,20 @@ def test_a_captured_layer_waits_for_all_of_its_parameters() -> None:
         assert {"mlp.router", "pre_mlp_layernorm"} <= held
         for hook, arguments in layer.cuda_graph_manual_hooks:
             hook(*arguments)
+
+
+def test_overlapped_steps_are_the_same_and_go_on_after_a_capture(tmp_path: Path) -> None:
+    """On two data-parallel ranks, bit for bit; what runs with the hooks off sees parameters that are not gathered."""
+    source = make_source(tmp_path / "source", fp8=False, num_hidden_layers=2)
+    with RankPool(2) as pool:
+        plain, overlapped = (pool.call(train_steps, str(source), overlap) for overlap in (False, True))
+    for rank in range(2):
+        ours, theirs = overlapped[rank], plain[rank]
+        assert ours["losses"] == theirs["losses"]
+        assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
+        assert torch.equal(theirs["logits"][0], theirs["logits"][1])
+        assert torch.equal(ours["logits"][1], theirs["logits"][1])
+        assert not torch.equal(ours["logits"][0], ours["logits"][1])
 
 
 def test_graphs_do_not_overlap_as_long_as_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
