@@ -131,8 +131,10 @@ def _figures(visits: Sequence[Line], about: Line, tokens: int, ranks: int) -> di
             "quartiles": [round(tokens / one, 1) for one in statistics.quantiles(seconds)[::-2]],
             "ms": [round(1e3 * one, 2) for one in seconds],
             "TFLOP/s a GPU": round(flops / 1e12, 3),
-            "peak GB": round(max(line["peak GB"] for line in visits if "peak GB" in line), 2),
         }
+        for word in ("peak GB", "reserved GB"):
+            if found := [line[word] for line in visits if word in line]:
+                row[word] = round(max(found), 2)
         if about["peak FLOP/s"]:
             row["MFU"] = round(flops / about["peak FLOP/s"], 4)
     return row

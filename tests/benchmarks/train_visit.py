@@ -151,6 +151,8 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profil
         measured = list(steps(shape.eager + 1, shape.timed))
         seconds = [max(of_ranks) for of_ranks in zip(*all_gather_objects([s for s, _ in measured]), strict=True)]
         found = {"seconds": seconds, "peak GB": max(all_gather_objects(memory_gb()))}
+        if torch.cuda.is_available():  # what graphs keep for themselves is in this alone
+            found["reserved GB"] = max(all_gather_objects(torch.cuda.max_memory_reserved() / 1e9))
         if profile and torch.cuda.is_available():
             found["profiled"] = profiled(lambda: list(steps(shape.eager + shape.timed + 1, 1)))
     if graphs is not None:
