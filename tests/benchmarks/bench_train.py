@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from train_rows import BASE, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
 
 SIZES = ("tp", "pp", "ep", "etp", "cp")
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # or float32 products are TensorFloat-32 in Transformer Engine
-GRACE = 60  # seconds after the last moment at which a visit may begin
+VISIT_SECONDS = 150  # within which the ranks start, or a visit comes to its end
+GRACE = 45  # seconds after the last moment at which a visit may begin
 Line = dict[str, Any]
 
 
@@ -65,14 +66,29 @@ def unfinished(lines: Sequence[Line]) -> list[Line]:
 
 
 def run_ranks(plan: dict[str, Any], ranks: int, log: Path, limit: float, **environment: str) -> int | None:
-    """The ranks' exit status; None if they were ended after `limit` seconds."""
+    """The ranks' exit status; None if they were ended, after `limit` seconds or because nothing came of a visit."""
+    out, began = Path(plan["out"]), time.time()
+
+    def hangs() -> bool:
+        return time.time() - max(began, out.stat().st_mtime if out.exists() else 0) > VISIT_SECONDS
+
     script = str(Path(__file__).with_name("train_visit.py"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return child.run([sys.executable, *launcher, script, json.dumps(plan)], log, limit, **environment)
+    command = [sys.executable, *launcher, script, json.dumps(plan)]
+    return child.run(command, log, limit, hangs=hangs, **environment)
 
 
-def measure(visits: list[tuple[int, str]], plan: dict[str, Any], ranks: int, until: float) -> list[Line]:
-    """The lines of all visits that there was time for, through as many processes as it takes."""
+def measure(
+    visits: list[tuple[int, str]],
+    plan: dict[str, Any],
+    ranks: int,
+    until: float,
+    report: Callable[[list[Line]], object] = lambda lines: None,
+) -> list[Line]:
+    """The lines of all visits that there was time for, through as many processes as it takes.
+
+    `report` is given those that there are after each of the processes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder, "visits.jsonl"), Path(folder, "log")
         lines: list[Line] = []
@@ -82,11 +98,16 @@ def measure(visits: list[tuple[int, str]], plan: dict[str, Any], ranks: int, unt
             environment = EXACT if checks else {}
             status = run_ranks(told, ranks, log, until + GRACE - time.time(), **environment)
             for line in unfinished(_read(out)):
-                how = "hung, and was ended" if status is None else f"the ranks ended with status {status}"
+                how = (
+                    "ended: the time was over, or nothing came of it"
+                    if status is None
+                    else f"the ranks ended with status {status}"
+                )
                 _append(out, {"round": line["round"], "row": line["row"], "failed": how, "where": _said(log)})
             before, lines = len(lines), _read(out)
             if not any("began" in line for line in lines[before:]) and time.time() < until:
                 raise RuntimeError("the ranks did not come as far as a row:\n" + "\n".join(_said(log)))
+            report(lines)
         return lines
 
 
@@ -95,7 +116,8 @@ def _said(log: Path) -> list[str]:
 
 
 def _read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Whole lines: ranks that are ended may leave a part of one."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def _append(path: Path, line: Line) -> None:
@@ -186,7 +208,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--rounds", type=int, default=3, help="timed visits of each row")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no visit begins after so many")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no visit begins after so many")
     parser.add_argument("--profile", action="store_true", help="one more step of each row, profiled: the idle share")
     return parser.parse_args(given)
 
@@ -204,17 +226,28 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     runnable = [name for name, what in missing.items() if what is None]
     plan = {"shape": shape._asdict(), "sizes": sizes, "profile": options.profile}
     visits = schedule(runnable, options.rounds)
-    lines = measure(visits, plan, options.ranks, until)
-    about = next(line for line in lines if "environment" in line)
-    tokens = shape.seq * shape.microbatches * about["dp"]
-    rows = summary(runnable, lines, tokens, options.ranks)
-    table = {name: rows[name] if name in rows else {"lacks": missing[name]} for name in options.rows}
-    config = {**shape._asdict(), "experts": shape.experts * sizes["ep"], "tokens a step": tokens, "dp": about["dp"],
-              "ranks": options.ranks, **sizes, "rounds": options.rounds,
-              "visits not made": [list(one) for one in left(visits, lines)]}  # fmt: skip
-    found = {"what": "training speed", **about["environment"], "config": config, "rows": table}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    show(table)
+
+    def report(lines: list[Line]) -> dict[str, Any]:
+        about = next(line for line in lines if "environment" in line)
+        tokens = shape.seq * shape.microbatches * about["dp"]
+        rows = summary(runnable, lines, tokens, options.ranks)
+        config = {
+            **shape._asdict(),
+            "experts": shape.experts * sizes["ep"],
+            "tokens a step": tokens,
+            "dp": about["dp"],
+            "ranks": options.ranks,
+            **sizes,
+            "rounds": options.rounds,
+            "visits not made": [list(one) for one in left(visits, lines)],
+        }
+        table = {name: rows[name] if name in rows else {"lacks": missing[name]} for name in options.rows}
+        found = {"what": "training speed", **about["environment"], "config": config, "rows": table}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")  # what is ended leaves what it had
+        return found
+
+    found = report(measure(visits, plan, options.ranks, until, report))
+    show(found["rows"])
     return found
 
 

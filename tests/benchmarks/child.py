@@ -3,15 +3,27 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+LOOK = 1.0  # seconds
 
-def run(command: Sequence[str], log: Path, limit: float, **environment: str) -> int | None:
-    """Its exit status; None if it was ended after `limit` seconds. What it prints is added to `log`.
 
-    It imports the checkout that this file is of.
+def run(
+    command: Sequence[str],
+    log: Path,
+    limit: float,
+    *,
+    hangs: Callable[[], bool] = lambda: False,
+    **environment: str,
+) -> int | None:
+    """Its exit status; None if it was ended, after `limit` seconds or because it `hangs`.
+
+    What it prints is added to `log`. It imports the checkout that this file is of.
     """
+    until = time.monotonic() + limit
     checkout = str(Path(__file__).parents[2])
     path = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("ab") as file:
@@ -23,8 +35,9 @@ def run(command: Sequence[str], log: Path, limit: float, **environment: str) -> 
             env=os.environ | environment | {"PYTHONPATH": path},
         )
         try:
-            return child.wait(limit)
-        except subprocess.TimeoutExpired:
+            while (remaining := until - time.monotonic()) > 0 and not hangs():
+                with suppress(subprocess.TimeoutExpired):
+                    return child.wait(min(LOOK, remaining))
             return None
         finally:
             if child.poll() is None:

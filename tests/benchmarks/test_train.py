@@ -106,6 +106,11 @@ def test_a_row_that_failed_is_not_visited_again() -> None:
     assert bench_train.left(visits, lines) == [(1, "c"), (2, "a"), (2, "c")]
 
 
+def test_a_line_that_was_cut_off_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "visits.jsonl").write_text('{"row": "a"}\n{"row": "b", "seco')
+    assert bench_train._read(tmp_path / "visits.jsonl") == [{"row": "a"}]
+
+
 ABOUT = {"environment": {}, "flops a token": 5e9, "peak FLOP/s": 1e15, "dp": 2}
 
 
@@ -173,7 +178,10 @@ def test_when_a_row_fails_the_others_go_on(tmp_path: Path) -> None:
     """Graphs fail without a GPU: the ranks end, others take over, and the failure is written down."""
     plan = {"shape": TINY._asdict(), "sizes": SIZES, "profile": False}
     visits = [(0, BASE), (1, "graphs"), (1, BASE), (2, "graphs")]
-    lines = bench_train.measure(visits, plan, 1, time.time() + 300)
+    reported: list[int] = []
+    lines = bench_train.measure(visits, plan, 1, time.time() + 300, lambda lines: reported.append(len(lines)))
+    assert reported == sorted(reported)
+    assert len(reported) == 3, "one process checks, one fails, one goes on"
     table = bench_train.summary([BASE, "graphs"], lines, tokens=TINY.seq * TINY.microbatches, ranks=1)
     assert "AssertionError" in table["graphs"]["failed"]
     assert table["graphs"].keys() == {"failed", "where"}
@@ -184,7 +192,11 @@ def test_when_a_row_fails_the_others_go_on(tmp_path: Path) -> None:
 
 
 @ON_CPU
-def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
+def test_ranks_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time is over, or when nothing has come of a visit for long."""
+    plan = {"out": str(tmp_path / "visits.jsonl")}
+    assert bench_train.run_ranks(plan, 1, tmp_path / "log", limit=0.2) is None
+    monkeypatch.setattr(bench_train, "VISIT_SECONDS", 0.3)
     began = time.time()
-    assert bench_train.run_ranks({}, 1, tmp_path / "log", limit=0.2) is None
+    assert bench_train.run_ranks(plan, 1, tmp_path / "log", limit=60) is None
     assert time.time() - began < 10

@@ -6,13 +6,16 @@ from typing import NamedTuple, get_args
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from support.small_model import SMALL
+from support.checks import ROOT
+from support.small_model import DEVICE, SMALL
 from torch import Tensor
 
 from bridge.model.build import build_model
 from bridge.model.fusions import FUSIONS, FusionName, check_fusions, fusion_settings
 from bridge.model.layer_spec import Backend
 from bridge.model.process_groups import model_parallel
+
+RECORDS = ROOT / "tests" / "benchmarks" / "results"
 
 
 def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
@@ -21,6 +24,7 @@ def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
     for fusion in FUSIONS.values():
         assert set(fusion.settings) <= known
         assert set(fusion.backends) <= set(get_args(Backend))
+        assert fusion.record is None or (RECORDS / fusion.record).is_file()
 
 
 def test_each_fusion_is_off_unless_asked_for() -> None:
@@ -56,9 +60,9 @@ class Losses(NamedTuple):
 def losses_of(dtype: torch.dtype, **settings: object) -> tuple[Losses, Losses]:
     """As a model with the settings makes them, and torch's in float64 from the same logits."""
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(7, 2, SMALL.vocab_size, generator=generator).to(dtype)
-    labels = torch.randint(0, SMALL.vocab_size, (2, 7), generator=generator)
-    weights = torch.randn(2, 7, generator=generator)
+    logits = torch.randn(7, 2, SMALL.vocab_size, generator=generator).to(DEVICE, dtype)
+    labels = torch.randint(0, SMALL.vocab_size, (2, 7), generator=generator).to(DEVICE)
+    weights = torch.randn(2, 7, generator=generator).to(DEVICE)
     exact = logits.double().requires_grad_()
     truth = torch.nn.functional.cross_entropy(exact.permute(1, 2, 0), labels, reduction="none")
     (true_gradient,) = torch.autograd.grad((truth * weights).sum(), exact)
