@@ -106,10 +106,10 @@ def run_resumable(
         return Done(results, sum(reused for _, reused in done))
 
 
-def versions() -> dict[str, str]:
-    """Of what decides a result's bytes; a package that runs from its sources has none."""
+def versions(*more: str) -> dict[str, str]:
+    """Of what decides a result's bytes, and of `more` packages; one that runs from its sources has none."""
     found = {}
-    for name in ("minimax-m2", "torch", "safetensors"):
+    for name in ("minimax-m2", "torch", "safetensors", *more):
         try:
             found[f"version of {name}"] = version(name)
         except PackageNotFoundError:

@@ -33,9 +33,7 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
     with ExitStack() as stack:
         if not torch.cuda.is_available():
             stack.enter_context(megatron_on_cpu())
-        if not torch.distributed.is_initialized():
-            _join_processes()
-            stack.callback(torch.distributed.destroy_process_group)
+        stack.enter_context(joined_ranks())
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
             stack.callback(parallel_state.destroy_model_parallel)
@@ -51,13 +49,24 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
         yield
 
 
-def _join_processes() -> None:
-    """Join torchrun's ranks, or else make a world of one, which needs no network port."""
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """torch.distributed's group of all ranks, before megatron-core's: torchrun's, or else a world of one.
+
+    Of one it needs no network port. Where there is a group already, nothing is done.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
     if launched_by_torchrun():
         join_ranks(models=True)
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def groups_of(layout: Parallelism, *, seed: int = 1234) -> AbstractContextManager[None]:

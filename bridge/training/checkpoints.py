@@ -9,7 +9,6 @@ it. The optimizer's state is stored like the weights, in whole tensors ("fully_r
 anew when it is loaded: they differ between layouts, and all that is in them is the step, which all have in common.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ import torch
 from megatron.core import dist_checkpointing
 
 from bridge.convert.training_arguments import common_state
-from bridge.jobs.durable import sync, write_bytes
-from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
-from bridge.training.optimizer import gather_parameters
 from bridge.training.settings import TrainJob
 from bridge.training.step import Trained
 from reference.config import ModelConfig
@@ -51,38 +47,6 @@ def latest_step(folder: Path) -> int | None:
             f"{tracker}: says {text!r}, and no such checkpoint is beside it; write the number of one that is there"
         )
     return int(text)
-
-
-def save_checkpoint(trained: Trained, folder: Path, step: int, config: ModelConfig) -> None:
-    """Save after a step; all ranks must call it. Of this step's and earlier ones the job's `keep_last` are kept.
-
-    Raises:
-        OSError: it cannot be written; the tracker file names the one before.
-    """
-    target = folder / iteration_name(step)
-    with raise_on_all_ranks():
-        if is_rank_zero():
-            if target.exists():  # left by a save that was killed
-                shutil.rmtree(target)
-            target.mkdir(parents=True)
-    gather_parameters(trained.wrapped)
-    model = model_state(trained.chunks)
-    state = {
-        **_common(trained.job, config, step),
-        "opt_param_scheduler": trained.scheduler.state_dict(),
-        **model,
-        "optimizer": trained.optimizer.sharded_state_dict(model, metadata=dict(METADATA)),
-    }
-    dist_checkpointing.save(state, str(target), content_metadata=dict(METADATA))
-    with raise_on_all_ranks():
-        if is_rank_zero():
-            for path in (*target.iterdir(), target, folder):
-                sync(path)
-            write_bytes(folder / TRACKER, str(step).encode())
-            sync(folder)
-            until_now = [one for one in _complete(folder) if one <= step]
-            for old in until_now[: -trained.job.keep_last]:
-                shutil.rmtree(folder / iteration_name(old))
 
 
 def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
@@ -129,7 +93,8 @@ def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     return {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in zip(names, chunks, strict=True)}
 
 
-def _common(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:
+def common_of(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:
+    """What is not a tensor: the step, and training arguments as Megatron-LM names them."""
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
     state = common_state(config, ModelClass(job.model_class), dtype, step)
     state["args"].consumed_train_samples = step * job.global_batch_size
@@ -145,7 +110,7 @@ def _common(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:
     return state
 
 
-def _complete(folder: Path) -> list[int]:
+def complete_steps(folder: Path) -> list[int]:
     """Steps of the run's complete checkpoints, in order."""
     numbers = {path: path.name.removeprefix("iter_") for path in folder.glob("iter_*")}
     return sorted(

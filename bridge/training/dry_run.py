@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 from bridge.memory_plan import plan, report
 from bridge.training.data.indexed import check_files
+from bridge.training.loop import world_size
 from bridge.training.settings import TrainJob
 from bridge.training.start import open_start
-from bridge.training.train import check_layout, world_size
+from bridge.training.train import check_layout
 
 
 class DryRun(NamedTuple):

@@ -7,12 +7,15 @@ the sequence that is before it, three times for forward and backward; recomputat
 import json
 import os
 import resource
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from bridge.jobs.durable import write_bytes
+from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.training.settings import TrainJob
 from bridge.training.step import StepResult
 from reference.config import ModelConfig
@@ -101,17 +104,70 @@ class MetricsWriter:
         self._board = _tensorboard(run / "tensorboard", step)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         for name, value in line.items() if self._board else ():
             if name != "step":
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            os.fsync(self._file.fileno())
         if self._board:
             self._board.close()
+
+
+class Reporter:
+    """Metrics on rank 0, and what the caller does with each line; an error is kept until all ranks can raise it.
+
+    For the length of a `with` block, which all ranks enter with the same arguments.
+    """
+
+    def __init__(self, run: Path, step: int, on_step: Callable[[dict[str, Any]], None]):
+        self._on_step, self._failure = on_step, None
+        with raise_on_all_ranks():
+            self._writer = MetricsWriter(run, step) if is_rank_zero() else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error is kept on this rank."""
+        return self._failure is not None
+
+    def report(self, line: Callable[[], dict[str, Any]]) -> None:
+        """Write the line of a step; on other ranks than 0 nothing happens, nor after an error."""
+        if self._writer is None or self.failed:
+            return
+        try:
+            made = line()
+            self._writer.write(made)
+            self._on_step(made)
+        except Exception as error:
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """Raise what is kept; all ranks must call it, and all raise the same."""
+        with raise_on_all_ranks():
+            if self._failure is not None:
+                raise self._failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.raise_failure()
+            with raise_on_all_ranks():
+                self._close()
+        else:
+            with suppress(OSError):  # the first error is the one to tell
+                self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -84,6 +84,7 @@ class TrainJob:
         "Steps between checkpoints; one is made at the end.", CHECKPOINTS, None, free=True
     )
     keep_last: int = _setting("Checkpoints to keep.", CHECKPOINTS, 2, free=True)
+    async_save: bool = _setting("Write checkpoints while training goes on.", CHECKPOINTS, True, free=True)
     export: Literal["bf16", "fp8"] | None = _setting(
         "Write a Hugging Face checkpoint to the run's export/ at the end.", CHECKPOINTS, None, free=True)  # fmt: skip
 

@@ -35,11 +35,15 @@ CHECKPOINTS = "checkpoints"  # in the folder of a run
 
 
 class Start(Protocol):
-    """`config` is the model, `folder` has its config.json and tokenizer; `what` it is, in words."""
+    """`config` is the model, `folder` has its config.json and tokenizer; `what` it is, in words.
+
+    `files` are those that weights are read from, each with what tells it from another of its name, such as its size.
+    """
 
     config: ModelConfig
     folder: Path
     what: str
+    files: list[tuple[Any, ...]]
 
     def fill(self, chunks: Sequence[nn.Module], progress: Progress) -> None:
         """Put the weights into a model; all ranks must call it."""
@@ -54,6 +58,7 @@ class HuggingFaceStart(AbstractContextManager):
     def __init__(self, source: str):
         self.bridge = MiniMaxM2Bridge.from_hf_pretrained(source)
         self.config, self.folder = self.bridge.config, self.bridge.checkpoint.files.folder
+        self.files = list(self.bridge.checkpoint.files.versions)
 
     def fill(self, chunks: Sequence[nn.Module], progress: Progress = no_progress) -> None:
         self.bridge.load_hf_weights(chunks, progress=progress)
@@ -96,6 +101,7 @@ class MegatronStart(_WeightByWeight):
         files = TorchDistFolder(inside if (inside / TRACKER).is_file() else folder)
         self.checkpoint = MegatronCheckpoint(files)
         self.config, self.folder = self.checkpoint.config, beside(files)
+        self.files = sorted((path.name, path.stat().st_size) for path in files.folder.iterdir() if path.is_file())
 
     def read_weight(self, name: str) -> Tensor:
         return self.checkpoint.read_weight(name)
@@ -109,6 +115,7 @@ class RandomStart(_WeightByWeight):
     def __init__(self, path: Path, seed: int):
         self.config, self.seed = read_config(path), seed
         self.folder = path if path.is_dir() else path.parent
+        self.files = []
         self.specs = expected_tensors(self.config)
 
     def read_weight(self, name: str) -> Tensor:

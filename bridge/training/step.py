@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
@@ -36,6 +37,19 @@ class StepResult(NamedTuple):
     tokens: int
     aux_loss: float
     expert_load: float
+
+
+class Flags(NamedTuple):
+    """What a rank has to tell the others, sent with the losses of a step; after it, on how many ranks it is so."""
+
+    failed: int  # an error is kept
+    writing: int  # a checkpoint is being written
+
+
+class NotFinite(NamedTuple):
+    """A step that was not made: "loss" or "gradient" is not finite."""
+
+    what: str
 
 
 @dataclass
@@ -76,8 +90,14 @@ class Trained:
         finalize_model_grads(*args, **kwargs)
 
 
-def forward(trained: Trained, batches: list[Iterator[dict[str, Tensor]]], *, forward_only: bool = False) -> Tensor:
-    """The schedule over a step's microbatches: the sum of the losses and the tokens trained on, over all ranks.
+def forward(
+    trained: Trained,
+    batches: list[Iterator[dict[str, Tensor]]],
+    *,
+    flags: Flags = Flags(0, 0),  # noqa: B008  # it is immutable
+    forward_only: bool = False,
+) -> Tensor:
+    """The schedule over a step's microbatches: the sum of the losses, the tokens trained on, the flags, of all ranks.
 
     `batches` has an iterator for each chunk.
     """
@@ -101,9 +121,9 @@ def forward(trained: Trained, batches: list[Iterator[dict[str, Tensor]]], *, for
     # Tensor-parallel ranks have the same losses, ranks of other stages none.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
     device = torch.cuda.current_device()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.tensor([0, 0, *flags], dtype=torch.float64, device=device)
     for one in found if counts else ():
-        sums += one["sums"]
+        sums[:2] += one["sums"]
     torch.distributed.all_reduce(sums)
     return sums
 
@@ -118,19 +138,56 @@ def _trained_share(microbatches: list[dict[str, Tensor]]) -> Tensor:
     return sums[:1] / sums[1:]  # of one entry, as the scale that other loops leave in megatron-core
 
 
-def train_step(trained: Trained, batches: list[Iterator[dict[str, Tensor]]]) -> StepResult | None:
-    """One step; None if the loss is not finite: then nothing was changed but the router's bias."""
+def train_step(
+    trained: Trained, batches: list[Iterator[dict[str, Tensor]]], flags: Flags
+) -> tuple[StepResult | NotFinite, Flags]:
+    """One step, and the flags of all ranks. Where the loss or the gradient is not finite, nothing is changed."""
+    biases = _router_biases(trained)
     for chunk in trained.wrapped:
         chunk.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    total, tokens = forward(trained, batches).tolist()
+    total, tokens, *raised = forward(trained, batches, flags=flags).tolist()
+    flags = Flags(*map(int, raised))
     aux_loss = _aux_loss(trained)
-    if not math.isfinite(total):
-        return None
-    _, grad_norm, _ = trained.optimizer.step()
+    grad_norm = _move(trained.optimizer) if math.isfinite(total) else None
+    if grad_norm is None:
+        for bias, before in biases:  # megatron-core moves it when gradients are final
+            bias.copy_(before)
+        return NotFinite("gradient" if math.isfinite(total) else "loss"), flags
     lr = trained.optimizer.param_groups[0]["lr"]
     trained.scheduler.step(1)
-    return StepResult(total / max(tokens, 1), float(grad_norm), lr, int(tokens), aux_loss, _expert_load(trained))
+    loss = total / max(tokens, 1)
+    return StepResult(loss, grad_norm, lr, int(tokens), aux_loss, _expert_load(trained)), flags
+
+
+class _GradientError(ArithmeticError):
+    """The norm of the gradient is not finite."""
+
+
+def _move(optimizer: Any) -> float | None:
+    """megatron-core's step, and the norm of the gradient; None, and no step, if that is not finite.
+
+    megatron-core asks for the norm before it changes a gradient or a weight, and has no such check of its own.
+    """
+
+    def finite_norm() -> Any:
+        norm = type(optimizer).get_grad_norm(optimizer)
+        if not math.isfinite(norm):
+            raise _GradientError
+        return norm
+
+    with patch.object(optimizer, "get_grad_norm", finite_norm):
+        try:
+            return float(optimizer.step()[1])
+        except _GradientError:
+            return None
+
+
+def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:
+    """Each router's bias, and a copy of it."""
+    modules = (module for chunk in trained.chunks for module in chunk.modules())
+    found = [bias for module in modules if (bias := getattr(module, "expert_bias", None)) is not None]
+    return [(bias, bias.clone()) for bias in found]
 
 
 def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:

@@ -1,43 +1,39 @@
 """`minimax-m2 train`: one run, from its start or from where it stopped, to its end.
 
 Everything that can be wrong with what was given is found out before the model is built. Then megatron-core does the
-work (`bridge.training.step`), and after each step its metrics are written, and its checkpoint where one is due.
+work (`bridge.training.loop`).
 """
 
-import itertools
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch import Tensor
 
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import all_gather_objects, check_same_on_all_ranks, is_rank_zero, raise_on_all_ranks
+from bridge.jobs.resumable import versions
 from bridge.jobs.target import check_apart
 from bridge.memory_plan.plan import layout
 from bridge.model.build import MakeSpec, build_model
 from bridge.model.fusions import check_fusions, fusion_settings
 from bridge.model.layer_spec import default_backend
-from bridge.model.process_groups import groups_of
-from bridge.training.checkpoints import latest_step, load_checkpoint, save_checkpoint
+from bridge.model.process_groups import groups_of, joined_ranks
+from bridge.training.checkpoints import latest_step, load_checkpoint
 from bridge.training.cuda_graphs import CudaGraphs
-from bridge.training.data.batches import build_dataset, microbatches
+from bridge.training.data.batches import build_dataset
 from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources, need_tokenizer
 from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.export import export_trained
-from bridge.training.metrics import MetricsWriter, step_metrics
-from bridge.training.nonfinite import first_not_finite
+from bridge.training.loop import run_steps, world_size
 from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
 from bridge.training.run_record import check_record, make_record, write_record
 from bridge.training.settings import TrainJob
 from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
-from bridge.training.step import Trained, train_step
+from bridge.training.step import Trained
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
 
@@ -57,17 +53,6 @@ class TrainSummary(NamedTuple):
     loss: float | None
     checkpoint: Path
     exported: Path | None
-
-
-class NotFiniteError(ValueError):
-    """The loss or the gradient is not finite."""
-
-
-def world_size() -> int:
-    """How many ranks take part."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
@@ -101,16 +86,28 @@ def train(
             (`NotFiniteError`; the last checkpoint stays). All ranks raise the same.
         OSError: something cannot be written.
     """
-    check_files(job.data)
-    out, start = Path(job.out), open_start(job)
-    with start:
-        parallelism = check_layout(job, start.config, world_size())
-        with groups_of(parallelism, seed=job.seed):
-            if job.cuda_graphs:
-                model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
-            check_same_on_all_ranks({"job": job})
-            sources, begun = _prepare(job, start, out, progress)
-            return _run(job, start, out, sources, begun, progress, on_step)
+    out = Path(job.out)
+    with ExitStack() as stack:
+        stack.enter_context(joined_ranks())
+        # Before anything that follows from it: ranks that make other process groups wait for each other.
+        check_same_on_all_ranks(versions("megatron-core") | asdict(job))
+        with raise_on_all_ranks():
+            check_files(job.data)
+            start = stack.enter_context(open_start(job))
+            parallelism = check_layout(job, start.config, world_size())
+        check_same_on_all_ranks(_what_is_read(job, start))
+        stack.enter_context(groups_of(parallelism, seed=job.seed))
+        if job.cuda_graphs:
+            model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
+        sources, begun = _prepare(job, start, out, progress)
+        return _run(job, start, out, sources, begun, progress, on_step)
+
+
+def _what_is_read(job: TrainJob, start: Start) -> dict[str, Any]:
+    """The model and the files as this rank finds them: another folder may be at the same path of another machine."""
+    model = {f"{name} of the model": value for name, value in asdict(start.config).items()}
+    data = {f"size of {path}": Path(path).stat().st_size for path in job.data}
+    return model | {f"files of {job.model}": start.files} | data
 
 
 def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tuple[list[Source], int]:
@@ -149,32 +146,7 @@ def _run(
     checkpoints = out / CHECKPOINTS
     if begun:
         load_checkpoint(trained, checkpoints, begun)
-    graphs = CudaGraphs(trained) if job.cuda_graphs else None
-    with raise_on_all_ranks():
-        writer = MetricsWriter(out, begun) if is_rank_zero() else None
-    loss = None
-    try:
-        for step in range(begun + 1, last + 1):
-            if graphs is not None:
-                graphs.before(step - begun)
-            began = time.perf_counter()
-            result = train_step(trained, _batches(trained, dataset, step))
-            if result is None:
-                where = first_not_finite(trained, _batches(trained, dataset, step))
-                raise NotFiniteError(_not_finite(step, "loss", where, checkpoints))
-            if not math.isfinite(result.grad_norm):  # it is in the weights already
-                raise NotFiniteError(_not_finite(step, "gradient", "the backward pass", checkpoints))
-            seconds = time.perf_counter() - began
-            loss = result.loss
-            if writer is not None:
-                line = step_metrics(job, start.config, step, result, seconds, world_size())
-                writer.write(line)
-                on_step(line)
-            if step == last or (job.save_every and step % job.save_every == 0):
-                save_checkpoint(trained, checkpoints, step, start.config)
-    finally:
-        if writer is not None:
-            writer.close()
+    loss = run_steps(trained, start.config, dataset, out, range(begun + 1, last + 1), on_step)
     finished = last == job.steps
     exported = export_trained(job, start, trained.chunks, out, progress) if job.export and finished else None
     return TrainSummary(begun, max(last, begun), loss, checkpoints, exported)
@@ -218,19 +190,3 @@ def build(
     wrapped = wrap(chunks)
     optimizer = build_optimizer(job, wrapped)
     return Trained(job, chunks, wrapped, optimizer, build_scheduler(job, optimizer))
-
-
-def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[str, Tensor]]]:
-    """The microbatches of a step, for each chunk."""
-    dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    made = microbatches(dataset, trained.job, step, dp=dp, dp_rank=dp_rank)
-    return list(itertools.tee(made, len(trained.chunks)))
-
-
-def _not_finite(step: int, what: str, where: str, checkpoints: Path) -> str:
-    kept = latest_step(checkpoints)
-    remains = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
-    return (
-        f"step {step}: the {what} is not finite; it began in {where}, and {remains}; lower the learning rate, or look "
-        "at the data and weights"
-    )

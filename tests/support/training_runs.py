@@ -5,13 +5,9 @@ load-balancing loss of a sigmoid router and the bias update, from `reference.moe
 """
 
 import math
-import os
-import signal
 from dataclasses import asdict
 from pathlib import Path
-from queue import Queue
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -65,16 +61,9 @@ def job_of(source: Path, out: Path, **changes: Any) -> TrainJob:
 
 
 def run_job(values: dict[str, Any]) -> dict[str, Any]:
-    """One rank's part of a run.
-
-    megatron-core hands the results of a save over in a queue of a process that it starts, which imports torch for
-    seconds in each rank. A save that is waited for needs none: the queue here is this process's.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+    """One rank's part of a run."""
     from bridge.training.train import train
 
-    filesystem_async._results_queue = filesystem_async._results_queue or Queue()
     return train(TrainJob(**values))._asdict()
 
 
@@ -182,42 +171,3 @@ def checkpoint_tensors(run: Path, step: int) -> dict[str, Tensor]:
 
     files = TorchDistFolder(run / "checkpoints" / f"iter_{step:07d}")
     return {key: files.read(key, (0,) * len(shape), shape) for key, shape in files.shapes.items()}
-
-
-def die_in_save(values: dict[str, Any], step: int, moment: str) -> None:
-    """A run that is killed with SIGKILL while it saves a step, at one of `MOMENTS`."""
-    from bridge.training import checkpoints
-
-    def die(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def save_and_perhaps_die(trained: Any, folder: Path, at: int, config: Any) -> None:
-        if at != step:
-            return save(trained, folder, at, config)
-        owner, name = MOMENTS[moment]
-        with patch.object(owner(), name, die):
-            return save(trained, folder, at, config)
-
-    save = checkpoints.save_checkpoint
-    with patch("bridge.training.train.save_checkpoint", save_and_perhaps_die):
-        run_job(values)
-
-
-def _checkpoints() -> Any:
-    from bridge.training import checkpoints
-
-    return checkpoints
-
-
-def _metadata() -> Any:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    return FileSystemWriterAsync
-
-
-# Where a save is killed: (what owns the function that is called next, its name).
-MOMENTS: dict[str, tuple[Any, str]] = {
-    "before the weights are written": (_metadata, "write_preloaded_data"),
-    "before .metadata": (_metadata, "finish"),
-    "before the tracker file": (_checkpoints, "write_bytes"),
-}

@@ -1,21 +1,14 @@
-"""A run that stops and goes on: in the same layout bit for bit, in another one to rounding; killed while it saves."""
+"""A run that stops and goes on: in the same layout bit for bit, in another one to rounding."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import RankError, RankPool
-from support.training_runs import (
-    MOMENTS,
-    checkpoint_tensors,
-    die_in_save,
-    job_of,
-    make_source,
-    run_job,
-    values_of,
-)
+from support.ranks import RankPool
+from support.training_runs import checkpoint_tensors, job_of, make_source, run_job, values_of
 
 from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import MetricsWriter, read_metrics
@@ -47,8 +40,9 @@ def job_at(source: Path, out: Path, **changes) -> TrainJob:
 
 @pytest.fixture(scope="module")
 def uninterrupted(source: Path, pair: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved without a process in the background, after each half."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    pair.call(run_job, values_of(job_at(source, out, **TP2_EP2)))
+    pair.call(run_job, values_of(job_at(source, out, async_save=False, save_every=STOP, **TP2_EP2)))
     return out
 
 
@@ -73,6 +67,12 @@ def gone_on(source: Path, pair: RankPool, stopped: Path, tmp_path_factory: pytes
     return copy_and_go_on(source, pair, stopped, tmp_path_factory.mktemp("gone on") / "run", TP2_EP2)
 
 
+def files_of(run: Path, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint but for `.metadata`, which has a number of each save and its path."""
+    files = (run / "checkpoints" / f"iter_{step:07d}").iterdir()
+    return {file.name: file.read_bytes() for file in files if file.name != ".metadata"}
+
+
 def numbers(run: Path) -> list[dict]:
     return [{name: line[name] for name in NUMBERS} for line in read_metrics(run)]
 
@@ -80,7 +80,10 @@ def numbers(run: Path) -> list[dict]:
 def test_in_the_same_layout_every_bit_is_the_uninterrupted_run_s(
     source: Path, pair: RankPool, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Losses, norms, weights, float32 weights and moments, in bfloat16 with float32 routers."""
+    """Losses, norms, weights, float32 weights and moments, in bfloat16 with float32 routers; every file of each rank.
+
+    Saved in the background, where the other was not.
+    """
     out = tmp_path / "run"
     pair.call(run_job, values_of(job_at(source, out, until=STOP, **TP2_EP2)))
     (first, *_) = pair.call(run_job, values_of(job_at(source, out, **TP2_EP2)))
@@ -90,6 +93,10 @@ def test_in_the_same_layout_every_bit_is_the_uninterrupted_run_s(
     assert any("exp_avg_sq" in key for key in ours)
     assert ours.keys() == theirs.keys()
     assert [key for key, value in ours.items() if not torch.equal(value, theirs[key])] == []
+    for step in (STOP, STEPS):
+        ours, theirs = files_of(out, step), files_of(uninterrupted, step)
+        assert ours.keys() == theirs.keys() >= {"__0_0.distcp", "__1_0.distcp", "metadata.json"}
+        assert [name for name, data in ours.items() if theirs[name] != data] == []
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -104,46 +111,16 @@ def test_in_another_layout_it_goes_on_to_rounding(
             assert ours[key] == pytest.approx(theirs[key], rel=RELATIVE), (key, ours["step"])
 
 
-SHORT = {"steps": 3, "save_every": 1, "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path, alone: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    alone.call(run_job, values_of(job_of(source, out, **SHORT)))
-    return out
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
-    source: Path, alone: RankPool, whole: Path, tmp_path: Path, moment: str
-) -> None:
-    killed = tmp_path / "killed"
-    with pytest.raises(RankError, match="exit code -9"):
-        alone.call(die_in_save, values_of(job_of(source, killed, **SHORT)), 2, moment)
-    assert latest_step(killed / "checkpoints") == 1
-    (summary,) = alone.call(run_job, values_of(job_of(source, killed, **SHORT)))
-    assert (summary["first"], summary["last"]) == (1, 3)
-    assert numbers(killed) == numbers(whole)
-    assert sorted(path.name for path in (killed / "checkpoints").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
-    ours, theirs = checkpoint_tensors(killed, 3), checkpoint_tensors(whole, 3)
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-
-def test_a_line_that_was_cut_off_is_written_again(whole: Path, tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
     """And what a killed run wrote beyond its last checkpoint."""
-    (tmp_path / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 4, "lo')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    lines = [{"step": step, "loss": 4.0 / step} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
+    assert read_metrics(tmp_path) == lines
     writer = MetricsWriter(tmp_path, 1)
     writer.write({"step": 2, "loss": 0.5})
     writer.close()
-    assert [line["loss"] for line in read_metrics(tmp_path)] == [read_metrics(whole)[0]["loss"], 0.5]
+    assert read_metrics(tmp_path) == [lines[0], {"step": 2, "loss": 0.5}]
 
 
 def test_what_was_just_saved_is_kept_whatever_else_is_there(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The steps of a run: after each its metrics are written, and its checkpoint is begun where one is due.
+
+What one rank alone finds out, that its metrics cannot be written or that its part of a checkpoint is, goes to the
+others with the losses of the next step: no step has a collective more for it.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from bridge.training.checkpoints import latest_step
+from bridge.training.cuda_graphs import CudaGraphs
+from bridge.training.data.batches import microbatches
+from bridge.training.metrics import Reporter, step_metrics
+from bridge.training.nonfinite import first_not_finite, gradient_not_finite
+from bridge.training.saver import Saver
+from bridge.training.start import CHECKPOINTS
+from bridge.training.step import Flags, NotFinite, Trained, train_step
+from reference.config import ModelConfig
+
+
+class NotFiniteError(ValueError):
+    """The loss or the gradient is not finite."""
+
+
+def run_steps(
+    trained: Trained,
+    config: ModelConfig,
+    dataset: Any,
+    out: Path,
+    steps: range,
+    on_step: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> float | None:
+    """Make the steps, numbered from 1, with metrics and checkpoints in `out`: the last loss, None if there is no step.
+
+    All ranks must call it, and all raise the same.
+
+    Raises:
+        NotFiniteError: the step was not made, and the model is as it was before it.
+        OSError: metrics or a checkpoint cannot be written.
+    """
+    job, checkpoints = trained.job, out / CHECKPOINTS
+    graphs = CudaGraphs(trained) if job.cuda_graphs else None
+    loss = None
+    with Reporter(out, steps.start - 1, on_step) as reporter, Saver(trained, checkpoints, config) as saver:
+        for step in steps:
+            if graphs is not None:
+                graphs.before(step - steps.start + 1)
+            began = time.perf_counter()
+            batches = _batches(trained, dataset, step)
+            result, flags = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))
+            if isinstance(result, NotFinite):
+                is_loss = result.what == "loss"
+                again = _batches(trained, dataset, step)
+                where = first_not_finite(trained, config, again) if is_loss else gradient_not_finite(trained, config)
+                saver.finish()
+                raise NotFiniteError(_not_finite(step, result.what, where, checkpoints))
+            if flags.failed or not flags.writing:
+                saver.finish()
+            if flags.failed:
+                reporter.raise_failure()
+            seconds, loss = time.perf_counter() - began, result.loss
+            reporter.report(partial(step_metrics, job, config, step, result, seconds, world_size()))
+            if step == steps[-1] or (job.save_every and step % job.save_every == 0):
+                saver.finish()
+                reporter.raise_failure()  # a run that goes on from here would lack this step's line
+                saver.save(step)
+    return loss
+
+
+def world_size() -> int:
+    """How many ranks take part."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[str, Tensor]]]:
+    """The microbatches of a step, for each chunk."""
+    dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    made = microbatches(dataset, trained.job, step, dp=dp, dp_rank=dp_rank)
+    return list(itertools.tee(made, len(trained.chunks)))
+
+
+def _not_finite(step: int, what: str, where: str, checkpoints: Path) -> str:
+    kept = latest_step(checkpoints)
+    remains = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    return (
+        f"step {step}: the {what} is not finite; it began in {where}; this step was not made, and {remains}; lower the "
+        "learning rate, or look at the data and weights"
+    )

@@ -1,0 +1,89 @@
+"""A loss or a gradient that is not finite: where it began, on every layout, and nothing of that step is kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import RankPool
+from support.training_faults import infinite_gradient, planted, run_with_planted, state_of
+from support.training_runs import job_of, make_source, values_of
+
+from bridge.model.process_groups import model_parallel
+from bridge.training.data.batches import build_dataset
+from bridge.training.data.indexed import make_sources
+from bridge.training.data.tokenizer import Tokenizer
+from bridge.training.loop import NotFiniteError, _batches
+from bridge.training.start import open_start
+from bridge.training.step import Flags, NotFinite, StepResult, train_step
+from bridge.training.train import build, train
+
+LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2, "etp": 1}, "pp2": {"pp": 2}, "dp2": {}}
+# What is planted in layer 1, and what the error says of it.
+SAID = {
+    "gradient": "step 1: the gradient is not finite; it began in layer 1: it is not finite of "
+    "model.layers.1.input_layernorm.weight, model.layers.1.self_attn.k_norm.weight, "
+    "model.layers.1.self_attn.k_proj.weight and 4 more, and of 22 weights before; this step was not made, and there is "
+    "no checkpoint yet",
+    "weight": "step 1: the loss is not finite; it began in layer 1; not finite are the weights "
+    "model.layers.1.self_attn.o_proj.weight; this step was not made, and there is no checkpoint yet",
+}
+PLACES = [("tp2 ep2", "gradient"), ("pp2", "gradient"), ("tp2 ep2", "weight"), ("pp2", "weight"), ("dp2", "gradient")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(("layout", "what"), PLACES)
+def test_every_rank_says_where_it_began_and_has_made_no_step(
+    source: Path, pair: RankPool, tmp_path: Path, layout: str, what: str
+) -> None:
+    values = values_of(job_of(source, tmp_path / "run", warmup_steps=0, **LAYOUTS[layout]))
+    for kind, words, changed in pair.call(run_with_planted, values, what, 1, seconds=60.0):
+        assert kind == "NotFiniteError"
+        assert words.startswith(SAID[what])
+        assert changed == []
+
+
+def test_squares_that_overflow_name_the_largest_gradient(source: Path, tmp_path: Path) -> None:
+    job = job_of(source, tmp_path / "run", warmup_steps=0)
+    with (
+        planted(lambda trained: infinite_gradient(trained, 1, 1e24)),
+        pytest.raises(
+            NotFiniteError, match=r"it began in the sum of its squares: the largest entry is \d.*e\+\d+, of model\."
+        ),
+    ):
+        train(job)
+
+
+def test_after_a_step_that_was_not_made_the_run_could_go_on_from_memory(source: Path, tmp_path: Path) -> None:
+    """A step whose gradient is infinite, then the same step again: every bit is that of the step alone."""
+    job = job_of(source, tmp_path / "run", warmup_steps=0)
+    ends, losses = [], []
+    for is_planted in (False, True):
+        with open_start(job) as start, model_parallel():
+            sources = make_sources(job.data, Tokenizer(job.model, 260), 260, tmp_path / "data")
+            dataset = build_dataset(job, sources, tmp_path / "data" / "indices")
+            trained = build(job, start)
+            if is_planted:
+                before = state_of(trained)
+                hook = infinite_gradient(trained, 1)
+                assert train_step(trained, _batches(trained, dataset, 1), Flags(0, 0))[0] == NotFinite("gradient")
+                hook.remove()
+                assert [name for name, value in state_of(trained).items() if not torch.equal(value, before[name])] == []
+            for step in (1, 2):
+                result, _ = train_step(trained, _batches(trained, dataset, step), Flags(0, 0))
+                assert isinstance(result, StepResult)
+                losses.append(result.loss)
+            ends.append(state_of(trained))
+    alone, after = ends
+    assert losses[:2] == losses[2:]
+    assert [name for name, value in alone.items() if not torch.equal(value, after[name])] == []

@@ -1,0 +1,120 @@
+"""What one rank finds out is an error on all, in seconds: other arguments or files, metrics that cannot be written."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ranks import RankPool
+from support.training_faults import failed_run
+from support.training_runs import TEXT, job_of, make_source, run_job, values_of
+from torch import distributed
+
+from bridge.training.metrics import read_metrics
+
+SECONDS = 30.0  # of what takes one or two; a rank that waits for another would wait for minutes
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def failed_run_of_each(*values: dict[str, Any]) -> tuple[str, str]:
+    """Each rank runs its own."""
+    return failed_run(values[distributed.get_rank()])
+
+
+def failed_run_in_own_folder(values: dict[str, Any], machines: Path) -> tuple[str, str]:
+    """Relative paths are to a folder of each rank, as if it were on another machine."""
+    before = Path.cwd()
+    os.chdir(machines / str(distributed.get_rank()))
+    try:
+        return failed_run(values)
+    finally:
+        os.chdir(before)
+
+
+def failed_run_with_packages(values: dict[str, Any], packages: Path) -> tuple[str, str]:
+    """Rank 1 finds the packages of a folder first."""
+    if distributed.get_rank():
+        sys.path.insert(0, str(packages))
+    try:
+        return failed_run(values)
+    finally:
+        sys.path[:] = [path for path in sys.path if path != str(packages)]
+
+
+def said(pair: RankPool, *call: Any) -> str:
+    """What all ranks raise, which must be the same."""
+    (kind, words), *others = pair.call(*call, seconds=SECONDS)
+    assert others == [(kind, words)]
+    assert kind == "ValueError"
+    return words
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "tp": ({"tp": 2, "ep": 2, "etp": 1}, "tp: rank 0 has 1, rank 1 has 2"),
+    "steps": ({"steps": 7}, "steps: rank 0 has 10, rank 1 has 7"),
+    "no such data": ({"data": ("nowhere.txt",)}, "data: rank 0 has "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_arguments(source: Path, pair: RankPool, tmp_path: Path, name: str) -> None:
+    job = job_of(source, tmp_path / "run")
+    change, expected = CHANGES[name]
+    assert said(pair, failed_run_of_each, values_of(job), values_of(job.at(**change))).startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_files_at_the_same_path(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "a.txt").write_bytes(TEXT.read_bytes()[: 9999 + int(rank)])
+        (tmp_path / rank / "model").symlink_to(source)
+    values = values_of(job_of(Path("model"), tmp_path / "run", data=("a.txt",)))
+    assert said(pair, failed_run_in_own_folder, values, tmp_path).startswith(
+        "size of a.txt: rank 0 has 9999, rank 1 has 10000"
+    )
+    (tmp_path / "1" / "a.txt").unlink()
+    assert said(pair, failed_run_in_own_folder, values, tmp_path) == "a.txt: no such file"
+    (tmp_path / "1" / "a.txt").write_bytes((tmp_path / "0" / "a.txt").read_bytes())
+    (tmp_path / "1" / "model").unlink()
+    make_source(tmp_path / "1" / "model", fp8=False, num_hidden_layers=3)
+    found = said(pair, failed_run_in_own_folder, values, tmp_path)
+    assert found.startswith("num_hidden_layers of the model: rank 0 has 2, rank 1 has 3")
+
+
+def test_another_version_of_megatron_core(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    metadata = tmp_path / "megatron_core-0.19.99.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.19.99\n")
+    words = said(pair, failed_run_with_packages, values_of(job_of(source, tmp_path / "run")), tmp_path)
+    assert words.startswith("version of megatron-core: rank 0 has 0.19.")
+    assert "rank 1 has 0.19.99" in words
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_metrics_that_cannot_be_written(source: Path, pair: RankPool, tmp_path: Path, due: bool) -> None:
+    """The disk is full, at a step after which the ranks meet at a checkpoint, or only in the next step."""
+    run = tmp_path / "run"
+    job = job_of(source, run, steps=4, warmup_steps=0, ep=2)
+    pair.call(run_job, values_of(job.at(until=1)))
+    (run / "metrics.jsonl").rename(run / "kept")
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    first, second = pair.call(failed_run, values_of(job.at(save_every=2 if due else None)), seconds=SECONDS)
+    assert first == second == ("OSError", f"[Errno 28] No space left on device: '{run / 'metrics.jsonl'}'")
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "1", "step 2 has no line"
+    (run / "kept").rename(run / "metrics.jsonl")
+    pair.call(run_job, values_of(job))
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
