@@ -79,11 +79,11 @@ def test_other_arguments(source: Path, pair: RankPool, tmp_path: Path, name: str
 def test_other_files_at_the_same_path(source: Path, pair: RankPool, tmp_path: Path) -> None:
     for rank in ("0", "1"):
         (tmp_path / rank).mkdir()
-        (tmp_path / rank / "a.txt").write_bytes(TEXT.read_bytes()[: 9999 + int(rank)])
+        (tmp_path / rank / "a.txt").write_bytes(TEXT.read_bytes()[: 3999 + int(rank)])
         (tmp_path / rank / "model").symlink_to(source)
     values = values_of(job_of(Path("model"), tmp_path / "run", data=("a.txt",)))
     assert said(pair, failed_run_in_own_folder, values, tmp_path).startswith(
-        "size of a.txt: rank 0 has 9999, rank 1 has 10000"
+        "size of a.txt: rank 0 has 3999, rank 1 has 4000"
     )
     (tmp_path / "1" / "a.txt").unlink()
     assert said(pair, failed_run_in_own_folder, values, tmp_path) == "a.txt: no such file"
