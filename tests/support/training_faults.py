@@ -196,3 +196,27 @@ def run_with_planted(values: dict[str, Any], what: str, layer: int) -> tuple[str
     after = state_of(built[0])
     changed = [name for name, value in before.items() if not torch.equal(value.nan_to_num(), after[name].nan_to_num())]
     return kind, words, changed
+
+
+def fail_while_it_is_written(values: dict[str, Any], what: str) -> tuple[str, str]:
+    """What a run raises whose third step fails while the checkpoint of the second waits to be written."""
+
+    def plant(trained: Any) -> None:
+        steps = iter(range(1, 100))
+
+        def before(_module: Any, _inputs: Any) -> None:
+            if next(steps) != 3 * len_of_step:
+                return
+            if what == "gradient":
+                infinite_gradient(trained, 1)
+            elif what == "error" or distributed.get_rank() == 1:
+                raise ZeroDivisionError("planted")
+
+        len_of_step = values["global_batch_size"] // distributed.get_world_size()
+        trained.chunks[0].register_forward_pre_hook(before)
+
+    with planted(plant), before_files_of(2, lambda: time.sleep(1)):
+        found = failed_run(values)
+    if what == "error on rank 1" and distributed.get_rank() == 1:
+        os._exit(7)
+    return found

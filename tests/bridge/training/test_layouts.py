@@ -41,16 +41,19 @@ class Oracle(NamedTuple):
     truth: Curve
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    folder = tmp_path_factory.mktemp("training")
-    source = make_source(folder / "source", fp8=False)
+def make_oracle(folder: Path, **sizes: int) -> Oracle:
+    source = make_source(folder / "source", fp8=False, **sizes)
     job = job_of(source, folder / "oracle")
     steps = samples_of(job, folder / "data")
     theirs = train_transformers(job, steps, FLOAT32)
     with pytest.MonkeyPatch.context() as patch:
         remove_float32_casts(patch)
         return Oracle(source, theirs, train_transformers(job, steps, FLOAT64))
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_oracle(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,14 @@ def test_every_layout_trains_as_transformers_does(oracle: Oracle, pool: RankPool
 @pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in SLOW.items()], indirect=["pool"])
 def test_more_layouts_train_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
     check_layout(oracle, pool, SLOW[name][1], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_four_stages_of_two_chunks_train_as_transformers_does(tmp_path: Path) -> None:
+    """Eight layers, one in each chunk."""
+    deep = make_oracle(tmp_path, num_hidden_layers=8)
+    with RankPool(4) as ranks:
+        check_layout(deep, ranks, {"pp": 4, "vpp": 2}, tmp_path / "run")
 
 
 def test_the_loss_falls(oracle: Oracle) -> None:

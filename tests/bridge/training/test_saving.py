@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import RankError, RankPool
-from support.training_faults import MOMENTS, die_in_save, write_after_step, writer_dies, writer_has_no_room
+from support.training_faults import (
+    MOMENTS,
+    die_in_save,
+    fail_while_it_is_written,
+    write_after_step,
+    writer_dies,
+    writer_has_no_room,
+)
 from support.training_runs import checkpoint_tensors, job_of, make_source, run_job, values_of
 
 from bridge.training.checkpoints import latest_step
@@ -79,6 +86,36 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
     assert numbers(killed) == numbers(whole)
     assert sorted(path.name for path in (killed / "checkpoints").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert_same(killed, whole, 3)
+
+
+def test_an_error_in_a_later_step_waits_for_the_checkpoint(
+    source: Path, alone: RankPool, whole: Path, tmp_path: Path
+) -> None:
+    """Of one rank, whose error is nobody else's."""
+    values = values_of(job_of(source, tmp_path / "run", **SHORT | {"save_every": 2}))
+    ((kind, words),) = alone.call(fail_while_it_is_written, values, "error", seconds=SECONDS)
+    assert (kind, words) == ("ZeroDivisionError", "planted")
+    assert latest_step(tmp_path / "run" / "checkpoints") == 2
+    assert_same(tmp_path / "run", whole, 2)
+
+
+def test_a_gradient_that_is_not_finite_waits_for_the_checkpoint(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    values = values_of(job_of(source, tmp_path / "run", **SHORT | {"save_every": 2}))
+    for kind, words in pair.call(fail_while_it_is_written, values, "gradient", seconds=SECONDS):
+        assert kind == "NotFiniteError"
+        assert "step 3: the gradient is not finite" in words
+        assert "this step was not made, and the checkpoint of step 2 is kept" in words
+    assert latest_step(tmp_path / "run" / "checkpoints") == 2
+
+
+def test_an_error_of_one_rank_of_two_gives_the_checkpoint_up(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    """It ends without the other, whose error is what torch.distributed makes of that."""
+    values = values_of(job_of(source, tmp_path / "run", **SHORT | {"save_every": 2}))
+    with pytest.raises(RankError) as error:
+        pair.call(fail_while_it_is_written, values, "error on rank 1", seconds=SECONDS)
+    assert error.value.reports[0] == "returned"
+    assert error.value.reports[1].startswith("died, exit code 7")
+    assert not list((tmp_path / "run" / "checkpoints").rglob("*metadata*"))
 
 
 def test_a_writer_that_is_killed_is_an_error_on_all_ranks_and_leaves_no_checkpoint(
