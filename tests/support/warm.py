@@ -1,5 +1,6 @@
 """Imported once by the server that tests fork from: FP8 is compiled, by conversions that use all of it."""
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -17,3 +18,6 @@ with tempfile.TemporaryDirectory() as _folder:
     import_checkpoint(ImportJob(_source, _megatron))
     export_checkpoint(ExportJob(_megatron, _out, source=_source))
     export_checkpoint(ExportJob(_megatron, _out, scales="fresh", source=_source), overwrite=True)
+
+gc.collect()
+gc.freeze()  # megatron-core collects garbage at every save, and would look through all of the above in each fork

@@ -4,6 +4,9 @@ In float32 on gloo ranks, with the load-balancing loss, the bias update, clippin
 truth is the oracle's run in float64; what its own float32 run is off by is the measure.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,9 +60,10 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 @pytest.fixture(scope="module")
-def pool(request: pytest.FixtureRequest):
-    with RankPool(request.param) as ranks:
-        yield ranks
+def pool_of() -> Iterator[Callable[[int], RankPool]]:
+    """So many ranks, which stay for the tests of this file."""
+    with ExitStack() as stack:
+        yield cache(lambda world: stack.enter_context(RankPool(world)))
 
 
 def check_layout(oracle: Oracle, pool: RankPool, settings: dict, out: Path) -> None:
@@ -77,23 +81,30 @@ def check_layout(oracle: Oracle, pool: RankPool, settings: dict, out: Path) -> N
             assert error <= bound, (key, line["step"])
 
 
-@pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in LAYOUTS.items()], indirect=["pool"])
-def test_every_layout_trains_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
-    check_layout(oracle, pool, LAYOUTS[name][1], tmp_path / "run")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_as_transformers_does(
+    oracle: Oracle, pool_of: Callable[[int], RankPool], name: str, tmp_path: Path
+) -> None:
+    world, settings = LAYOUTS[name]
+    check_layout(oracle, pool_of(world), settings, tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pool", "name"), [(world, name) for name, (world, _) in SLOW.items()], indirect=["pool"])
-def test_more_layouts_train_as_transformers_does(oracle: Oracle, pool: RankPool, name: str, tmp_path: Path) -> None:
-    check_layout(oracle, pool, SLOW[name][1], tmp_path / "run")
+@pytest.mark.parametrize("name", SLOW)
+def test_more_layouts_train_as_transformers_does(
+    oracle: Oracle, pool_of: Callable[[int], RankPool], name: str, tmp_path: Path
+) -> None:
+    world, settings = SLOW[name]
+    check_layout(oracle, pool_of(world), settings, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_four_stages_of_two_chunks_train_as_transformers_does(tmp_path: Path) -> None:
+def test_four_stages_of_two_chunks_train_as_transformers_does(
+    pool_of: Callable[[int], RankPool], tmp_path: Path
+) -> None:
     """Eight layers, one in each chunk."""
     deep = make_oracle(tmp_path, num_hidden_layers=8)
-    with RankPool(4) as ranks:
-        check_layout(deep, ranks, {"pp": 4, "vpp": 2}, tmp_path / "run")
+    check_layout(deep, pool_of(4), {"pp": 4, "vpp": 2}, tmp_path / "run")
 
 
 def test_the_loss_falls(oracle: Oracle) -> None:
