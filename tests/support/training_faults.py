@@ -59,14 +59,23 @@ MOMENTS = ("while its files are written", "before .metadata", "before the tracke
 
 
 def die_in_save(values: dict[str, Any], step: int, moment: str) -> None:
-    """A run that is killed with SIGKILL while it saves a step; a process that writes then is an orphan, and goes on."""
+    """A run that is killed with SIGKILL while it saves a step.
+
+    A process that writes then is an orphan. One that is there after a second makes a file `orphan` beside the run.
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from bridge.training import saver
 
     pid = os.getpid()
+
+    def die_and_go_on() -> None:
+        kill(pid)
+        time.sleep(1)
+        Path(values["out"]).with_name("orphan").touch()
+
     if moment == MOMENTS[0]:
-        with before_files_of(step, lambda: kill(pid)):
+        with before_files_of(step, die_and_go_on):
             run_job(values)
     owner, name = {MOMENTS[1]: (FileSystemWriterAsync, "finish"), MOMENTS[2]: (saver, "write_bytes")}[moment]
     real = getattr(owner, name)

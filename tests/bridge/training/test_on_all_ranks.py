@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.ranks import RankPool
-from support.training_faults import failed_run
+from support.training_faults import failed_run, planted
 from support.training_runs import TEXT, job_of, make_source, run_job, values_of
 from torch import distributed
 
@@ -51,6 +51,18 @@ def failed_run_with_packages(values: dict[str, Any], packages: Path) -> tuple[st
         return failed_run(values)
     finally:
         sys.path[:] = [path for path in sys.path if path != str(packages)]
+
+
+def failed_run_counted(values: dict[str, Any]) -> tuple[tuple[str, str], float]:
+    """And how many steps it has made."""
+    passes: list[int] = []
+
+    def plant(trained: Any) -> None:
+        trained.chunks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+
+    with planted(plant):
+        found = failed_run(values)
+    return found, len(passes) * distributed.get_world_size() / values["global_batch_size"]
 
 
 def said(pair: RankPool, *call: Any) -> str:
@@ -111,8 +123,10 @@ def test_metrics_that_cannot_be_written(source: Path, pair: RankPool, tmp_path: 
     pair.call(run_job, values_of(job.at(until=1)))
     (run / "metrics.jsonl").rename(run / "kept")
     (run / "metrics.jsonl").symlink_to("/dev/full")
-    first, second = pair.call(failed_run, values_of(job.at(save_every=2 if due else None)), seconds=SECONDS)
-    assert first == second == ("OSError", f"[Errno 28] No space left on device: '{run / 'metrics.jsonl'}'")
+    values = values_of(job.at(save_every=2 if due else None))
+    first, second = pair.call(failed_run_counted, values, seconds=SECONDS)
+    words = f"[Errno 28] No space left on device: '{run / 'metrics.jsonl'}'"
+    assert first == second == (("OSError", words), 1 if due else 2)
     tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "1", "step 2 has no line"
     (run / "kept").rename(run / "metrics.jsonl")

@@ -1,5 +1,6 @@
 """A checkpoint that is written while training goes on: what is in it, when it counts, and what may be killed."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,12 +81,16 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
     job = job_of(source, killed, async_save=background, **SHORT)
     with pytest.raises(RankError, match="exit code -9"):
         alone.call(die_in_save, values_of(job), 2, moment)
+    until = time.monotonic() + 1.5
     assert latest_step(killed / "checkpoints") == 1
     (summary,) = alone.call(run_job, values_of(job))
     assert (summary["first"], summary["last"]) == (1, 3)
     assert numbers(killed) == numbers(whole)
     assert sorted(path.name for path in (killed / "checkpoints").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert_same(killed, whole, 3)
+    if moment == MOMENTS[0]:
+        time.sleep(max(0.0, until - time.monotonic()))
+        assert not (tmp_path / "orphan").exists()
 
 
 def test_an_error_in_a_later_step_waits_for_the_checkpoint(
