@@ -82,9 +82,9 @@ def train(
     `on_step` is given each step's metrics, on rank 0.
 
     Raises:
-        ValueError: something that was given is not possible (before any weight is read), or the loss is not finite
-            (`NotFiniteError`; the last checkpoint stays). All ranks raise the same.
-        OSError: something cannot be written.
+        ValueError: something that was given is not possible, or not the same on all ranks (before any weight is read);
+            or the loss or the gradient is not finite (`NotFiniteError`; the last checkpoint stays).
+        OSError: something cannot be written. All ranks raise the same.
     """
     out = Path(job.out)
     with ExitStack() as stack:
