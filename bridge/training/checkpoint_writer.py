@@ -82,8 +82,9 @@ class CheckpointWriter:
             if isinstance(written, Exception):
                 raise written
         rank, world = rank_and_world_size()
-        everyone: list[Any] | None = [None] * world if rank == 0 else None
-        torch.distributed.gather_object(written, everyone)
+        everyone = [written] * world if rank == 0 else None
+        if world > 1:
+            torch.distributed.gather_object(written, everyone)
         with raise_on_all_ranks():
             if is_rank_zero():
                 self._strategy.writer.finish(self._strategy.plan, everyone)
