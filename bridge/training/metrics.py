@@ -4,6 +4,7 @@ Model FLOPs are those of the matrix products of the weights that a token goes th
 the sequence that is before it, three times for forward and backward; recomputation is not counted.
 """
 
+import errno
 import json
 import os
 import resource
@@ -107,6 +108,8 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:  # bytes would go where nobody reads them
+                raise FileNotFoundError(errno.ENOENT, "Was deleted while the run goes on")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         for name, value in line.items() if self._board else ():

@@ -49,8 +49,8 @@ def gradient_not_finite(trained: Trained, config: ModelConfig) -> str:
         return f"the sum of its squares: the largest entry is {sizes[largest]:.1e}, of {largest}"
     place = max(map(_place_of, bad))
     here = {name for name in bad if _place_of(name) == place}
-    others = f", and of {len(bad) - len(here)} weights before" if len(bad) > len(here) else ""
-    return f"{_words(place)}: it is not finite of {_some(here)}{others}"
+    others = f", and went on to {len(bad) - len(here)} weights before" if len(bad) > len(here) else ""
+    return f"{_words(place)}, of {_some(here)}{others}"
 
 
 def _names(trained: Trained, config: ModelConfig, judge: Callable[[Tensor], Any]) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from bridge.training.train import build, train
 LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2, "etp": 1}, "pp2": {"pp": 2}, "dp2": {}}
 # What is planted in layer 1, and what the error says of it.
 SAID = {
-    "gradient": "step 1: the gradient is not finite; it began in layer 1: it is not finite of "
-    "model.layers.1.input_layernorm.weight, model.layers.1.self_attn.k_norm.weight, "
-    "model.layers.1.self_attn.k_proj.weight and 4 more, and of 22 weights before; this step was not made, and there is "
-    "no checkpoint yet",
+    "gradient": "step 1: the gradient is not finite; it began in layer 1, of model.layers.1.input_layernorm.weight, "
+    "model.layers.1.self_attn.k_norm.weight, model.layers.1.self_attn.k_proj.weight and 4 more, and went on to 22 "
+    "weights before; this step was not made, and there is no checkpoint yet",
     "weight": "step 1: the loss is not finite; it began in layer 1; not finite are the weights "
     "model.layers.1.self_attn.o_proj.weight; this step was not made, and there is no checkpoint yet",
 }

@@ -1,6 +1,7 @@
 """What one rank finds out is an error on all, in seconds: other arguments or files, metrics that cannot be written."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,12 +54,17 @@ def failed_run_with_packages(values: dict[str, Any], packages: Path) -> tuple[st
         sys.path[:] = [path for path in sys.path if path != str(packages)]
 
 
-def failed_run_counted(values: dict[str, Any]) -> tuple[tuple[str, str], float]:
-    """And how many steps it has made."""
+def failed_run_counted(values: dict[str, Any], remove: Path | None = None) -> tuple[tuple[str, str], float]:
+    """And how many steps it has made; in the first of them a folder is removed."""
     passes: list[int] = []
 
+    def count(*_: Any) -> None:
+        if remove is not None and distributed.get_rank() == 0:
+            shutil.rmtree(remove, ignore_errors=True)
+        passes.append(1)
+
     def plant(trained: Any) -> None:
-        trained.chunks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+        trained.chunks[0].register_forward_pre_hook(count)
 
     with planted(plant):
         found = failed_run(values)
@@ -132,3 +138,11 @@ def test_metrics_that_cannot_be_written(source: Path, pair: RankPool, tmp_path: 
     (run / "kept").rename(run / "metrics.jsonl")
     pair.call(run_job, values_of(job))
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_is_removed(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = values_of(job_of(source, run, steps=4, ep=2))
+    first, second = pair.call(failed_run_counted, values, run, seconds=SECONDS)
+    words = f"[Errno 2] Was deleted while the run goes on: '{run / 'metrics.jsonl'}'"
+    assert first == second == (("FileNotFoundError", words), 2)
