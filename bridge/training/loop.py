@@ -56,16 +56,16 @@ def run_steps(
                 graphs.before(step - steps.start + 1)
             began = time.perf_counter()
             batches = _batches(trained, dataset, step)
-            result, flags = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))
+            result = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))
             if isinstance(result, NotFinite):
                 is_loss = result.what == "loss"
                 again = _batches(trained, dataset, step)
                 where = first_not_finite(trained, config, again) if is_loss else gradient_not_finite(trained, config)
                 saver.finish()
                 raise NotFiniteError(_not_finite(step, result.what, where, checkpoints))
-            if flags.failed or not flags.writing:
+            if result.flags.failed or not result.flags.writing:
                 saver.finish()
-            if flags.failed:
+            if result.flags.failed:
                 reporter.raise_failure()
             seconds, loss = time.perf_counter() - began, result.loss
             reporter.report(partial(step_metrics, job, config, step, result, seconds, world_size()))

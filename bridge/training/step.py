@@ -24,11 +24,18 @@ from bridge.training.settings import TrainJob
 AUX_LOSS = "load_balancing_loss"
 
 
+class Flags(NamedTuple):
+    """What a rank has to tell the others, sent with the losses of a step; after it, on how many ranks it is so."""
+
+    failed: int  # an error is kept
+    writing: int  # a checkpoint is being written
+
+
 class StepResult(NamedTuple):
     """What a step was: mean loss, norm of the gradient before it was clipped, learning rate, tokens trained on.
 
     `aux_loss` is the load-balancing loss without its coefficient, mean over layers; `expert_load` the most tokens that
-    one expert got over the mean of its layer, in the worst layer.
+    one expert got over the mean of its layer, in the worst layer; `flags` what the ranks had to tell each other.
     """
 
     loss: float
@@ -37,13 +44,7 @@ class StepResult(NamedTuple):
     tokens: int
     aux_loss: float
     expert_load: float
-
-
-class Flags(NamedTuple):
-    """What a rank has to tell the others, sent with the losses of a step; after it, on how many ranks it is so."""
-
-    failed: int  # an error is kept
-    writing: int  # a checkpoint is being written
+    flags: Flags
 
 
 class NotFinite(NamedTuple):
@@ -139,25 +140,26 @@ def _trained_share(microbatches: list[dict[str, Tensor]]) -> Tensor:
 
 
 def train_step(
-    trained: Trained, batches: list[Iterator[dict[str, Tensor]]], flags: Flags
-) -> tuple[StepResult | NotFinite, Flags]:
-    """One step, and the flags of all ranks. Where the loss or the gradient is not finite, nothing is changed."""
+    trained: Trained,
+    batches: list[Iterator[dict[str, Tensor]]],
+    flags: Flags = Flags(0, 0),  # noqa: B008  # it is immutable
+) -> StepResult | NotFinite:
+    """One step; where the loss or the gradient is not finite, nothing is changed. `flags` are this rank's."""
     biases = _router_biases(trained)
     for chunk in trained.wrapped:
         chunk.zero_grad_buffer()
     trained.optimizer.zero_grad()
     total, tokens, *raised = forward(trained, batches, flags=flags).tolist()
-    flags = Flags(*map(int, raised))
     aux_loss = _aux_loss(trained)
     grad_norm = _move(trained.optimizer) if math.isfinite(total) else None
     if grad_norm is None:
         for bias, before in biases:  # megatron-core moves it when gradients are final
             bias.copy_(before)
-        return NotFinite("gradient" if math.isfinite(total) else "loss"), flags
+        return NotFinite("gradient" if math.isfinite(total) else "loss")
     lr = trained.optimizer.param_groups[0]["lr"]
     trained.scheduler.step(1)
-    loss = total / max(tokens, 1)
-    return StepResult(loss, grad_norm, lr, int(tokens), aux_loss, _expert_load(trained)), flags
+    loss, load = total / max(tokens, 1), _expert_load(trained)
+    return StepResult(loss, grad_norm, lr, int(tokens), aux_loss, load, Flags(*map(int, raised)))
 
 
 class _GradientError(ArithmeticError):

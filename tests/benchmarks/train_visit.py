@@ -36,7 +36,7 @@ from bridge.model.safe_settings import REFUSALS
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.metrics import flops_per_token, memory_gb, peak_flops
 from bridge.training.settings import TrainJob
-from bridge.training.step import train_step
+from bridge.training.step import StepResult, train_step
 from bridge.training.train import build
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -137,7 +137,7 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profil
             began = time.perf_counter()
             result = train_step(trained, [iter(data) for _ in trained.chunks])
             synchronize()
-            assert result is not None, f"step {number}: the loss is not finite"
+            assert isinstance(result, StepResult), f"step {number}: the {result.what} is not finite"
             yield time.perf_counter() - began, result
 
     if check:

@@ -16,7 +16,7 @@ def train_steps(source: str, overlap: bool) -> dict[str, Any]:
     from bridge.training import optimizer
     from bridge.training.cuda_graphs import without_gather_hooks
     from bridge.training.start import open_start
-    from bridge.training.step import train_step
+    from bridge.training.step import StepResult, train_step
     from bridge.training.train import build
     from reference.parallelism import Parallelism
     from support.training_runs import job_of
@@ -35,7 +35,7 @@ def train_steps(source: str, overlap: bool) -> dict[str, Any]:
                     logits.append(_logits(trained.wrapped[0]))
                 logits.append(_logits(trained.wrapped[0]))
             result = train_step(trained, [iter(_microbatches(step))])
-            assert result is not None
+            assert isinstance(result, StepResult)
             losses.append(result.loss)
         optimizer.gather_parameters(trained.wrapped)
         weights = {name: value.detach().clone() for name, value in trained.chunks[0].named_parameters()}

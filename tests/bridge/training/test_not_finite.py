@@ -15,7 +15,7 @@ from bridge.training.data.indexed import make_sources
 from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.loop import NotFiniteError, _batches
 from bridge.training.start import open_start
-from bridge.training.step import Flags, NotFinite, StepResult, train_step
+from bridge.training.step import NotFinite, StepResult, train_step
 from bridge.training.train import build, train
 
 LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2, "etp": 1}, "pp2": {"pp": 2}, "dp2": {}}
@@ -75,11 +75,11 @@ def test_after_a_step_that_was_not_made_the_run_could_go_on_from_memory(source: 
             if is_planted:
                 before = state_of(trained)
                 hook = infinite_gradient(trained, 1)
-                assert train_step(trained, _batches(trained, dataset, 1), Flags(0, 0))[0] == NotFinite("gradient")
+                assert train_step(trained, _batches(trained, dataset, 1)) == NotFinite("gradient")
                 hook.remove()
                 assert [name for name, value in state_of(trained).items() if not torch.equal(value, before[name])] == []
             for step in (1, 2):
-                result, _ = train_step(trained, _batches(trained, dataset, step), Flags(0, 0))
+                result = train_step(trained, _batches(trained, dataset, step))
                 assert isinstance(result, StepResult)
                 losses.append(result.loss)
             ends.append(state_of(trained))
