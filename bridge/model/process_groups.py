@@ -42,10 +42,9 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
                 f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "
                 "use the groups as they are, or call megatron.core.parallel_state.destroy_model_parallel() first"
             )
-        random_states: Any = get_cuda_rng_tracker()
-        if not random_states.is_initialized():
+        if not get_cuda_rng_tracker().is_initialized():
             model_parallel_cuda_manual_seed(seed)
-            stack.callback(random_states.reset)
+            stack.callback(lambda: get_cuda_rng_tracker().reset())  # inside, another may have taken its place
         yield
 
 

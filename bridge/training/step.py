@@ -5,10 +5,11 @@ The loss is the mean over the tokens of the global batch that are trained on, wh
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest.mock import patch
+from weakref import WeakMethod
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridge.model.context_parallel import own_part
 from bridge.training.settings import TrainJob
@@ -69,8 +70,9 @@ class Trained:
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
         destroy_moe_metrics_tracker()
         config = self.chunks[0].config
-        config.finalize_model_grads_func = self._finalize
-        config.grad_scale_func = self.optimizer.scale_loss
+        # Python does not collect an optimizer that its model refers to: each run would keep its memory and groups.
+        config.finalize_model_grads_func = _weakly(self._finalize)
+        config.grad_scale_func = _weakly(self.optimizer.scale_loss)
         ddp = self.wrapped[0].ddp_config
         if ddp.overlap_grad_reduce:
             alone = len(self.wrapped) == 1
@@ -89,6 +91,33 @@ class Trained:
         ]
         self.load = torch.stack(counts) if counts else None
         finalize_model_grads(*args, **kwargs)
+        for chunk in self.chunks:
+            _drop_graphs(chunk)
+
+
+def _drop_graphs(chunk: nn.Module) -> None:
+    """Of the last microbatch's autograd graph: megatron-core's dispatchers keep a tensor that has it.
+
+    The graph has the hooks of `DistributedDataParallel`, and so the model with its dispatchers, in a circle that Python
+    does not see and never collects.
+    """
+    for module in chunk.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in list(vars(dispatcher).items()) if dispatcher is not None else ():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, value.detach())
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method, for as long as something else has its object."""
+    found = WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        alive = found()
+        assert alive is not None, "what is trained is gone"
+        return alive(*args, **kwargs)
+
+    return call
 
 
 def forward(

@@ -62,7 +62,7 @@ def duration(conversion: Conversion, out: Path) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_killed_at_random_moments(conversions: dict[str, Conversion], tmp_path: Path, direction: str, kills: int):
     tally = kill_and_finish(conversions[direction], tmp_path, kills, f"{direction} {kills}")

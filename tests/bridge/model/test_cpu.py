@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from bridge.model.build import build_gpt_model
@@ -87,6 +87,12 @@ def test_model_parallel_sets_up_and_takes_down():
         assert get_cuda_rng_tracker().is_initialized()
     assert not torch.distributed.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
+    assert not get_cuda_rng_tracker().is_initialized()
+
+
+def test_random_states_that_were_made_anew_inside_are_taken_down():
+    with model_parallel():
+        model_parallel_cuda_manual_seed(5, te_rng_tracker=False, force_reset_rng=True)
     assert not get_cuda_rng_tracker().is_initialized()
 
 

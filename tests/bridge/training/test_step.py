@@ -1,6 +1,8 @@
 """What a step makes of a batch, of which not every token may be trained on."""
 
+import gc
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -51,3 +53,16 @@ def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Pa
         with open_start(job) as start, model_parallel():
             forward(build(job, start), [iter(batches_of(1))])
     destroy_moe_metrics_tracker()
+
+
+def test_what_was_trained_is_collected(tmp_path: Path) -> None:
+    """With its process groups, whose threads take time for as long as they are there."""
+    source = make_source(tmp_path / "source", fp8=False, num_hidden_layers=2)
+    job = job_of(source, tmp_path / "run", micro_batch_size=2)
+    with open_start(job) as start, model_parallel():
+        trained = build(job, start)
+        forward(trained, [iter(batches_of(1))])
+        model = ref(trained.chunks[0])
+    del trained
+    gc.collect()
+    assert model() is None
