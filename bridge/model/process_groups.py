@@ -42,10 +42,15 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
                 f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "
                 "use the groups as they are, or call megatron.core.parallel_state.destroy_model_parallel() first"
             )
-        if not get_cuda_rng_tracker().is_initialized():
+        if not _random_states().is_initialized():
             model_parallel_cuda_manual_seed(seed)
-            stack.callback(lambda: get_cuda_rng_tracker().reset())  # inside, another may have taken its place
+            stack.callback(lambda: _random_states().reset())  # inside, others may have taken their place
         yield
+
+
+def _random_states() -> Any:
+    """megatron-core's tracker of CUDA random states, as it is now."""
+    return get_cuda_rng_tracker()
 
 
 @contextmanager
