@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import ENVIRONMENT
-from support.training_runs import TEXT, make_source
+from support.training_runs import TEXT
 from typer.testing import CliRunner
 
 from bridge.cli import app
@@ -22,11 +22,6 @@ from reference.config import ModelConfig
 
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COMMAND = str(Path(sys.executable).with_name("minimax-m2"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
 
 
 def run(*words: object, status: int = 0) -> str:

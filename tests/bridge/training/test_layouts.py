@@ -81,20 +81,11 @@ def check_layout(oracle: Oracle, pool: RankPool, settings: dict, out: Path) -> N
             assert error <= bound, (key, line["step"])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_layout_trains_as_transformers_does(
     oracle: Oracle, pool_of: Callable[[int], RankPool], name: str, tmp_path: Path
 ) -> None:
-    world, settings = LAYOUTS[name]
-    check_layout(oracle, pool_of(world), settings, tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_more_layouts_train_as_transformers_does(
-    oracle: Oracle, pool_of: Callable[[int], RankPool], name: str, tmp_path: Path
-) -> None:
-    world, settings = SLOW[name]
+    world, settings = (LAYOUTS | SLOW)[name]
     check_layout(oracle, pool_of(world), settings, tmp_path / "run")
 
 

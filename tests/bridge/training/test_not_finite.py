@@ -1,13 +1,12 @@
 """A loss or a gradient that is not finite: where it began, on every layout, and nothing of that step is kept."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.ranks import RankPool
 from support.training_faults import infinite_gradient, planted, run_with_planted, state_of
-from support.training_runs import job_of, make_source, values_of
+from support.training_runs import job_of, values_of
 
 from bridge.model.process_groups import model_parallel
 from bridge.training.data.batches import build_dataset
@@ -28,17 +27,6 @@ SAID = {
     "model.layers.1.self_attn.o_proj.weight; this step was not made, and there is no checkpoint yet",
 }
 PLACES = [("tp2 ep2", "gradient"), ("pp2", "gradient"), ("tp2 ep2", "weight"), ("pp2", "weight"), ("dp2", "gradient")]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(("layout", "what"), PLACES)

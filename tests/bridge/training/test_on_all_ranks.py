@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from torch import distributed
 from bridge.training.metrics import read_metrics
 
 SECONDS = 30.0  # of what takes one or two; a rank that waits for another would wait for minutes
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
 
 
 def failed_run_of_each(*values: dict[str, Any]) -> tuple[str, str]:

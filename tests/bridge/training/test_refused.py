@@ -19,11 +19,6 @@ from bridge.training.settings import TrainJob, read_yaml
 from bridge.training.train import check_layout, train
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
-
-
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that gets as far as the model fails in other words than those expected."""

@@ -15,7 +15,7 @@ from support.training_faults import (
     writer_dies,
     writer_has_no_room,
 )
-from support.training_runs import checkpoint_tensors, job_of, make_source, run_job, values_of
+from support.training_runs import checkpoint_tensors, job_of, run_job, values_of
 
 from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import read_metrics
@@ -26,19 +26,8 @@ NUMBERS = ("step", "loss", "grad_norm", "lr", "aux_loss", "expert_load")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "hf", fp8=False, num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
 def alone() -> Iterator[RankPool]:
     with RankPool(1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
         yield ranks
 
 
