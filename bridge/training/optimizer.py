@@ -68,19 +68,22 @@ def ddp_config(model: TransformerConfig, *, overlap: bool) -> DistributedDataPar
 def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     """Each chunk in megatron-core's `DistributedDataParallel`.
 
-    On a GPU it is made on a stream of its own: CUDA graphs of the backward pass cannot be captured otherwise.
+    On a GPU it is made on a stream of its own: CUDA graphs of the backward pass cannot be captured otherwise. Chunks
+    after the first have one bucket, as in Megatron-LM: what they send overlaps anyway. Not by gloo, which gathers
+    bfloat16 weights and a float32 router in one call wrongly, and says nothing.
 
     Raises:
         ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
-    config = ddp_config(chunks[0].config, overlap=torch.cuda.is_available())
+    gpu = torch.cuda.is_available()
+    config = ddp_config(chunks[0].config, overlap=gpu)
     for chunk in chunks:
         check_settings(chunk.config, config)
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         wrapped = [
-            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=gpu and number > 0)
             for number, chunk in enumerate(chunks)
         ]
     torch.cuda.current_stream().wait_stream(stream)

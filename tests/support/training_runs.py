@@ -1,4 +1,6 @@
-"""Runs of `bridge.training` on gloo ranks, and the same run by `transformers` and torch in one process.
+"""Runs of `bridge.training` on ranks, and the same run by `transformers` and torch in one process.
+
+Ranks are gloo's, or with GPUs NCCL's, which then train Transformer Engine's layers.
 
 The oracle is `MiniMaxM2ForCausalLM` and torch's AdamW, on the samples of the run. What `transformers` has not are the
 load-balancing loss of a sigmoid router and the bias update, from `reference.moe`, and the learning rate, from here.
@@ -9,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from bridge.training.settings import TrainJob
 from reference.moe import load_balancing_loss, update_expert_bias
 from support.checks import ROOT
 from support.oracles import chosen_experts
+from support.ranks import RankPool
 
 TEXT = ROOT / "tests" / "data" / "alice.txt"
 CONFIG: dict[str, Any] = SMALL_CONFIG | {
@@ -58,6 +62,16 @@ def make_source(folder: Path, *, fp8: bool = True, **changes: Any) -> Path:
 
 def job_of(source: Path, out: Path, **changes: Any) -> TrainJob:
     return TrainJob(**{"model": str(source), "data": (str(TEXT),), "out": str(out)} | SETTINGS | changes)
+
+
+def training_ranks(world: int) -> RankPool:
+    """So many ranks for `run_job`; a test is skipped on a host of fewer GPUs."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return RankPool(world)
+    if gpus < world:
+        pytest.skip(f"needs {world} GPUs")
+    return RankPool(world, "nccl", environment={"NVIDIA_TF32_OVERRIDE": "0"})
 
 
 def run_job(values: dict[str, Any]) -> dict[str, Any]:
@@ -103,33 +117,40 @@ def learning_rate(job: TrainJob, step: int) -> float:
 
 
 def train_transformers(job: TrainJob, steps: list[list[Tensor]], dtype: torch.dtype) -> Curve:
-    """The run by `transformers`; in float64 with `support.oracles.remove_float32_casts`."""
+    """The run by `transformers`; in float64 with `support.oracles.remove_float32_casts`.
+
+    Of a bfloat16 model the optimizer has float32 weights, as everybody's has.
+    """
     model = oracle_model(Path(job.model), dtype)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {p: p.detach().to(wide, copy=True) for p in model.parameters()}
+    matrices = [weight for weight in weights.values() if weight.dim() > 1]
+    vectors = [weight for weight in weights.values() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": job.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=job.lr, betas=(job.beta1, job.beta2), eps=job.epsilon)
     losses, norms = [], []
     for number, sequences in enumerate(steps, 1):
-        optimizer.zero_grad()
+        model.zero_grad()
         counts = [torch.zeros(CONFIG["num_local_experts"], dtype=torch.long) for _ in model.model.layers]
         total = 0.0
         for sequence in sequences:
             loss, aux = _losses(model, sequence, counts)
             ((loss + aux) / len(sequences)).backward()
             total += loss.item() / len(sequences)
-        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        norm = torch.stack([p.grad.to(wide).norm() for p in weights if p.grad is not None]).norm()
         scale = min(1.0, job.clip_grad / (norm.item() + 1e-6))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(job, number)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= scale
+            for parameter, weight in weights.items():
+                weight.grad = None if parameter.grad is None else parameter.grad.to(wide) * scale
             for layer, count in zip(model.model.layers, counts, strict=True):
                 bias = layer.mlp.e_score_correction_bias
                 bias.copy_(update_expert_bias(bias, count, rate=job.bias_update_rate))
         optimizer.step()
+        with torch.no_grad():
+            for parameter, weight in weights.items():
+                parameter.copy_(weight)
         losses.append(total)
         norms.append(norm.item())
     return Curve(losses, norms)
@@ -143,6 +164,8 @@ def oracle_model(source: Path, dtype: torch.dtype) -> Any:
     from support.sharded_models import truth_of
 
     config = MiniMaxM2Config.from_pretrained(source)
+    rotated = CONFIG["rotary_dim"] / CONFIG["head_dim"]  # what transformers before 5.18 reads
+    config.rope_parameters = config.rope_parameters | {"partial_rotary_factor": rotated}
     model = MiniMaxM2ForCausalLM._from_config(
         config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )

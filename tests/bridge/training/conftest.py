@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import RankPool
-from support.training_runs import make_source
+from support.training_runs import make_source, training_ranks
 
 
 @pytest.fixture(scope="module")
@@ -15,5 +15,5 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
+    with training_ranks(2) as ranks:
         yield ranks

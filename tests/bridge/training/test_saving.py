@@ -15,7 +15,7 @@ from support.training_faults import (
     writer_dies,
     writer_has_no_room,
 )
-from support.training_runs import checkpoint_tensors, job_of, run_job, values_of
+from support.training_runs import checkpoint_tensors, job_of, run_job, training_ranks, values_of
 
 from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import read_metrics
@@ -27,7 +27,7 @@ NUMBERS = ("step", "loss", "grad_norm", "lr", "aux_loss", "expert_load")
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
+    with training_ranks(1) as ranks:
         yield ranks
 
 

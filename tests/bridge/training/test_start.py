@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import RankPool
-from support.training_runs import CONFIG, job_of, make_source, run_job, values_of
+from support.training_runs import CONFIG, job_of, make_source, run_job, training_ranks, values_of
 
 from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
 from bridge.training.metrics import read_metrics
@@ -47,7 +46,7 @@ def test_a_megatron_checkpoint_of_either_class_and_a_run_start_as_their_source_d
 def test_random_weights_are_the_same_at_any_layout(source: Path, tmp_path: Path) -> None:
     job = job_of(source, tmp_path / "one", model=str(source / "config.json"), **SETTINGS | {"dtype": "fp32"})
     train(job.at(tokenizer=str(source)))
-    with RankPool(2) as pool:
+    with training_ranks(2) as pool:
         for name, sizes in (("tp2", {"tp": 2, "ep": 2, "etp": 1}), ("pp2", {"pp": 2})):
             other = job.at(model=str(source), random=True, out=str(tmp_path / name), **sizes)
             pool.call(run_job, values_of(other))
