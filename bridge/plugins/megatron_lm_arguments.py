@@ -171,6 +171,7 @@ def check_arguments(arguments: argparse.Namespace, config: ModelConfig | None = 
     for left_out in LEFT_OUT:
         expected = False if left_out.parsed == "quick_geglu" else left_out.default
         _check_left_out(left_out, getattr(arguments, left_out.parsed, expected), expected)
+    _check_saving(arguments)
 
 
 def check_config(config: Any) -> None:
@@ -185,6 +186,20 @@ def check_config(config: Any) -> None:
     for left_out in LEFT_OUT:
         if left_out.field:
             _check_left_out(left_out, getattr(config, left_out.field), left_out.default)
+
+
+def _check_saving(arguments: argparse.Namespace) -> None:
+    """Without the distributed optimizer megatron-core 0.19 takes the weights of a bfloat16 model for all there are.
+
+    It then looks for the router's, which are float32, under another weight's number, and ends at the first save.
+    """
+    given = vars(arguments)
+    saves = given.get("save") and not given.get("no_save_optim")
+    if saves and (given.get("bf16") or given.get("fp16")) and not given.get("use_distributed_optimizer"):
+        raise ValueError(
+            "--use-distributed-optimizer: found False, expected True where the optimizer of MiniMax-M2, whose routers "
+            "are float32, is saved in half precision; pass --use-distributed-optimizer, or --no-save-optim"
+        )
 
 
 def _check_said(said: Said, found: Any, expected: Any) -> None:

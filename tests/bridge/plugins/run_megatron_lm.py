@@ -122,7 +122,8 @@ def words_of(run: Run, steps: int, folder: Path, *, gpus: int) -> list[str]:
     switches += ["--sequence-parallel"] if run.tp > 1 else []
     if gpus:
         without_apex = "--no-gradient-accumulation-fusion"  # which has the extension for it
-        return [*words, *said, *switches, "--bf16", "--moe-token-dispatcher-type", "alltoall", without_apex]
+        precision = ["--bf16", "--use-distributed-optimizer"]
+        return [*words, *said, *switches, *precision, "--moe-token-dispatcher-type", "alltoall", without_apex]
     from support.megatron_lm import cpu_words
 
     backend = ["--distributed-backend", "gloo", "--num-workers", "0", "--optimizer", "sgd"]

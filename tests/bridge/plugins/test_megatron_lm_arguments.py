@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import core_transformer_config_from_args
 from support.checks import ROOT
@@ -17,6 +19,8 @@ from support.megatron_lm import NEEDS_A_GPU, cpu_words, parsed
 from support.small_model import SMALL
 
 from bridge.model.config import ARCHITECTURE, SIZES, transformer_config
+from bridge.model.build import build_model
+from bridge.model.process_groups import model_parallel
 from bridge.plugins.megatron_lm_arguments import (
     LEFT_OUT,
     RELEASED,
@@ -143,3 +147,37 @@ def test_a_config_json_gives_the_words(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bridge.plugins.megatron_lm_arguments", str(file), "--model", "hybrid"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.replace("'", "").split() == megatron_lm_arguments(SMALL, model="hybrid")
+
+
+SAVED = ["--bf16", "--save", "somewhere"]
+
+
+@pytest.mark.parametrize(
+    ("words", "possible"),
+    [
+        (SAVED, False),
+        (["--fp16", "--save", "somewhere"], False),
+        ([*SAVED, "--use-distributed-optimizer"], True),
+        ([*SAVED, "--no-save-optim"], True),
+        (["--bf16"], True),
+        (["--save", "somewhere"], True),
+    ],
+)
+def test_an_optimizer_that_megatron_core_cannot_save(words: list[str], possible: bool) -> None:
+    found = parsed([*cpu_words(megatron_lm_arguments(RELEASED)), *words], validated=False)
+    if possible:
+        check_arguments(found)
+    else:
+        with pytest.raises(ValueError, match=r"--use-distributed-optimizer: found False, .* or --no-save-optim$"):
+            check_arguments(found)
+
+
+def test_megatron_core_still_cannot_save_it() -> None:
+    """Else the refusal above is to go."""
+    with model_parallel():
+        model = build_model(SMALL, params_dtype=torch.bfloat16, backend="local")
+        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16)
+        optimizer = get_megatron_optimizer(config, [wrapped])
+        with pytest.raises(AssertionError, match="does not match model shape"):
+            optimizer.sharded_state_dict(model.sharded_state_dict())
