@@ -1,0 +1,111 @@
+"""Training as a user starts it, for 200 steps on real text: two layers of true width in bfloat16, with and without graphs.
+
+    python tests/benchmarks/record_steps.py OUT.json [--steps N] [--rows "eager" "graphs"]
+
+Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples, with a
+checkpoint written in the background halfway; with two GPUs two rows at a time, one on each. The record has the losses
+and gradient norms of each step, and how far they are from those of "eager". Kernels of a step that add in no fixed
+order make two eager runs differ as well: "eager again" says by how much. Without a GPU the model is tiny and in
+float32, and there are no graphs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
+from bridge.training.metrics import read_metrics
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import environment
+from true_width import TRUE_WIDTH, few_layers
+
+ROOT = Path(__file__).parents[2]
+TEXT = ROOT / "tests" / "data" / "alice.txt"
+EXPERTS = 32
+TINY = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+FUSIONS = ("--fusions", "router", "--fusions", "permute", "--fusions", "cross_entropy")
+ROWS: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "eager again": (),
+    "graphs": ("--cuda-graphs",),
+    "fusions and graphs": ("--cuda-graphs", *FUSIONS),
+}
+KEPT = ("loss", "grad_norm", "tokens_per_second")
+
+
+def make_folder(folder: Path, gpu: bool) -> None:
+    """A config.json and a tokenizer of bytes."""
+    folder.mkdir()
+    width = {} if gpu else TINY | {"rotary_dim": 8, "num_experts_per_tok": 2}
+    config = few_layers(2, EXPERTS if gpu else 4) | width | {"vocab_size": 512 if gpu else 260}
+    assert not gpu or config["hidden_size"] == TRUE_WIDTH["hidden_size"]
+    for name, text in {"config.json": json.dumps(config), **byte_tokenizer_files()}.items():
+        (folder / name).write_text(text)
+
+
+def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
+    """One row: what it wrote of each step, or what it said when it failed."""
+    gpus, out = torch.cuda.device_count(), folder / name.replace(" ", "-")
+    size = ["--seq-length", "1024", "--global-batch-size", "8"] if gpus else ["--seq-length", "32", "--dtype", "fp32"]
+    words = ["train", "--model", folder / "model", "--random", "--data", TEXT, "--out", out, "--steps", steps, *size]
+    words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), "--save-every", max(1, steps // 2), *ROWS[name]]
+    command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+    began = time.time()
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path} | device, capture_output=True, text=True, check=False
+    )
+    found: dict[str, Any] = {"command": [str(word) for word in words[4:]], "seconds": round(time.time() - began, 1)}
+    if done.returncode:
+        return found | {"failed": (done.stdout + done.stderr).splitlines()[-25:]}
+    lines = read_metrics(out)
+    return found | {key: [line[key] for line in lines] for key in KEPT}
+
+
+def apart(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest relative distance from "eager", over the first ten steps and over all, and steps that are equal."""
+    found: dict[str, dict[str, Any]] = {}
+    first = rows.get("eager", {})
+    for name, row in rows.items():
+        if name == "eager" or "loss" not in row or "loss" not in first:
+            continue
+        for key in ("loss", "grad_norm"):
+            off = [abs(a / b - 1) for a, b in zip(row[key], first[key], strict=True)]
+            equal = next((number for number, one in enumerate(off) if one), len(off))
+            found.setdefault(name, {})[key] = {"first ten": max(off[:10]), "all": max(off), "equal steps": equal}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW")
+    asked = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    names = asked.rows or [name for name, words in ROWS.items() if gpus or not words]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, min(2, gpus))) as pool:
+        make_folder(Path(scratch, "model"), gpus > 0)
+        rows = dict(zip(names, pool.map(train, names, *([x] * len(names) for x in (Path(scratch), asked.steps)), count())))  # fmt: skip
+    found = {"what": "200 steps on real text", **environment(), "rows": rows, "off eager": apart(rows)}
+    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, row in rows.items():
+        print(name, row.get("failed") or f"loss {row['loss'][0]:.4f} to {row['loss'][-1]:.4f}", row["seconds"], "s")
+    print(json.dumps(found["off eager"], indent=1))
+    return int(any("failed" in row or row["loss"][-1] >= row["loss"][0] for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
