@@ -1,11 +1,13 @@
-"""The proof of training as a record: `tests/bridge/model/test_training.py`, and how it came out, layout by layout.
+"""The proof of training as a record: a test of it (`PROOFS`), and how it came out, layout by layout.
 
     NVIDIA_TF32_OVERRIDE=0 python tests/benchmarks/record_equality.py OUT.json [-k EXPRESSION]
     NVIDIA_TF32_OVERRIDE=0 python tests/benchmarks/record_equality.py OUT.json --layout "tp2 pp2" --layout "dp4 ep4"
+    NVIDIA_TF32_OVERRIDE=0 python tests/benchmarks/record_equality.py OUT.json --steps
 
-A row has the largest and the mean error of a tensor over `transformers`' own error in that dtype, both against float64,
-one rounding granted to both. What is written appears test by test, so a run that is stopped leaves what it finished.
-`--layout` is a name of the test's `SETUPS`; where one cannot be run here, that is an error.
+A row has the largest and the mean error of a tensor, or with `--steps` the largest of ten steps' losses and gradient
+norms, over `transformers`' own error in that dtype, both against float64, one rounding granted to both. What is written
+appears test by test, so a run that is stopped leaves what it finished. `--layout` is a name of the test's layouts;
+where one cannot be run here, that is an error.
 """
 
 import argparse
@@ -22,7 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from record import environment
 
-PROOF = Path(__file__).parents[1] / "bridge" / "model" / "test_training.py"
+BRIDGE = Path(__file__).parents[1] / "bridge"
+PROOFS = {"gradients": BRIDGE / "model" / "test_training.py", "steps": BRIDGE / "training" / "test_layouts.py"}
 
 
 class Recorder:
@@ -62,7 +65,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--layout", action="append", default=[])
+    parser.add_argument("--steps", dest="proof", action="store_const", const="steps", default="gradients")
     options, others = parser.parse_known_args()
     every = ["-m", "slow or not slow"] if options.layout else []
     recorder = Recorder(options.out, options.layout)
-    sys.exit(pytest.main(["-n", "0", "-q", *every, str(PROOF), *others], plugins=[recorder]))
+    sys.exit(pytest.main(["-n", "0", "-q", *every, str(PROOFS[options.proof]), *others], plugins=[recorder]))
