@@ -10,27 +10,15 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    ParamKey,
-    ParamPredicate,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
+from bridge.model.optimizer_groups import FLOAT32_APART
 from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
-
-# The router's weight is float32 beside bfloat16 ones. megatron-core 0.19's distributed optimizer numbers the parameters
-# of a group in two orders, of which one has float32 first: a checkpoint of a group with both would mix up their states.
-_FLOAT32 = ParamPredicate(
-    "float32 matrices", lambda parameter: parameter.dtype == torch.float32 and parameter.dim() > 1
-)
-FLOAT32_APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
 
 
 def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:

@@ -15,7 +15,16 @@ import pytest
 import torch
 from support.oracles import FLOAT32, FLOAT64, remove_float32_casts
 from support.ranks import RankPool
-from support.training_runs import Curve, job_of, make_source, run_job, samples_of, train_transformers, training_ranks, values_of
+from support.training_runs import (
+    Curve,
+    job_of,
+    make_source,
+    run_job,
+    samples_of,
+    train_transformers,
+    training_ranks,
+    values_of,
+)
 
 from bridge.training.metrics import read_metrics
 
