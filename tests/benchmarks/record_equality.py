@@ -50,7 +50,10 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        self.rows[report.nodeid.split("::")[-1]] = {"outcome": report.outcome, **dict(report.user_properties)}
+        row = {"outcome": report.outcome, **dict(report.user_properties)}
+        if report.failed:
+            row["said"] = [line for line in report.longreprtext.splitlines() if line.startswith("E")][-20:]
+        self.rows[report.nodeid.split("::")[-1]] = row
         self.out.write_text(json.dumps({**self.about(), "rows": self.rows}, indent=1) + "\n")
 
     @staticmethod

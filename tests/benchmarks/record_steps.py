@@ -1,12 +1,13 @@
-"""Training as a user starts it, for 200 steps on real text: two layers of true width in bfloat16, with and without graphs.
+"""Training as a user starts it: 200 steps on real text, two layers of true width in bfloat16, with and without graphs.
 
     python tests/benchmarks/record_steps.py OUT.json [--steps N] [--rows "eager" "graphs"]
 
 Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples, with a
 checkpoint written in the background halfway; with two GPUs two rows at a time, one on each. The record has the losses
-and gradient norms of each step, and how far they are from those of "eager". Kernels of a step that add in no fixed
-order make two eager runs differ as well: "eager again" says by how much. Without a GPU the model is tiny and in
-float32, and there are no graphs.
+and gradient norms of each step, and how far they are from those of the row that has all the same but for graphs. What
+adds in no fixed order makes two runs of the same row differ as well, "eager again" says by how much. Attention's
+backward pass is asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none,
+the fused one has. Without a GPU the model is tiny and in float32, and there are no graphs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "eager": (),
     "eager again": (),
     "graphs": ("--cuda-graphs",),
+    "fusions": FUSIONS,
     "fusions and graphs": ("--cuda-graphs", *FUSIONS),
 }
+SAME = {"eager again": "eager", "graphs": "eager", "fusions": "eager", "fusions and graphs": "fusions"}
 KEPT = ("loss", "grad_norm", "tokens_per_second")
 
 
@@ -62,7 +65,7 @@ def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
     words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), "--save-every", max(1, steps // 2), *ROWS[name]]
     command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+    device = {"CUDA_VISIBLE_DEVICES": str(number % gpus), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if gpus else {}
     began = time.time()
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path} | device, capture_output=True, text=True, check=False
@@ -75,16 +78,15 @@ def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
 
 
 def apart(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The largest relative distance from "eager", over the first ten steps and over all, and steps that are equal."""
+    """The largest relative distance from another row, over ten steps and over all, and how many steps are equal."""
     found: dict[str, dict[str, Any]] = {}
-    first = rows.get("eager", {})
-    for name, row in rows.items():
-        if name == "eager" or "loss" not in row or "loss" not in first:
-            continue
-        for key in ("loss", "grad_norm"):
-            off = [abs(a / b - 1) for a, b in zip(row[key], first[key], strict=True)]
+    for name, other in SAME.items():
+        row, base = rows.get(name, {}), rows.get(other, {})
+        for key in ("loss", "grad_norm") if "loss" in row and "loss" in base else ():
+            off = [abs(a / b - 1) for a, b in zip(row[key], base[key], strict=True)]
             equal = next((number for number, one in enumerate(off) if one), len(off))
-            found.setdefault(name, {})[key] = {"first ten": max(off[:10]), "all": max(off), "equal steps": equal}
+            found.setdefault(f"{name}, off {other}", {})[key] = {
+                "first ten": max(off[:10]), "all": max(off), "equal steps": equal}  # fmt: skip
     return found
 
 
@@ -98,12 +100,13 @@ def main() -> int:
     names = asked.rows or [name for name, words in ROWS.items() if gpus or not words]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, min(2, gpus))) as pool:
         make_folder(Path(scratch, "model"), gpus > 0)
-        rows = dict(zip(names, pool.map(train, names, *([x] * len(names) for x in (Path(scratch), asked.steps)), count())))  # fmt: skip
-    found = {"what": "200 steps on real text", **environment(), "rows": rows, "off eager": apart(rows)}
+        made = pool.map(train, names, repeat(Path(scratch)), repeat(asked.steps), count())
+        rows = dict(zip(names, made, strict=True))
+    found = {"what": "200 steps on real text", **environment(), "rows": rows, "apart": apart(rows)}
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
     for name, row in rows.items():
         print(name, row.get("failed") or f"loss {row['loss'][0]:.4f} to {row['loss'][-1]:.4f}", row["seconds"], "s")
-    print(json.dumps(found["off eager"], indent=1))
+    print(json.dumps(found["apart"], indent=1))
     return int(any("failed" in row or row["loss"][-1] >= row["loss"][0] for row in rows.values()))
 
 
