@@ -4,7 +4,7 @@
 
 Starts from a Hugging Face folder that it makes in OUT, in float32 with Transformer Engine. A run is a row of `RUNS`:
 unsharded (two data-parallel ranks), at TP 2, that resumed from the host's checkpoint, at TP 2 by the host's own bridge
-for this model, and LoRA at TP 2. OUT/record.json has losses and gradient norms of each step of each run, and how far
+for this model, and LoRA at TP 2; and at TP 2 in bfloat16 with the host's distributed optimizer, and that resumed. OUT/record.json has losses and gradient norms of each step of each run, and how far
 the gradients of the first step are from the unsharded run's. The exit status is 1 if something is not as it should be:
 the host's own bridge must show the error in the gradients of queries and keys that ours does not have.
 
@@ -59,16 +59,22 @@ SEQ, BATCH, STEPS, SAVED_AT, LEARNING_RATE = 64, 4, 6, 3, 1e-3
 NO_CLIPPING = 1e9  # the norm is computed, and gradients stay as they are
 # Float32 sums in another order, over a few layers. The host's error is a few percent.
 EQUAL, WRONG = 1e-4, 1e-2
+ROUNDED = 2**-8  # bfloat16's; Transformer Engine's attention adds in no fixed order
 QUERIES_AND_KEYS = ("q_proj.weight", "k_proj.weight")
 
 
 class Run(NamedTuple):
-    """`resumed`: from the checkpoint of the run "tp2"."""
+    """`resumed`: from the checkpoint of the run before."""
 
     tp: int
     hosts_bridge: bool = False
     resumed: bool = False
     lora: bool = False
+    bf16: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else FLOAT32
 
 
 RUNS = {
@@ -77,6 +83,8 @@ RUNS = {
     "resumed": Run(tp=2, resumed=True),
     "host": Run(tp=2, hosts_bridge=True),
     "lora": Run(tp=2, lora=True),
+    "bf16": Run(tp=2, bf16=True),
+    "bf16 resumed": Run(tp=2, bf16=True, resumed=True),
 }
 
 
@@ -115,7 +123,7 @@ class Recorder(Callback):
     def on_train_step_end(self, context: CallbackContext) -> None:
         self.losses.append(float(context.loss_dict["lm loss"]))
         self.norms.append(float(context.grad_norm))
-        if len(self.losses) == 1 and not self.run.lora:
+        if len(self.losses) == 1 and not self.run.lora and not self.run.bf16:
             self.grads = whole_gradients(unwrap_model(context.model)[0], self.run)
         if len(self.losses) == STEPS and self.run.lora:
             auto = AutoBridge.from_hf_pretrained(self.out / "checkpoint")
@@ -167,7 +175,9 @@ def configure(run: Run, name: str, out: Path) -> host.ConfigContainer:
     provider.seq_length = SEQ
     provider.moe_aux_loss_coeff, provider.moe_router_bias_update_rate = 0.0, 0.0
     provider.gradient_accumulation_fusion = False  # that takes another extension
-    saved = str(out / ("lora" if run.lora else "megatron"))
+    provider.params_dtype, provider.bf16 = run.dtype, run.bf16
+    saved = str(out / ("lora" if run.lora else "bf16" if run.bf16 else "megatron"))
+    saves = SAVED_AT if name in ("tp2", "lora", "bf16") else None
     return host.ConfigContainer(
         model=provider,
         train=host.TrainingConfig(train_iters=STEPS, global_batch_size=BATCH, micro_batch_size=1),
@@ -178,13 +188,14 @@ def configure(run: Run, name: str, out: Path) -> host.ConfigContainer:
             min_lr=LEARNING_RATE,
             weight_decay=0.0,
             clip_grad=NO_CLIPPING,
-            params_dtype=FLOAT32,
-            use_distributed_optimizer=False,
+            params_dtype=run.dtype,
+            bf16=run.bf16,
+            use_distributed_optimizer=run.bf16,
         ),
         scheduler=host.SchedulerConfig(
             lr_decay_style="constant", lr_decay_iters=STEPS, start_weight_decay=0.0, end_weight_decay=0.0
         ),
-        ddp=host.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
+        ddp=host.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=run.bf16),
         dataset=RandomTokens(),
         logger=host.LoggerConfig(log_interval=1),
         # Of two sizes the model's counts, if the tokenizer's is not the larger.
@@ -193,8 +204,8 @@ def configure(run: Run, name: str, out: Path) -> host.ConfigContainer:
             pretrained_checkpoint=str(folder),
             load=saved if run.resumed else None,
             ckpt_step=SAVED_AT if run.resumed else None,
-            save=saved if name in ("tp2", "lora") else None,
-            save_interval=SAVED_AT if name in ("tp2", "lora") else None,
+            save=saved if saves else None,
+            save_interval=saves,
             ckpt_format="torch_dist",
             async_strategy="mcore",
         ),
@@ -239,11 +250,11 @@ def judge(done: dict[str, Recorder], out: Path) -> dict[str, Any]:
         for what, ours, theirs in (("losses", tp2.losses, unsharded.losses), ("norms", tp2.norms, unsharded.norms)):
             claims[f"{what} at TP 2 equal the unsharded"] = (apart(ours, theirs), apart(ours, theirs) < 10 * EQUAL)
         claims["the loss is finite and moves"] = (tp2.losses, 0 < abs(tp2.losses[-1] - tp2.losses[0]) < 10)
-    if tp2 and "resumed" in done:
-        for what in ("losses", "norms"):
-            found, expected = (getattr(done[name], what) for name in ("resumed", "tp2"))
+    for first, second, bound in (("tp2", "resumed", EQUAL), ("bf16", "bf16 resumed", ROUNDED)):
+        for what in ("losses", "norms") if {first, second} <= done.keys() else ():
+            found, expected = (getattr(done[name], what) for name in (second, first))
             difference = apart(found, expected[SAVED_AT:])
-            claims[f"{what} resumed"] = (difference, difference < EQUAL)
+            claims[f"{what} {second}"] = (difference, difference < bound)
     if "lora" in done:
         files = sorted(path.name for path in (out / "adapter").iterdir())
         saved = files == ["adapter_config.json", "adapter_model.safetensors"]
