@@ -4,9 +4,10 @@
 
 Starts from a Hugging Face folder that it makes in OUT, in float32 with Transformer Engine. A run is a row of `RUNS`:
 unsharded (two data-parallel ranks), at TP 2, that resumed from the host's checkpoint, at TP 2 by the host's own bridge
-for this model, and LoRA at TP 2; and at TP 2 in bfloat16 with the host's distributed optimizer, and that resumed. OUT/record.json has losses and gradient norms of each step of each run, and how far
-the gradients of the first step are from the unsharded run's. The exit status is 1 if something is not as it should be:
-the host's own bridge must show the error in the gradients of queries and keys that ours does not have.
+for this model, and LoRA at TP 2; and at TP 2 in bfloat16 with the host's distributed optimizer, and that resumed.
+OUT/record.json has losses and gradient norms of each step of each run, and how far the gradients of the first step are
+from the unsharded run's. The exit status is 1 if something is not as it should be: the host's own bridge must show the
+error in the gradients of queries and keys that ours does not have.
 
 Two things stand in the way of megatron-bridge's training where its packages come from a registry, and neither is needed
 here: it runs `make` for megatron-core's dataset index, which the wheel has built, without a Makefile; and it wants
