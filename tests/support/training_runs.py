@@ -37,6 +37,8 @@ CONFIG: dict[str, Any] = SMALL_CONFIG | {
     "num_experts_per_tok": 2,
     "router_aux_loss_coef": 0.01,
 }
+# Of what takes one or two, where no rank waits for another one for minutes; with GPUs ranks take long to start.
+SECONDS = 120.0 if torch.cuda.is_available() else 60.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.ranks import RankPool
 from support.training_faults import infinite_gradient, planted, run_with_planted, state_of
-from support.training_runs import job_of, values_of
+from support.training_runs import SECONDS, job_of, values_of
 
 from bridge.model.process_groups import model_parallel
 from bridge.training.data.batches import build_dataset
@@ -34,7 +34,7 @@ def test_every_rank_says_where_it_began_and_has_made_no_step(
     source: Path, pair: RankPool, tmp_path: Path, layout: str, what: str
 ) -> None:
     values = values_of(job_of(source, tmp_path / "run", warmup_steps=0, **LAYOUTS[layout]))
-    for kind, words, changed in pair.call(run_with_planted, values, what, 1, seconds=60.0):
+    for kind, words, changed in pair.call(run_with_planted, values, what, 1, seconds=SECONDS):
         assert kind == "NotFiniteError"
         assert words.startswith(SAID[what])
         assert changed == []

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 from support.ranks import RankPool
 from support.training_faults import failed_run, planted
-from support.training_runs import TEXT, job_of, make_source, run_job, values_of
+from support.training_runs import SECONDS, TEXT, job_of, make_source, run_job, values_of
 from torch import distributed
 
 from bridge.training.metrics import read_metrics
-
-SECONDS = 30.0  # of what takes one or two; a rank that waits for another would wait for minutes
 
 
 def failed_run_of_each(*values: dict[str, Any]) -> tuple[str, str]:

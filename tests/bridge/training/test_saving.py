@@ -15,13 +15,12 @@ from support.training_faults import (
     writer_dies,
     writer_has_no_room,
 )
-from support.training_runs import checkpoint_tensors, job_of, run_job, training_ranks, values_of
+from support.training_runs import SECONDS, checkpoint_tensors, job_of, run_job, training_ranks, values_of
 
 from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import read_metrics
 
 SHORT = {"steps": 3, "save_every": 1, "warmup_steps": 0}
-SECONDS = 60.0  # of what takes two or three; a rank that waits for another would wait for minutes
 NUMBERS = ("step", "loss", "grad_norm", "lr", "aux_loss", "expert_load")
 
 
