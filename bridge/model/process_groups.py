@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
@@ -37,6 +38,8 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
             stack.callback(parallel_state.destroy_model_parallel)
+            # A cache of the class, which keeps modules, and by hooks on them all that `DistributedDataParallel` wraps.
+            stack.callback(RotaryEmbedding.forward.cache_clear)
         elif sizes:
             raise ValueError(
                 f"megatron-core's process groups exist already, so {sizes} cannot take effect: leave the sizes out to "

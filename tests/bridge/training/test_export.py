@@ -17,7 +17,7 @@ from bridge.proof.checkpoint import open_checkpoint
 from bridge.proof.compare import compare_checkpoints
 from bridge.proof.reference_logits import random_tokens, reference_logits
 from bridge.proof.roundtrip import judge_logits, logit_truth
-from bridge.proof.transformers_logits import transformers_logits
+from bridge.proof.transformers_logits import missing_packages, transformers_logits
 from bridge.training.train import train
 
 # transformers dequantises only whole blocks of 128 x 128.
@@ -63,6 +63,7 @@ def plain_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return model.eval()(tokens).logits
 
 
+@pytest.mark.skipif(bool(missing_packages()), reason=f"needs {', '.join(missing_packages())}")
 @pytest.mark.parametrize("form", ["fp8", "bf16"])
 def test_transformers_reads_it_with_the_same_logits(run: Path, form: str) -> None:
     with MiniMaxM2Bridge.from_hf_pretrained(run / form) as exported:

@@ -1,6 +1,7 @@
 """What a step makes of a batch, of which not every token may be trained on."""
 
 import gc
+from functools import partial
 from pathlib import Path
 from weakref import ref
 
@@ -12,6 +13,7 @@ from support.training_runs import job_of, make_source
 from torch import Tensor
 
 from bridge.model.process_groups import model_parallel
+from bridge.training.optimizer import ddp_config
 from bridge.training.start import open_start
 from bridge.training.step import forward
 from bridge.training.train import build
@@ -55,8 +57,11 @@ def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Pa
     destroy_moe_metrics_tracker()
 
 
-def test_what_was_trained_is_collected(tmp_path: Path) -> None:
-    """With its process groups, whose threads take time for as long as they are there."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_was_trained_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    """With its process groups, whose threads take time for as long as they are there; with overlap as on a GPU."""
+    made = partial(ddp_config, overlap=overlap)
+    monkeypatch.setattr("bridge.training.optimizer.ddp_config", lambda config, **_: made(config))
     source = make_source(tmp_path / "source", fp8=False, num_hidden_layers=2)
     job = job_of(source, tmp_path / "run", micro_batch_size=2)
     with open_start(job) as start, model_parallel():
