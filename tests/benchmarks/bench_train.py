@@ -42,11 +42,11 @@ GRACE = 45  # seconds after the last moment at which a visit may begin
 Line = dict[str, Any]
 
 
-def schedule(names: Iterable[str], rounds: int) -> list[tuple[int, str]]:
+def schedule(names: Iterable[str], rounds: int, *, checked: bool = True) -> list[tuple[int, str]]:
     """(round, row): round 0 checks all rows, the others time those that are timed, forth and back in turn."""
     names = list(names)
     timed = [name for name in names if ROWS[name].timed]
-    order = [(0, name) for name in names]
+    order = [(0, name) for name in names] if checked else []
     for number in range(1, rounds + 1):
         order += [(number, name) for name in (timed if number % 2 else reversed(timed))]
     return order
@@ -208,6 +208,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--rounds", type=int, default=3, help="timed visits of each row")
+    parser.add_argument("--unchecked", action="store_true", help="no first round: losses are in another record")
     parser.add_argument("--minutes", type=float, default=8.5, help="no visit begins after so many")
     parser.add_argument("--profile", action="store_true", help="one more step of each row, profiled: the idle share")
     return parser.parse_args(given)
@@ -225,7 +226,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     missing = {name: lacks(ROWS[name], default_backend(), gpu=gpus > 0) for name in options.rows}
     runnable = [name for name, what in missing.items() if what is None]
     plan = {"shape": shape._asdict(), "sizes": sizes, "profile": options.profile}
-    visits = schedule(runnable, options.rounds)
+    visits = schedule(runnable, options.rounds, checked=not options.unchecked)
 
     def report(lines: list[Line]) -> dict[str, Any]:
         about = next(line for line in lines if "environment" in line)
