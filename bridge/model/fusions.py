@@ -2,7 +2,9 @@
 
 They are off unless asked for (`minimax-m2 train --fusions`). A fusion computes what the separate operations do, in
 another order of rounding: losses and gradients agree to rounding, not bit for bit. `record` is the benchmark that
-measured it with this model; the driver's default follows it, so that it stays "none" as long as there is no record.
+measured it with this model alone. Three together, router, permute and cross_entropy, are recorded
+(`train_speed_h200.json`, one H200): 1.10 times the speed of an eager step, where the spread is as large, and no gain
+under CUDA graphs. That is no reason for a default, which is "none".
 """
 
 from collections.abc import Iterable, Mapping

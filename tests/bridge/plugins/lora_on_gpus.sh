@@ -11,7 +11,7 @@ common=(--model "$folder/source" --model_type minimax_m2 --template dummy --data
   --expert_model_parallel_size 2 --expert_tensor_parallel_size 1 --sequence_parallel true --micro_batch_size 1
   --global_batch_size 2 --train_iters 3 --max_length 64 --packing true --lr 1e-3 --save_steps 3 --logging_steps 1
   --no_save_optim true --no_save_rng true --finetune true --save_safetensors true --split_dataset_ratio 0
-  --add_version false)
+  --attention_backend fused --add_version false)
 megatron sft "${common[@]}" --tuner_type full --output_dir "$folder/full"
 megatron sft "${common[@]}" --tuner_type lora --target_modules linear_qkv linear_proj --merge_lora false \
   --output_dir "$folder/lora"
