@@ -18,14 +18,19 @@ _FLOAT32 = ParamPredicate(
 FLOAT32_APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
 
 
+def keeps_float32_apart() -> bool:
+    """Whether `keep_float32_apart` was called."""
+    return hasattr(optimizer._get_param_groups, "__wrapped__")
+
+
 def keep_float32_apart() -> None:
     """In every optimizer that this process makes from now on, of a model in half precision.
 
     For hosts that make their optimizers by themselves, with overrides that nobody can add to.
     """
-    groups = optimizer._get_param_groups
-    if hasattr(groups, "__wrapped__"):
+    if keeps_float32_apart():
         return
+    groups = optimizer._get_param_groups
 
     @wraps(groups)
     def apart(model_chunks: Any, config: OptimizerConfig, config_overrides: Any, *rest: Any, **named: Any) -> Any:

@@ -70,7 +70,7 @@ def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path} | device, capture_output=True, text=True, check=False
     )
-    found: dict[str, Any] = {"command": [str(word) for word in words[4:]], "seconds": round(time.time() - began, 1)}
+    found: dict[str, Any] = {"command": [*map(str, size), *ROWS[name]], "seconds": round(time.time() - began, 1)}
     if done.returncode:
         return found | {"failed": (done.stdout + done.stderr).splitlines()[-25:]}
     lines = read_metrics(out)
@@ -98,15 +98,17 @@ def main() -> int:
     asked = parser.parse_args()
     gpus = torch.cuda.device_count()
     names = asked.rows or [name for name, words in ROWS.items() if gpus or not words]
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, min(2, gpus))) as pool:
         make_folder(Path(scratch, "model"), gpus > 0)
         made = pool.map(train, names, repeat(Path(scratch)), repeat(asked.steps), count())
-        rows = dict(zip(names, made, strict=True))
-    found = {"what": "200 steps on real text", **environment(), "rows": rows, "apart": apart(rows)}
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
-    for name, row in rows.items():
-        print(name, row.get("failed") or f"loss {row['loss'][0]:.4f} to {row['loss'][-1]:.4f}", row["seconds"], "s")
-    print(json.dumps(found["apart"], indent=1))
+        for name, row in zip(names, made, strict=True):
+            rows[name] = row
+            found = {"what": f"{asked.steps} steps on real text", **environment(), "rows": rows, "apart": apart(rows)}
+            asked.out.write_text(json.dumps(found, indent=1) + "\n")  # what is ended leaves what it had
+            said = row.get("failed") or f"loss {row['loss'][0]:.4f} to {row['loss'][-1]:.4f}"
+            print(name, said, row["seconds"], "s", flush=True)
+    print(json.dumps(apart(rows), indent=1))
     return int(any("failed" in row or row["loss"][-1] >= row["loss"][0] for row in rows.values()))
 
 
