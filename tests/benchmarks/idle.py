@@ -1,11 +1,26 @@
-"""How much of a step the GPU does nothing: one less the union of its kernels' intervals over the step's time."""
+"""How much of a step the GPU does nothing: one less the union of its kernels' intervals over the step's time.
+
+And what it does the rest of the time, and after which kernel it waits for the host.
+"""
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 Interval = tuple[float, float]
+LONGEST = 12  # of kernels and of gaps
+NAME = 100  # characters of a kernel's name; the rest are template arguments
+
+
+class Work(NamedTuple):
+    """A kernel or a copy, from when to when, in microseconds."""
+
+    start: float
+    end: float
+    name: str
 
 
 def covered(intervals: Iterable[Interval]) -> float:
@@ -17,8 +32,27 @@ def covered(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def profiled(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds of one step under the profiler, and the share of them in which no kernel and no copy ran.
+def longest_kernels(works: Iterable[Work]) -> dict[str, float]:
+    """Milliseconds in all by kernel, the most first."""
+    spent: Counter[str] = Counter()
+    for work in works:
+        spent[work.name[:NAME]] += (work.end - work.start) / 1e3
+    return {name: round(ms, 3) for name, ms in spent.most_common(LONGEST)}
+
+
+def longest_gaps(works: Sequence[Work]) -> dict[str, float]:
+    """Milliseconds in which nothing ran, by the kernels before and after, the most first."""
+    spent: Counter[str] = Counter()
+    last, *others = sorted(works)
+    for work in others:
+        if work.start > last.end:
+            spent[f"{last.name[:NAME]} -> {work.name[:NAME]}"] += (work.start - last.end) / 1e3
+        last = max(last, work, key=lambda one: one.end)
+    return {name: round(ms, 3) for name, ms in spent.most_common(LONGEST)}
+
+
+def profiled(step: Callable[[], object]) -> dict[str, Any]:
+    """Seconds of one step under the profiler, the share of them in which no kernel and no copy ran, and which ran.
 
     The profiler makes a step slower, so that the share is an upper bound; compare its seconds with those of a step
     without it.
@@ -29,10 +63,11 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
         step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    events = [
-        event
+    works = [
+        Work(event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation  # a span of kernels
     ]
-    busy = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
-    return {"seconds": seconds, "idle share": 1 - busy / seconds}
+    busy = covered((work.start, work.end) for work in works) / 1e6
+    found: dict[str, Any] = {"seconds": seconds, "busy seconds": busy, "idle share": 1 - busy / seconds}
+    return found | {"kernels, ms": longest_kernels(works), "gaps, ms": longest_gaps(works)}

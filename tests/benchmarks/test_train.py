@@ -200,3 +200,13 @@ def test_ranks_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     began = time.time()
     assert bench_train.run_ranks(plan, 1, tmp_path / "log", limit=60) is None
     assert time.time() - began < 10
+
+
+def test_gaps_are_told_by_the_kernels_around_them() -> None:
+    """Streams overlap: a kernel that ends within another one leaves no gap."""
+    works = [
+        idle.Work(0, 1000, "a"), idle.Work(500, 700, "b"), idle.Work(3000, 4000, "b"), idle.Work(9000, 9500, "a"),
+        idle.Work(11500, 11600, "b"),
+    ]  # fmt: skip
+    assert idle.longest_gaps(works) == {"b -> a": 5.0, "a -> b": 4.0}
+    assert idle.longest_kernels(works) == {"a": 1.5, "b": 1.3}
