@@ -2,7 +2,7 @@
 
 megatron-core 0.19's distributed optimizer numbers the parameters of a group in two orders, of which one has float32
 first. A checkpoint of a group with both mixes up their states, or cannot be written. So float32 matrices get a group
-of their own: by `FLOAT32_APART`, for `get_megatron_optimizer`'s overrides, or wherever `keep_float32_apart` was called.
+of their own. Whoever makes the optimizer, a host's trainer or a loop of one's own, makes it by megatron-core.
 """
 
 from functools import wraps
@@ -15,26 +15,18 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, ParamPredicate
 _FLOAT32 = ParamPredicate(
     "float32 matrices", lambda parameter: parameter.dtype == torch.float32 and parameter.dim() > 1
 )
-FLOAT32_APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
-
-
-def keeps_float32_apart() -> bool:
-    """Whether `keep_float32_apart` was called."""
-    return hasattr(optimizer._get_param_groups, "__wrapped__")
+_APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
 
 
 def keep_float32_apart() -> None:
-    """In every optimizer that this process makes from now on, of a model in half precision.
-
-    For hosts that make their optimizers by themselves, with overrides that nobody can add to.
-    """
-    if keeps_float32_apart():
-        return
+    """In every optimizer that megatron-core makes in this process from now on, of a model in half precision."""
     groups = optimizer._get_param_groups
+    if hasattr(groups, "__wrapped__"):
+        return
 
     @wraps(groups)
     def apart(model_chunks: Any, config: OptimizerConfig, config_overrides: Any, *rest: Any, **named: Any) -> Any:
-        mixed = FLOAT32_APART if config.bf16 or config.fp16 else {}
+        mixed = _APART if config.bf16 or config.fp16 else {}
         return groups(model_chunks, config, {**(config_overrides or {}), **mixed}, *rest, **named)
 
     optimizer._get_param_groups = apart

@@ -13,6 +13,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bridge.model.optimizer_groups import keep_float32_apart
+
 
 class _RouterLogits(torch.autograd.Function):
     """x @ weight.T in float32, keeping for the backward pass x as it came and not its float32 copy."""
@@ -42,6 +44,7 @@ class Float32Router(TopKRouter):
         is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        keep_float32_apart()
         self.to(torch.cuda.current_device())  # megatron-core puts only the bias there, and the weight at first use
 
     def reset_parameters(self) -> None:

@@ -24,7 +24,6 @@ from bridge.model.attention import MiniMaxM2SelfAttention
 from bridge.model.build import with_frequencies_of_transformers
 from bridge.model.config import ARCHITECTURE, SIZES
 from bridge.model.layer_spec import minimax_m2_block_spec
-from bridge.model.optimizer_groups import keep_float32_apart
 from bridge.plugins.host import require_host
 from bridge.plugins.save_beside import save_beside
 from reference.config import ModelConfig
@@ -36,8 +35,6 @@ from mcore_bridge.model.register import ModelLoader, ModelMeta, register_model  
 from peft import PeftModel  # noqa: E402
 
 from bridge.plugins.adapters import check_merged, without_adapters  # noqa: E402
-
-keep_float32_apart()
 
 MODEL_TYPE = "minimax_m2"
 

@@ -29,10 +29,7 @@ from bridge.model.layer_spec import (
     minimax_m2_hybrid_spec,
     minimax_m2_layer_spec,
 )
-from bridge.model.optimizer_groups import keep_float32_apart
 from bridge.plugins.megatron_lm_arguments import check_arguments, check_config
-
-keep_float32_apart()
 
 BACKENDS: dict[str, Backend] = {"transformer_engine": "transformer_engine", "local": "local"}
 

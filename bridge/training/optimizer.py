@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
-from bridge.model.optimizer_groups import FLOAT32_APART
 from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
 
@@ -104,7 +103,7 @@ def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> An
         use_distributed_optimizer=True,
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
-    overrides = get_standard_config_overrides(config) | (FLOAT32_APART if job.dtype == "bf16" else {})
+    overrides = get_standard_config_overrides(config)
     return get_megatron_optimizer(config, wrapped, overrides)  # pyright: ignore[reportArgumentType]
 
 

@@ -20,7 +20,6 @@ registration wins. Import it also before a checkpoint that was saved with it is 
 The host must find Transformer Engine, without which it cannot be imported.
 """
 
-from bridge.model.optimizer_groups import keep_float32_apart
 from bridge.plugins.host import require_host
 
 HOST = "megatron-bridge>=0.6.2,<0.7"
@@ -38,8 +37,6 @@ from bridge.plugins.megatron_bridge.names import (  # noqa: E402
     minimax_m2_layer_spec,
 )
 from bridge.plugins.megatron_bridge.provider import MiniMaxM2ModelProvider  # noqa: E402
-
-keep_float32_apart()
 
 __all__ = [
     "HOST",

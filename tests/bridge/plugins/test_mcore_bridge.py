@@ -23,7 +23,6 @@ from support.sharded_models import CONFIG, groups_of
 from torch import Tensor, distributed, nn
 
 from bridge.huggingface.random_checkpoint import make_checkpoint
-from bridge.model.optimizer_groups import keeps_float32_apart
 from reference.parallelism import Parallelism
 from reference.sharding import placements, unshard
 
@@ -355,8 +354,3 @@ def test_a_shard_size_is_in_gigabytes(alone: None, sources: dict[str, Path], tmp
     model[0].config.bridge.load_weights(model, str(sources["bf16"]))
     with pytest.raises(ValueError, match="max_shard_size must be a whole number of GB"):
         model[0].config.bridge.save_weights(model, str(tmp_path / "out"), max_shard_size=size)
-
-
-def test_float32_routers_have_a_group_of_their_own() -> None:
-    """In the optimizers that the host makes: `tests/bridge/model/test_optimizer_groups.py` has why."""
-    assert keeps_float32_apart()

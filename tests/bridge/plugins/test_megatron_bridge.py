@@ -23,7 +23,6 @@ from transformers import MiniMaxM2Config, Qwen3MoeConfig
 from bridge import model_parallel
 from bridge.huggingface.checkpoint import same_bits
 from bridge.model.config import gpt_model_arguments, transformer_config
-from bridge.model.optimizer_groups import keeps_float32_apart
 from reference.config import ModelConfig
 from reference.fp8 import dequantize_blockwise
 from reference.parallelism import Parallelism
@@ -260,8 +259,3 @@ def test_the_provider_can_be_finalised_twice(folder: Path):
     layout = provider.pipeline_model_parallel_layout
     provider.finalize()
     assert provider.pipeline_model_parallel_layout is layout
-
-
-def test_float32_routers_have_a_group_of_their_own() -> None:
-    """In the optimizers that the host makes: `tests/bridge/model/test_optimizer_groups.py` has why."""
-    assert keeps_float32_apart()

@@ -18,7 +18,6 @@ from support.small_model import SMALL
 from torch import distributed
 
 from bridge.model.config import transformer_config
-from bridge.model.optimizer_groups import keeps_float32_apart
 from bridge.plugins.megatron_lm import checked_backend, layer_spec, megatron_lm_namespace
 from bridge.plugins.megatron_lm_arguments import megatron_lm_arguments
 from reference.model_class import ModelClass
@@ -134,8 +133,3 @@ def _refusals() -> list[str]:
             said.append(str(caught.value))
         assert checked_backend(transformer_config(SMALL)) == "local"
     return said
-
-
-def test_float32_routers_have_a_group_of_their_own() -> None:
-    """In the optimizers that the host makes: `tests/bridge/model/test_optimizer_groups.py` has why."""
-    assert keeps_float32_apart()

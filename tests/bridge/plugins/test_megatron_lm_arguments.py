@@ -20,7 +20,6 @@ from support.small_model import SMALL
 
 from bridge.model.build import build_model
 from bridge.model.config import ARCHITECTURE, SIZES, transformer_config
-from bridge.model.optimizer_groups import keep_float32_apart
 from bridge.model.process_groups import model_parallel
 from bridge.plugins.megatron_lm_arguments import (
     LEFT_OUT,
@@ -174,8 +173,7 @@ def test_an_optimizer_that_megatron_core_cannot_save(words: list[str], possible:
 
 
 def test_megatron_core_still_cannot_save_it() -> None:
-    """Else the refusal above is to go. With its own group of the router's it fails over that."""
-    keep_float32_apart()
+    """Else the refusal above is to go. It fails over the router's own group."""
     with model_parallel():
         model = build_model(SMALL, params_dtype=torch.bfloat16, backend="local")
         wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
