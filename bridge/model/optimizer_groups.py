@@ -12,6 +12,7 @@ import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import OptimizerConfig, ParamKey, ParamPredicate
 
+KEPT_APART = "keeps_float32_apart"  # an attribute, which other wrappers hand on
 _FLOAT32 = ParamPredicate(
     "float32 matrices", lambda parameter: parameter.dtype == torch.float32 and parameter.dim() > 1
 )
@@ -21,7 +22,7 @@ _APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
 def keep_float32_apart() -> None:
     """In every optimizer that megatron-core makes in this process from now on, of a model in half precision."""
     groups = optimizer._get_param_groups
-    if hasattr(groups, "__wrapped__"):
+    if hasattr(groups, KEPT_APART):
         return
 
     @wraps(groups)
@@ -29,4 +30,5 @@ def keep_float32_apart() -> None:
         mixed = _APART if config.bf16 or config.fp16 else {}
         return groups(model_chunks, config, {**(config_overrides or {}), **mixed}, *rest, **named)
 
+    setattr(apart, KEPT_APART, True)
     optimizer._get_param_groups = apart
