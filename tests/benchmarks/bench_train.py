@@ -142,7 +142,7 @@ def summary(names: Iterable[str], lines: Sequence[Line], tokens: int, ranks: int
 
 
 def _figures(visits: Sequence[Line], about: Line, tokens: int, ranks: int) -> dict[str, Any]:
-    words = ("refused", "failed", "where", "profiled")
+    words = ("refused", "failed", "where", "profiled", "before")
     row: dict[str, Any] = {word: line[word] for line in visits for word in words if word in line}
     seconds = [one for line in visits for one in line.get("seconds", ())]
     if seconds:

@@ -113,7 +113,7 @@ def synchronize() -> None:
 
 def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profile: bool) -> dict[str, Any]:
     """One row's steps, on all ranks: their seconds and the peak of memory, or their losses; or what was refused."""
-    row, dp = ROWS[name], parallel_state.get_data_parallel_world_size()
+    row, dp, arrived = ROWS[name], parallel_state.get_data_parallel_world_size(), time.perf_counter()
     job, start = job_of(row, shape, sizes, dp), RandomOnDevice(shape.config(sizes["ep"]))
     model_parallel_cuda_manual_seed(SEED, te_rng_tracker=row.graphs, force_reset_rng=True)
     torch.manual_seed(SEED)  # the routing, on a processor
@@ -144,13 +144,14 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profil
         made = [result for _, result in steps(1, shape.checked)]
         found: dict[str, Any] = {"losses": [one.loss for one in made], "norms": [one.grad_norm for one in made]}
     else:
-        for _ in steps(1, shape.eager):
-            pass
+        built = time.perf_counter() - arrived
+        warm_up = [seconds for seconds, _ in steps(1, shape.eager)]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         measured = list(steps(shape.eager + 1, shape.timed))
         seconds = [max(of_ranks) for of_ranks in zip(*all_gather_objects([s for s, _ in measured]), strict=True)]
         found = {"seconds": seconds, "peak GB": max(all_gather_objects(memory_gb()))}
+        found["before"] = {"to build": round(built, 2), "eager steps": [round(one, 2) for one in warm_up]}
         if torch.cuda.is_available():  # what graphs keep for themselves is in this alone
             found["reserved GB"] = max(all_gather_objects(torch.cuda.max_memory_reserved() / 1e9))
         if profile and torch.cuda.is_available():

@@ -104,7 +104,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(dtype, name, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("dtype", "name"), cases())
+@pytest.mark.parametrize(("dtype", "name"), [*cases()])
 def test_every_layout_trains_as_transformers_does(
     oracle: Oracle,
     pool_of: Callable[[int], RankPool],
