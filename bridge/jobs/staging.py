@@ -208,7 +208,10 @@ class Staging:
         deadline, waited_for = time.monotonic() + LOCK_SECONDS, None
         while True:
             self._journal.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._journal, os.O_RDONLY)
+            try:
+                handle = os.open(self._journal, os.O_RDONLY)
+            except FileNotFoundError:  # the other run was done between these two lines
+                continue
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(handle, mode | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(handle), self._journal.stat()):

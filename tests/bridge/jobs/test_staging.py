@@ -175,3 +175,20 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     write(out, "new", overwrite=True)
     assert contents(out) == {MARKER: b"", "file": b"new"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_ends_while_another_looks_for_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone between the moments at which it is made and opened: it is made again."""
+    really, gone = os.open, []
+
+    def opened(path: Any, *arguments: Any, **named: Any) -> int:
+        if not gone and str(path).endswith(".journal"):
+            gone.append(path)
+            os.rmdir(path)
+        return really(path, *arguments, **named)
+
+    monkeypatch.setattr(staging.os, "open", opened)
+    write(tmp_path / "out", "new")
+    assert gone
+    assert contents(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]

@@ -29,7 +29,7 @@ def saves(out: Path, *, overwrite: bool = False) -> bool:
     return call(save, out, overwrite).done
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # of each test: ranks of their own cannot fork from this server, which is a rank already
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What an undisturbed save leaves; saves fork from the server with the model inside."""
     with pytest.MonkeyPatch.context() as patch, server_of("pytest", "support.warm_model"):
