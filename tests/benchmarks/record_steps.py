@@ -4,16 +4,14 @@
 
 Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples, with a
 checkpoint written in the background halfway; with two GPUs two rows at a time, one on each. The record has the losses
-and gradient norms of each step, and how far they are from those of the row that has all the same but for graphs. What
-adds in no fixed order makes two runs of the same row differ as well, "eager again" says by how much. Attention's
-backward pass is asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none,
-the fused one has. Without a GPU the model is tiny and in float32, and there are no graphs.
+and gradient norms of each step, and how far they are from those of another row (`COMPARED`). What adds in no fixed
+order makes two runs of the same row differ as well, "eager again" says by how much. Attention's backward pass is
+asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none, the fused one
+has. Without a GPU the model is tiny and in float32, and there are no graphs.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,14 +26,15 @@ from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
 from bridge.training.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
+import child
 from record import environment
+from train_rows import FUSED
 from true_width import few_layers
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "tests" / "data" / "alice.txt"
+TEXT = Path(__file__).parents[1] / "data" / "alice.txt"
 EXPERTS = 32
 TINY = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-FUSIONS = ("--fusions", "router", "--fusions", "permute", "--fusions", "cross_entropy")
+FUSIONS = tuple(word for name in FUSED for word in ("--fusions", name))
 ROWS: dict[str, tuple[str, ...]] = {
     "eager": (),
     "eager again": (),
@@ -43,8 +42,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fusions": FUSIONS,
     "fusions and graphs": ("--cuda-graphs", *FUSIONS),
 }
-SAME = {"eager again": "eager", "graphs": "eager", "fusions": "eager", "fusions and graphs": "fusions"}
+COMPARED = {"eager again": "eager", "graphs": "eager", "fusions": "eager", "fusions and graphs": "fusions"}
 KEPT = ("loss", "grad_norm", "tokens_per_second")
+MOST_SECONDS = 540.0  # of a row
 
 
 def make_folder(folder: Path, gpu: bool) -> None:
@@ -63,15 +63,12 @@ def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
     words = ["train", "--model", folder / "model", "--random", "--data", TEXT, "--out", out, "--steps", steps, *size]
     words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), "--save-every", max(1, steps // 2), *ROWS[name]]
     command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     device = {"CUDA_VISIBLE_DEVICES": str(number % gpus), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if gpus else {}
-    began = time.time()
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path} | device, capture_output=True, text=True, check=False
-    )
+    began, log = time.time(), out.with_suffix(".log")
+    status = child.run(command, log, MOST_SECONDS, **device)
     found: dict[str, Any] = {"command": [*map(str, size), *ROWS[name]], "seconds": round(time.time() - began, 1)}
-    if done.returncode:
-        return found | {"failed": (done.stdout + done.stderr).splitlines()[-25:]}
+    if status != 0:
+        return found | {"failed": child.last_words(log, 25)}
     lines = read_metrics(out)
     return found | {key: [line[key] for line in lines] for key in KEPT}
 
@@ -79,7 +76,7 @@ def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
 def apart(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The largest relative distance from another row, over ten steps and over all, and how many steps are equal."""
     found: dict[str, dict[str, Any]] = {}
-    for name, other in SAME.items():
+    for name, other in COMPARED.items():
         row, base = rows.get(name, {}), rows.get(other, {})
         for key in ("loss", "grad_norm") if "loss" in row and "loss" in base else ():
             off = [abs(a / b - 1) for a, b in zip(row[key], base[key], strict=True)]

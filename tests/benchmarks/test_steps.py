@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE))
 from record_steps import apart  # noqa: E402
 
 
-def test_rows_are_compared_with_those_that_differ_by_graphs_alone() -> None:
+def test_a_row_is_compared_with_its_own_one() -> None:
     eager = {"loss": [4.0, 2.0, 1.0], "grad_norm": [1.0, 1.0, 1.0]}
     graphs = {"loss": [4.0, 2.5, 1.0], "grad_norm": [1.0, 1.0, 1.0]}
     found = apart({"eager": eager, "graphs": graphs, "fusions": {"failed": ["no"]}, "fusions and graphs": graphs})
