@@ -1,10 +1,12 @@
 """What a run would be, without a model: its settings, and what each rank would hold."""
 
+import os
 from typing import Any, NamedTuple
+
+from torch import distributed
 
 from bridge.memory_plan import plan, report
 from bridge.training.data.indexed import check_files
-from bridge.training.loop import world_size
 from bridge.training.settings import TrainJob
 from bridge.training.start import open_start
 from bridge.training.train import check_layout
@@ -21,6 +23,13 @@ class DryRun(NamedTuple):
     fits: bool
 
 
+def _ranks_to_be() -> int:
+    """How many ranks the run has: torchrun says it before they have joined."""
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
     """Check the job as a run would, on `gpus` ranks of `memory` each, and plan what they hold.
 
@@ -29,7 +38,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
     """
     check_files(job.data)
     with open_start(job) as start:
-        parallelism = check_layout(job, start.config, gpus or world_size())
+        parallelism = check_layout(job, start.config, gpus or _ranks_to_be())
         found = plan.plan(
             start.config,
             parallelism,

@@ -5,17 +5,16 @@ others with the losses of the next step: no step has a collective more for it.
 """
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from bridge.jobs.ranks import rank_and_world_size
 from bridge.training.checkpoints import latest_step
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.data.batches import microbatches
@@ -49,7 +48,7 @@ def run_steps(
     """
     job, checkpoints = trained.job, out / CHECKPOINTS
     graphs = CudaGraphs(trained) if job.cuda_graphs else None
-    loss = None
+    loss, world = None, rank_and_world_size()[1]
     with Reporter(out, steps.start - 1, on_step) as reporter, Saver(trained, checkpoints, config) as saver:
         for step in steps:
             if graphs is not None:
@@ -68,19 +67,12 @@ def run_steps(
             if result.flags.failed:
                 reporter.raise_failure()
             seconds, loss = time.perf_counter() - began, result.loss
-            reporter.report(partial(step_metrics, job, config, step, result, seconds, world_size()))
+            reporter.report(partial(step_metrics, job, config, step, result, seconds, world))
             if step == steps[-1] or (job.save_every and step % job.save_every == 0):
                 saver.finish()
                 reporter.raise_failure()  # a run that goes on from here would lack this step's line
                 saver.save(step)
     return loss
-
-
-def world_size() -> int:
-    """How many ranks take part."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[str, Tensor]]]:

@@ -14,7 +14,13 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import all_gather_objects, check_same_on_all_ranks, is_rank_zero, raise_on_all_ranks
+from bridge.jobs.ranks import (
+    all_gather_objects,
+    check_same_on_all_ranks,
+    is_rank_zero,
+    raise_on_all_ranks,
+    rank_and_world_size,
+)
 from bridge.jobs.resumable import versions
 from bridge.jobs.target import check_apart
 from bridge.memory_plan.plan import layout
@@ -28,7 +34,7 @@ from bridge.training.data.batches import build_dataset
 from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources, need_tokenizer
 from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.export import export_trained
-from bridge.training.loop import run_steps, world_size
+from bridge.training.loop import run_steps
 from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
 from bridge.training.run_record import check_record, make_record, write_record
 from bridge.training.settings import TrainJob
@@ -94,7 +100,7 @@ def train(
         with raise_on_all_ranks():
             check_files(job.data)
             start = stack.enter_context(open_start(job))
-            parallelism = check_layout(job, start.config, world_size())
+            parallelism = check_layout(job, start.config, rank_and_world_size()[1])
         check_same_on_all_ranks(_what_is_read(job, start))
         stack.enter_context(groups_of(parallelism, seed=job.seed))
         if job.cuda_graphs:
