@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and settings are read without it
     from bridge.model.layer_spec import Backend
 
-FusionName = Literal["none", "router", "permute", "cross_entropy", "cross_entropy_te"]
+FusionName = Literal[
+    "none", "router", "permute", "cross_entropy", "cross_entropy_te", "gradient_accumulation", "grouped_gemm"
+]
 
 
 class Fusion(NamedTuple):
-    """One row: what it fuses, `TransformerConfig` fields, the backends that have it, and the record of its speed."""
+    """One row: what it fuses, `TransformerConfig` fields, the backends that have it, and the record of its speed.
+
+    `environment` is what Transformer Engine reads from the process's environment.
+    """
 
     fuses: str
     settings: Mapping[str, Any]
     backends: tuple["Backend", ...] = ("transformer_engine",)
     record: str | None = None
+    environment: Mapping[str, str] = {}
 
 
 FUSIONS: dict[str, Fusion] = {
@@ -37,6 +43,15 @@ FUSIONS: dict[str, Fusion] = {
     "cross_entropy_te": Fusion(
         "logits to losses, Transformer Engine's kernel",
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
+    ),
+    "gradient_accumulation": Fusion(
+        "weights' gradients added to the float32 sum by the product that makes them",
+        {"gradient_accumulation_fusion": True},
+    ),
+    "grouped_gemm": Fusion(
+        "the experts' products in one CUTLASS kernel, but for weights' gradients and FP8",
+        {},
+        environment={"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"},
     ),
 }
 
@@ -58,6 +73,11 @@ def fusion_settings(names: Iterable[str]) -> dict[str, Any]:
                     f"fusions: {', '.join(chosen)} want {field} to be {settings[field]!r} and {value!r}; choose one"
                 )
     return settings
+
+
+def fusion_environment(names: Iterable[str]) -> dict[str, str]:
+    """What some fusions want in `os.environ` before the model's first step."""
+    return {key: value for name in names if name != "none" for key, value in FUSIONS[name].environment.items()}
 
 
 def check_fusions(names: Iterable[str], backend: "Backend") -> None:

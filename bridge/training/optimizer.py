@@ -1,7 +1,8 @@
 """megatron-core's distributed data parallelism, optimizer and schedule around a model, on a GPU and without one.
 
 Gradients are summed and kept in float32; the optimizer's weights and state are divided over the data-parallel ranks.
-On a GPU communication overlaps with the backward pass and, where that is not refused (CUDA graphs), the forward pass.
+On GPUs communication overlaps with the backward pass and, where that is not refused (CUDA graphs), the forward pass;
+a rank that has nobody to share with sends nothing.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -63,7 +65,8 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
         ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
     gpu = torch.cuda.is_available()
-    config = ddp_config(chunks[0].config, overlap=gpu)
+    shared = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    config = ddp_config(chunks[0].config, overlap=gpu and shared)
     for chunk in chunks:
         check_settings(chunk.config, config)
     stream: Any = torch.cuda.Stream()

@@ -173,45 +173,51 @@ def train_step(
     batches: list[Iterator[dict[str, Tensor]]],
     flags: Flags = Flags(0, 0),  # noqa: B008  # it is immutable
 ) -> StepResult | NotFinite:
-    """One step; where the loss or the gradient is not finite, nothing is changed. `flags` are this rank's."""
+    """One step; where the loss or the gradient is not finite, nothing is changed. `flags` are this rank's.
+
+    The host waits for the GPU twice: for the norm of the gradient, and at the end for all that is reported.
+    """
     biases = _router_biases(trained)
     for chunk in trained.wrapped:
         chunk.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    total, tokens, *raised = forward(trained, batches, flags=flags).tolist()
+    sums = forward(trained, batches, flags=flags)
     aux_loss = _aux_loss(trained)
-    grad_norm = _move(trained.optimizer) if math.isfinite(total) else None
-    if grad_norm is None:
+    grad_norm = _move(trained.optimizer, sums)
+    if isinstance(grad_norm, NotFinite):
         for bias, before in biases:  # megatron-core moves it when gradients are final
             bias.copy_(before)
-        return NotFinite("gradient" if math.isfinite(total) else "loss")
+        return grad_norm
     lr = trained.optimizer.param_groups[0]["lr"]
     trained.scheduler.step(1)
-    loss, load = total / max(tokens, 1), _expert_load(trained)
-    return StepResult(loss, grad_norm, lr, int(tokens), aux_loss, load, Flags(*map(int, raised)))
+    found = torch.cat([aux_loss, _expert_load(trained).double(), sums]).tolist()
+    aux, load, total, tokens, *raised = found
+    return StepResult(total / max(tokens, 1), grad_norm, lr, int(tokens), aux, load, Flags(*map(int, raised)))
 
 
-class _GradientError(ArithmeticError):
-    """The norm of the gradient is not finite."""
+class _NotFiniteError(ArithmeticError):
+    """The loss or the norm of the gradient; its argument says which."""
 
 
-def _move(optimizer: Any) -> float | None:
-    """megatron-core's step, and the norm of the gradient; None, and no step, if that is not finite.
+def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
+    """megatron-core's step, and the norm of the gradient; no step, if that or the loss, first of `sums`, is not finite.
 
-    megatron-core asks for the norm before it changes a gradient or a weight, and has no such check of its own.
+    megatron-core asks for the norm before it changes a gradient or a weight, and has no such check of its own. What it
+    prepares until then it prepares while the GPU is still at work.
     """
 
     def finite_norm() -> Any:
         norm = type(optimizer).get_grad_norm(optimizer)
-        if not math.isfinite(norm):
-            raise _GradientError
+        for what, value in (("loss", float(sums[0])), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise _NotFiniteError(what)
         return norm
 
     with patch.object(optimizer, "get_grad_norm", finite_norm):
         try:
             return float(optimizer.step()[1])
-        except _GradientError:
-            return None
+        except _NotFiniteError as error:
+            return NotFinite(str(error))
 
 
 def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:
@@ -238,8 +244,8 @@ def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     return output, loss
 
 
-def _aux_loss(trained: Trained) -> float:
-    """Mean over layers and microbatches, on all ranks."""
+def _aux_loss(trained: Trained) -> Tensor:
+    """Mean over layers and microbatches, on all ranks; of one entry."""
     job, entry = trained.job, get_moe_metrics_tracker().metrics.get(AUX_LOSS)
     destroy_moe_metrics_tracker()
     layers = trained.chunks[0].config.num_layers
@@ -251,11 +257,11 @@ def _aux_loss(trained: Trained) -> float:
     same = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     torch.distributed.all_reduce(values)
     experts = layers // 2 if trained.job.model_class == "hybrid" else layers
-    return float(values.sum()) * job.micro_batch_size / (same * job.global_batch_size * experts)
+    return values.sum(0, keepdim=True).double() * (job.micro_batch_size / (same * job.global_batch_size * experts))
 
 
-def _expert_load(trained: Trained) -> float:
-    """The fullest expert's tokens over the mean of its layer, in the worst layer of all ranks."""
+def _expert_load(trained: Trained) -> Tensor:
+    """The fullest expert's tokens over the mean of its layer, in the worst layer of all ranks; of one entry."""
     worst = torch.zeros(1, device=torch.cuda.current_device())
     if trained.load is not None:
         group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -263,4 +269,4 @@ def _expert_load(trained: Trained) -> float:
         torch.distributed.all_reduce(load, group=group)
         worst[0] = (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
     torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-    return float(worst)
+    return worst

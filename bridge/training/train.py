@@ -4,6 +4,7 @@ Everything that can be wrong with what was given is found out before the model i
 work (`bridge.training.loop`).
 """
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from bridge.jobs.resumable import versions
 from bridge.jobs.target import check_apart
 from bridge.memory_plan.plan import layout
 from bridge.model.build import MakeSpec, build_model
-from bridge.model.fusions import check_fusions, fusion_settings
+from bridge.model.fusions import check_fusions, fusion_environment, fusion_settings
 from bridge.model.layer_spec import default_backend
 from bridge.model.process_groups import groups_of, joined_ranks
 from bridge.training.checkpoints import latest_step, load_checkpoint
@@ -172,6 +173,7 @@ def build(
     `spec` makes other layers than MiniMax-M2's, and `overrides` are `TransformerConfig` fields that win over the job's.
     """
     aux = {} if job.aux_loss is None else {"moe_aux_loss_coeff": job.aux_loss}
+    os.environ.update(fusion_environment(job.fusions))
     with raise_on_all_ranks():
         built = build_model(
             start.config,

@@ -9,6 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK = 1.0  # seconds
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def _end_all(*_: object) -> None:
+    """Whoever ends a benchmark, with `timeout` say, ends what it started: it would go on, on the GPU of the next."""
+    for child in _running:
+        os.killpg(child.pid, signal.SIGKILL)
+    os._exit(128 + signal.SIGTERM)
+
+
+signal.signal(signal.SIGTERM, _end_all)
 
 
 def run(
@@ -34,12 +45,14 @@ def run(
             start_new_session=True,  # so that its ranks are ended with it
             env=os.environ | environment | {"PYTHONPATH": path},
         )
+        _running.add(child)
         try:
             while (remaining := until - time.monotonic()) > 0 and not hangs():
                 with suppress(subprocess.TimeoutExpired):
                     return child.wait(min(LOOK, remaining))
             return None
         finally:
+            _running.discard(child)
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()

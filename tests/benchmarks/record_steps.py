@@ -3,9 +3,9 @@
     python tests/benchmarks/record_steps.py OUT.json [--steps N] [--rows "eager" "graphs"]
 
 Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples, with a
-checkpoint written in the background halfway; with two GPUs two rows at a time, one on each. The record has the losses
-and gradient norms of each step, and how far they are from those of another row (`COMPARED`). What adds in no fixed
-order makes two runs of the same row differ as well, "eager again" says by how much. Attention's backward pass is
+checkpoint written in the background halfway; with several GPUs as many rows at a time, one on each. The record has
+the losses and gradient norms of each step, and how far they are from those of another row (`COMPARED`). What adds in no
+fixed order makes two runs of the same row differ as well, "eager again" says by how much. Attention's backward pass is
 asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none, the fused one
 has. Without a GPU the model is tiny and in float32, and there are no graphs.
 """
@@ -95,7 +95,7 @@ def main() -> int:
     gpus = torch.cuda.device_count()
     names = asked.rows or [name for name, words in ROWS.items() if gpus or not words]
     rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, min(2, gpus))) as pool:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, gpus)) as pool:
         make_folder(Path(scratch, "model"), gpus > 0)
         made = pool.map(train, names, repeat(Path(scratch)), repeat(asked.steps), count())
         for name, row in zip(names, made, strict=True):

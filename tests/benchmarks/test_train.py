@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_train
 import idle
-from train_rows import ACCUMULATED, APEX, BASE, LAYERS, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
+from train_rows import BASE, LAYERS, PEER, ROWS, TINY, TRUE_WIDTH, TRUTH, lacks
 from train_visit import visit
 
 from bridge.model.config import transformer_config
@@ -60,15 +60,13 @@ def test_what_is_refused_is_refused_and_nothing_else_is() -> None:
 
 
 def test_rows_say_what_they_need() -> None:
-    assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH, "cross_entropy"]
-    assert lacks(ROWS["router"], "local", gpu=False) == "Transformer Engine, for router"
+    assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH]
+    assert lacks(ROWS["fusions"], "local", gpu=False) == (
+        "Transformer Engine, for router, permute, gradient_accumulation, grouped_gemm"
+    )
     assert lacks(ROWS["graphs"], "local", gpu=False) == "a GPU"
-    ours = [
-        name for name, row in ROWS.items() if row.layers == "ours" and not ACCUMULATED.items() <= row.settings.items()
-    ]
+    ours = [name for name, row in ROWS.items() if row.layers == "ours"]
     assert [lacks(ROWS[name], "transformer_engine", gpu=True) for name in ours] == [None] * len(ours)
-    if importlib.util.find_spec(APEX) is None:
-        assert lacks(ROWS["gradient accumulation"], "transformer_engine", gpu=True) == f"APEX's {APEX}"
     if importlib.util.find_spec("megatron.bridge") is None:
         assert lacks(ROWS[PEER], "transformer_engine", gpu=True) == "megatron-bridge and a GPU"
 
@@ -87,8 +85,8 @@ def test_true_width_is_the_released_models() -> None:
 
 
 def test_rounds_go_forth_and_back_after_one_that_checks() -> None:
-    assert bench_train.schedule([BASE, TRUTH, "router"], 2) == [
-        (0, BASE), (0, TRUTH), (0, "router"), (1, BASE), (1, "router"), (2, "router"), (2, BASE)
+    assert bench_train.schedule([BASE, TRUTH, "graphs"], 2) == [
+        (0, BASE), (0, TRUTH), (0, "graphs"), (1, BASE), (1, "graphs"), (2, "graphs"), (2, BASE)
     ]  # fmt: skip
 
 

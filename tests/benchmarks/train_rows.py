@@ -3,9 +3,9 @@
 `FUSED` are the fusions that go together (`bridge.model.fusions`). `PEER_FLAGS` are what the provider of megatron-bridge
 0.6.2 for this model sets otherwise than `bridge.model.config` does on a GPU, with Transformer Engine
 (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
-Transformer Engine is installed, and megatron-core's output layer refuses it without an extension of APEX. A row that
-`bridge.model.safe_settings` refuses is written as what it says; one that `lifts` a refusal is tried all the same, last,
-and what happens is written down.
+Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
+builds it, so that there is a row with it too. A row that `bridge.model.safe_settings` refuses is written as what it
+says; one that `lifts` a refusal is tried all the same, last, and what happens is written down.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +19,7 @@ from bridge.model.fusions import FUSIONS
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec
 from reference.config import ModelConfig
 
-FUSED = ("router", "permute", "cross_entropy")
-FUSED_TE = ("router", "permute", "cross_entropy_te")
+FUSED = ("router", "permute", "cross_entropy", "gradient_accumulation", "grouped_gemm")
 PEER_FLAGS: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,
@@ -33,7 +32,6 @@ PEER_FLAGS: dict[str, Any] = {
     "moe_router_dtype": None,
 }
 ACCUMULATED: dict[str, Any] = {"gradient_accumulation_fusion": True}
-APEX = "fused_weight_gradient_mlp_cuda"
 FP8: dict[str, Any] = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 PADDED_BY_ROUTER: dict[str, Any] = FP8 | {"moe_router_padding_for_quantization": True}
 GATHERING = "CUDA graphs, gathering parameters"  # the row of `REFUSALS`
@@ -61,14 +59,9 @@ FP8_EXPERTS, PEER_NORMS = "FP8, padded by the experts", "megatron-bridge's norms
 ROWS: dict[str, Row] = {
     BASE: Row(),
     TRUTH: Row(dtype="fp32", recompute="full", timed=False),
-    "router": Row(fusions=("router",)),
-    "permute": Row(fusions=("permute",)),
-    "cross_entropy": Row(fusions=("cross_entropy",)),
-    "cross_entropy_te": Row(fusions=("cross_entropy_te",)),
-    "gradient accumulation": Row(ACCUMULATED),
-    "fusions": Row(fusions=FUSED),
-    "fusions, TE's cross entropy": Row(fusions=FUSED_TE),
     "graphs": Row(graphs=True),
+    **{f"graphs, {name}": Row(fusions=(name,), graphs=True) for name in FUSIONS},
+    "fusions": Row(fusions=FUSED),
     "fusions and graphs": Row(fusions=FUSED, graphs=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
     f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER),
@@ -116,8 +109,6 @@ def lacks(row: Row, backend: Backend, *, gpu: bool) -> str | None:
         return "megatron-bridge and a GPU"
     if not gpu and (row.graphs or row.settings):
         return "a GPU"
-    if ACCUMULATED.items() <= row.settings.items() and not _installed(APEX):
-        return f"APEX's {APEX}"
     short = [name for name in row.fusions if name != "none" and backend not in FUSIONS[name].backends]
     return f"Transformer Engine, for {', '.join(short)}" if short else None
 

@@ -184,7 +184,8 @@ def main(plan: dict[str, Any]) -> None:
             if is_rank_zero():
                 write({**key, "began": time.time()})
             try:
-                found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
+                with patch.dict(os.environ):  # fusions may be named there
+                    found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]
                 write({**key, "failed": f"{type(error).__name__}: {str(error)[:2000]}", "where": where})

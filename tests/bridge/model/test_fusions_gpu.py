@@ -1,0 +1,100 @@
+"""On a GPU: fused products are the separate ones, and it is they that run.
+
+`gradient_accumulation`: what a weight's gradients sum up to over microbatches, against the run in which another kernel
+adds them; in float32 to its rounding, in bfloat16 to what rounding each microbatch's gradient may cost. `grouped_gemm`:
+Transformer Engine's grouped linear layer against float64, with experts that have no token.
+"""
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from support.checks import NO_GPU
+from support.small_model import SMALL
+from torch import Tensor
+
+from bridge import model_parallel
+from bridge.model.build import build_model
+from bridge.model.fusions import FUSIONS
+from reference.model_class import ModelClass
+
+pytestmark = [pytest.mark.gpu, NO_GPU]
+FUSED_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+
+
+def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Of two microbatches, by name; and the weights whose gradients the layers added themselves."""
+    with model_parallel():
+        model = build_model(SMALL, model=model_class, params_dtype=dtype, gradient_accumulation_fusion=fused)
+        assert model.config.gradient_accumulation_fusion is fused
+        generator = torch.Generator("cuda").manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) / 8)
+        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        wrapped = DistributedDataParallel(model.config, config, model)
+        wrapped.zero_grad_buffer()
+        positions = torch.arange(32, device="cuda").expand(2, -1)
+        for _ in range(2):
+            tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda", generator=generator)
+            wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
+        named = list(model.named_parameters())
+        added = {name for name, parameter in named if parameter.grad_added_to_main_grad}
+        return {name: parameter.main_grad.clone() for name, parameter in named}, added
+
+
+@pytest.mark.parametrize("model_class", list(ModelClass))
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_layers_add_their_gradients_themselves(
+    dtype: torch.dtype, bound: float, model_class: ModelClass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    plain, nothing = summed_gradients(dtype, model_class, fused=False)
+    fused, added = summed_gradients(dtype, model_class, fused=True)
+    assert nothing == set()
+    assert added == {name for name in plain if any(part in name for part in FUSED_WEIGHTS)}
+    for name, gradient in plain.items():
+        assert fused[name].dtype == torch.float32
+        distance = (fused[name] - gradient).norm() / gradient.norm()
+        assert distance <= bound, f"{name}: {distance:.2e}"
+
+
+def grouped(splits: list[int], weights: list[Tensor], x: Tensor, grad: Tensor) -> tuple[list[Tensor], set[str]]:
+    """Output, gradient of x, gradients of the weights; and the names of the kernels."""
+    from transformer_engine.pytorch import GroupedLinear
+
+    out_features, in_features = weights[0].shape
+    layer = GroupedLinear(len(splits), in_features, out_features, bias=False, params_dtype=x.dtype, device="cuda")
+    with torch.no_grad():
+        for number, weight in enumerate(weights):
+            getattr(layer, f"weight{number}").copy_(weight)
+    leaf = x.clone().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        output = layer(leaf, splits)
+        output.backward(grad)
+        torch.cuda.synchronize()
+    found = [output, leaf.grad, *(getattr(layer, f"weight{number}").grad for number in range(len(splits)))]
+    return found, {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("splits", [[64, 0, 7, 129], [0, 0, 0, 200], [50, 50, 50, 50]])
+def test_experts_products_in_one_kernel(splits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator("cuda").manual_seed(6)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+    weights, x, grad = [drawn(256, 384) for _ in splits], drawn(200, 384), drawn(200, 256)
+    rows = list(zip(x.double().split(splits), grad.double().split(splits), weights, strict=True))
+    truth = [torch.cat([a @ w.double().T for a, _, w in rows]), torch.cat([g @ w.double() for _, g, w in rows])]
+    truth += [g.T @ a for a, g, _ in rows]
+    plain, names = grouped(splits, weights, x, grad)
+    assert not any("cutlass" in name for name in names)
+    for name, value in FUSIONS["grouped_gemm"].environment.items():
+        monkeypatch.setenv(name, value)
+    fused, names = grouped(splits, weights, x, grad)
+    assert any("cutlass" in name for name in names)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    for found in (plain, fused):
+        for one, exact in zip(found, truth, strict=True):
+            assert (one.double() - exact).norm() <= 1.01 * unit * exact.norm()
