@@ -8,6 +8,7 @@ from torch import distributed
 from bridge.memory_plan import plan, report
 from bridge.training.data.indexed import check_files
 from bridge.training.settings import TrainJob
+from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import open_start
 from bridge.training.train import check_layout
 
@@ -37,6 +38,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
         ValueError: as `train`, but for what only the data's contents show.
     """
     check_files(job.data)
+    job = with_speed_defaults(job)
     with open_start(job) as start:
         parallelism = check_layout(job, start.config, gpus or _ranks_to_be())
         found = plan.plan(

@@ -39,6 +39,7 @@ from bridge.training.loop import run_steps
 from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
 from bridge.training.run_record import check_record, make_record, write_record
 from bridge.training.settings import TrainJob
+from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
 from bridge.training.step import Trained
 from reference.config import ModelConfig
@@ -93,7 +94,7 @@ def train(
             or the loss or the gradient is not finite (`NotFiniteError`; the last checkpoint stays).
         OSError: something cannot be written. All ranks raise the same.
     """
-    out = Path(job.out)
+    out, job = Path(job.out), with_speed_defaults(job)
     with ExitStack() as stack:
         stack.enter_context(joined_ranks())
         # Before anything that follows from it: ranks that make other process groups wait for each other.

@@ -2,22 +2,24 @@
 
     python tests/benchmarks/record_steps.py OUT.json [--steps N] [--rows "eager" "graphs"]
 
-Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples, with a
-checkpoint written in the background halfway; with several GPUs as many rows at a time, one on each. The record has
-the losses and gradient norms of each step, and how far they are from those of another row (`COMPARED`). What adds in no
-fixed order makes two runs of the same row differ as well, "eager again" says by how much. Attention's backward pass is
-asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none, the fused one
-has. Without a GPU the model is tiny and in float32, and there are no graphs.
+Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples; with several
+GPUs as many rows at a time, one on each. The record has the losses and gradient norms of each step, and how far they
+are from those of another row (`COMPARED`). What adds in no fixed order makes two runs of the same row differ as well,
+"again" says by how much. Attention's backward pass is asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0);
+the local permutation of tokens has none, the fused one has. Without a GPU the model is tiny and in float32, and there
+are no graphs.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, repeat
+from itertools import repeat
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -32,17 +34,26 @@ from train_rows import FUSED
 from true_width import few_layers
 
 TEXT = Path(__file__).parents[1] / "data" / "alice.txt"
-EXPERTS = 32
+EXPERTS = 16  # a checkpoint of 32 takes a minute to write
 TINY = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
 FUSIONS = tuple(word for name in FUSED for word in ("--fusions", name))
+EAGER = ("--no-cuda-graphs",)
 ROWS: dict[str, tuple[str, ...]] = {
-    "eager": (),
-    "eager again": (),
-    "graphs": ("--cuda-graphs",),
-    "fusions": FUSIONS,
+    "eager": (*EAGER, "--fusions", "none"),
+    "fusions": (*EAGER, *FUSIONS),
     "fusions and graphs": ("--cuda-graphs", *FUSIONS),
+    "fusions again": (*EAGER, *FUSIONS),
+    "eager again": (*EAGER, "--fusions", "none"),
+    "graphs": ("--cuda-graphs", "--fusions", "none"),
 }
-COMPARED = {"eager again": "eager", "graphs": "eager", "fusions": "eager", "fusions and graphs": "fusions"}
+ON_CPU = ("eager", "eager again")
+COMPARED = {
+    "eager again": "eager",
+    "graphs": "eager",
+    "fusions": "eager",
+    "fusions again": "fusions",
+    "fusions and graphs": "fusions",
+}
 KEPT = ("loss", "grad_norm", "tokens_per_second")
 MOST_SECONDS = 540.0  # of a row
 
@@ -56,16 +67,23 @@ def make_folder(folder: Path, gpu: bool) -> None:
         (folder / name).write_text(text)
 
 
-def train(name: str, folder: Path, steps: int, number: int) -> dict[str, Any]:
-    """One row: what it wrote of each step, or what it said when it failed."""
-    gpus, out = torch.cuda.device_count(), folder / name.replace(" ", "-")
-    size = ["--seq-length", "1024", "--global-batch-size", "8"] if gpus else ["--seq-length", "32", "--dtype", "fp32"]
+def gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def train(name: str, folder: Path, steps: int, free: "Queue[str | None]") -> dict[str, Any]:
+    """One row, on a GPU of those that are free: what it wrote of each step, or what it said when it failed."""
+    gpu, out = free.get(), folder / name.replace(" ", "-")
+    size = ["--seq-length", "1024", "--global-batch-size", "8"] if gpu else ["--seq-length", "32", "--dtype", "fp32"]
     words = ["train", "--model", folder / "model", "--random", "--data", TEXT, "--out", out, "--steps", steps, *size]
-    words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), "--save-every", max(1, steps // 2), *ROWS[name]]
+    words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), *ROWS[name]]
     command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]
-    device = {"CUDA_VISIBLE_DEVICES": str(number % gpus), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if gpus else {}
+    device = {"CUDA_VISIBLE_DEVICES": gpu, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if gpu else {}
     began, log = time.time(), out.with_suffix(".log")
     status = child.run(command, log, MOST_SECONDS, **device)
+    free.put(gpu)
     found: dict[str, Any] = {"command": [*map(str, size), *ROWS[name]], "seconds": round(time.time() - began, 1)}
     if status != 0:
         return found | {"failed": child.last_words(log, 25)}
@@ -92,12 +110,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW")
     asked = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    names = asked.rows or [name for name, words in ROWS.items() if gpus or not words]
+    devices = gpus() or [None]
+    names = asked.rows or (ON_CPU if None in devices else ROWS)
     rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, gpus)) as pool:
-        make_folder(Path(scratch, "model"), gpus > 0)
-        made = pool.map(train, names, repeat(Path(scratch)), repeat(asked.steps), count())
+    free: Queue[str | None] = Queue()
+    for device in devices:
+        free.put(device)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(devices)) as pool:
+        make_folder(Path(scratch, "model"), None not in devices)
+        made = pool.map(train, names, repeat(Path(scratch)), repeat(asked.steps), repeat(free))
         for name, row in zip(names, made, strict=True):
             rows[name] = row
             found = {"what": f"{asked.steps} steps on real text", **environment(), "rows": rows, "apart": apart(rows)}

@@ -8,6 +8,7 @@ Transformer Engine's grouped linear layer against float64, with experts that hav
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from support.checks import NO_GPU
 from support.small_model import SMALL
 from torch import Tensor
@@ -23,6 +24,7 @@ FUSED_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight",
 
 def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Of two microbatches, by name; and the weights whose gradients the layers added themselves."""
+    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
         model = build_model(SMALL, model=model_class, params_dtype=dtype, gradient_accumulation_fusion=fused)
         assert model.config.gradient_accumulation_fusion is fused
