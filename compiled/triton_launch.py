@@ -31,11 +31,12 @@ class Launcher:
         *,
         free: tuple[int, ...] = (),
         warps: int = 4,
+        stages: int = 3,
     ) -> Launch:
-        key = warps, constants, _described(arguments)
+        key = warps, stages, constants, _described(arguments)
         compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.kernel[grid](*free, *arguments, *constants, num_warps=warps)
+            compiled = self.kernel[grid](*free, *arguments, *constants, num_warps=warps, num_stages=stages)
             if compiled is not None:  # as in Triton's interpreter
                 self.compiled[key] = compiled
         else:

@@ -8,13 +8,16 @@ themselves. megatron-core's output layer asks for an extension of APEX, and fail
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 Accumulate = Callable[[nn.Module], None]
+TOGETHER = "adds_together"  # an attribute, which other wrappers hand on
 
 
 @contextmanager
@@ -24,11 +27,10 @@ def accumulating_in_transformer_engine(config: TransformerConfig) -> Iterator[Ac
     The configuration is as it was afterwards. Of other layers than Transformer Engine's, and where APEX is installed,
     nothing is changed.
     """
-    alone = (
-        config.gradient_accumulation_fusion
-        and config.transformer_impl == "transformer_engine"
-        and not layers._grad_accum_fusion_available
-    )
+    fused = config.gradient_accumulation_fusion and config.transformer_impl == "transformer_engine"
+    alone = fused and not layers._grad_accum_fusion_available
+    if fused:
+        _add_those_of_experts_together()
 
     def accumulate(model: nn.Module) -> None:
         modules: Iterator[Any] = model.modules()
@@ -41,3 +43,32 @@ def accumulating_in_transformer_engine(config: TransformerConfig) -> Iterator[Ac
         yield accumulate
     finally:
         config.gradient_accumulation_fusion = config.gradient_accumulation_fusion or alone
+
+
+def _add_those_of_experts_together() -> None:
+    """In every grouped layer of this process that accumulates in float32, from now on."""
+    from transformer_engine.pytorch.module import grouped_linear  # pyright: ignore[reportMissingImports]
+
+    from compiled.experts import add_weight_gradients
+
+    theirs = grouped_linear.general_grouped_gemm
+    if hasattr(theirs, TOGETHER):
+        return
+
+    @wraps(theirs)
+    def product(a: list[Any], b: list[Any], out: list[Any], *rest: Any, **named: Any) -> Any:
+        """Of weights' gradients: inputs, gradients of outputs, and what to add to."""
+        sums = named.get("layout") == "NT" and named.get("accumulate") and not named.get("use_bias")
+        if not (sums and _can_be_added(a[0], b[0], out[0])):
+            return theirs(a, b, out, *rest, **named)
+        add_weight_gradients(a, b, out)
+        return out, [None] * len(out), None
+
+    setattr(product, TOGETHER, True)
+    grouped_linear.general_grouped_gemm = product
+
+
+def _can_be_added(x: Any, grad: Any, total: Any) -> bool:
+    """Whether the kernel is for these: not quantised, in half precision, rows of whole 16 bytes."""
+    plain = type(x) is Tensor and type(grad) is Tensor and total.dtype == torch.float32
+    return plain and x.dtype in (torch.bfloat16, torch.float16) and not (x.shape[1] % 8 or grad.shape[1] % 8)

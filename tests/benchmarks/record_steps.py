@@ -76,7 +76,7 @@ def gpus() -> list[str]:
 def train(name: str, folder: Path, steps: int, free: "Queue[str | None]") -> dict[str, Any]:
     """One row, on a GPU of those that are free: what it wrote of each step, or what it said when it failed."""
     gpu, out = free.get(), folder / name.replace(" ", "-")
-    size = ["--seq-length", "1024", "--global-batch-size", "8"] if gpu else ["--seq-length", "32", "--dtype", "fp32"]
+    size = ["--seq-length", "1024", "--global-batch-size", "4"] if gpu else ["--seq-length", "32", "--dtype", "fp32"]
     words = ["train", "--model", folder / "model", "--random", "--data", TEXT, "--out", out, "--steps", steps, *size]
     words += ["--lr", "3e-4", "--warmup-steps", min(20, steps // 4), *ROWS[name]]
     command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]

@@ -1,0 +1,90 @@
+"""Weights' gradients of all experts in one launch, against float64; on a processor in Triton's interpreter."""
+
+import pytest
+import torch
+from support.checks import NO_GPU, fresh_interpreter
+from torch import Tensor
+
+# Triton's interpreter runs the kernel on the CPU; its bfloat16 is not the hardware's, so float16 it is.
+INTERPRETED = """
+import torch
+from compiled.experts import weight_gradients
+weight_gradients.OUT_BLOCK, weight_gradients.IN_BLOCK, weight_gradients.ROW_BLOCK = 32, 64, 16
+weight_gradients.TALL = 2
+torch.manual_seed(0)
+rows = [5, 0, 33, 16]
+for out_features, in_features in ((96, 136), (40, 200), (32, 64)):
+    x = [torch.randn(n, in_features).half() for n in rows]
+    grad = [torch.randn(n, out_features).half() for n in rows]
+    total = [torch.randn(out_features, in_features) for _ in rows]
+    wanted = [a.double() + b.double().T @ c.double() for a, b, c in zip(total, grad, x)]
+    weight_gradients.add_weight_gradients(x, grad, total)
+    for one, exact in zip(total, wanted):
+        assert (one - exact).abs().max() < 1e-5
+"""
+
+
+def test_every_tile_of_every_expert_is_made_once() -> None:
+    """Tiles that stick out, an expert without tokens, rows that end inside a block."""
+    pytest.importorskip("triton")
+    result = fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def of_experts(rows: list[int], width: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.ones(n, width, dtype=dtype) for n in rows]
+
+
+BAD = {
+    "dtype": ({"x": of_experts([3, 2], 16, torch.float32)}, r"x\[0\] must be torch.bfloat16 or torch.float16, found"),
+    "experts": ({"grad": of_experts([3], 8, torch.bfloat16)}, r"of as many experts, found 2, 1 and 2"),
+    "rows": ({"grad": of_experts([3, 4], 8, torch.bfloat16)}, r"grad\[1\] must be .* \(2, 8\), found .* \(4, 8\)"),
+    "sum": ({"total": of_experts([8, 8], 16, torch.bfloat16)}, r"total\[0\] must be torch.float32 \(8, 16\), found"),
+    "width": (
+        {"x": of_experts([3, 2], 20, torch.bfloat16), "total": of_experts([8, 8], 20, torch.float32)},
+        r"x: rows must be a multiple of 16 bytes long, found 20 elements",
+    ),
+    "strides": ({"x": [torch.ones(16, n, dtype=torch.bfloat16).T for n in (3, 2)]}, r"x\[0\] must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    pytest.importorskip("triton")
+    from compiled.experts import add_weight_gradients
+
+    good = {
+        "x": of_experts([3, 2], 16, torch.bfloat16),
+        "grad": of_experts([3, 2], 8, torch.bfloat16),
+        "total": of_experts([8, 8], 16, torch.float32),
+    }
+    changed, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        add_weight_gradients(**good | changed)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3072, 3072), (3072, 1536), (96, 64), (136, 200)])
+@pytest.mark.parametrize("rows", [[64, 0, 7, 129], [0, 0, 0, 200], [1024, 1000, 1, 65]])
+def test_sums_are_those_of_float64(rows: list[int], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Twice, as of two microbatches; off by what float32 sums of so many products may be."""
+    from compiled.experts import add_weight_gradients
+
+    out_features, in_features = shape
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def drawn(n: int, width: int) -> Tensor:
+        return torch.randn(n, width, device="cuda", generator=generator)
+
+    total = [drawn(out_features, in_features) for _ in rows]
+    wanted = [one.double() for one in total]
+    for _ in range(2):
+        x = list(drawn(sum(rows), in_features).to(dtype).split(rows))
+        grad = list(drawn(sum(rows), out_features).to(dtype).split(rows))
+        add_weight_gradients(x, grad, total)
+        wanted = [a + g.double().T @ b.double() for a, g, b in zip(wanted, grad, x, strict=True)]
+    for n, one, exact in zip(rows, total, wanted, strict=True):
+        bound = 4 * (n + 2) ** 0.5 * torch.finfo(torch.float32).eps  # of each product, which is 1 in the mean
+        assert (one - exact).norm() <= bound * (out_features * in_features) ** 0.5 * max(n, 1) ** 0.5
