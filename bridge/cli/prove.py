@@ -126,7 +126,7 @@ def bench(
     what: Annotated[
         Benchmark,
         typer.Argument(
-            help="norm: query and key norms; layer: whole layers; experts: their weights' gradients; fp8: block scales; "
+            help="norm: query and key norms; layer: whole layers; experts: weights' gradients; fp8: block scales; "
             "load: live load and export; train: training steps; offline: import and export."
         ),
     ],

@@ -69,6 +69,7 @@ def _add_those_of_experts_together() -> None:
 
 
 def _can_be_added(x: Any, grad: Any, total: Any) -> bool:
-    """Whether the kernel is for these: not quantised, in half precision, rows of whole 16 bytes."""
+    """Whether the kernel is for these: not quantised, in half precision, rows of whole 16 bytes; and no capture."""
     plain = type(x) is Tensor and type(grad) is Tensor and total.dtype == torch.float32
+    plain = plain and not torch.cuda.is_current_stream_capturing()  # numbers of rows are sent to the GPU
     return plain and x.dtype in (torch.bfloat16, torch.float16) and not (x.shape[1] % 8 or grad.shape[1] % 8)

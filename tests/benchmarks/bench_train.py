@@ -96,7 +96,11 @@ def measure(
             checks = todo[0][0] == 0
             told = plan | {"visits": [one for one in todo if (one[0] == 0) == checks], "out": str(out), "until": until}
             environment = EXACT if checks else {}
-            status = run_ranks(told, ranks, log, until + GRACE - time.time(), **environment)
+            try:
+                status = run_ranks(told, ranks, log, until + GRACE - time.time(), **environment)
+            except SystemExit:  # this process is ended
+                report(_read(out))
+                raise
             for line in unfinished(_read(out)):
                 how = (
                     "ended: the time was over, or nothing came of it"
@@ -229,7 +233,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     visits = schedule(runnable, options.rounds, checked=not options.unchecked)
 
     def report(lines: list[Line]) -> dict[str, Any]:
-        about = next(line for line in lines if "environment" in line)
+        about = next((line for line in lines if "environment" in line), None)
+        if about is None:
+            raise SystemExit("the ranks did not come as far as a row")
         tokens = shape.seq * shape.microbatches * about["dp"]
         rows = summary(runnable, lines, tokens, options.ranks)
         config = {

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,13 +11,15 @@ from pathlib import Path
 
 LOOK = 1.0  # seconds
 _running: set[subprocess.Popen[bytes]] = set()
+_ended = threading.Event()
 
 
 def _end_all(*_: object) -> None:
     """Whoever ends a benchmark, with `timeout` say, ends what it started: it would go on, on the GPU of the next."""
+    _ended.set()
     for child in _running:
         os.killpg(child.pid, signal.SIGKILL)
-    os._exit(128 + signal.SIGTERM)
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 signal.signal(signal.SIGTERM, _end_all)
@@ -34,6 +37,8 @@ def run(
 
     What it prints is added to `log`. It imports the checkout that this file is of.
     """
+    if _ended.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
     until = time.monotonic() + limit
     checkout = str(Path(__file__).parents[2])
     path = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
