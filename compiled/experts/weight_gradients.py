@@ -21,8 +21,8 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 256, 64  # of a program: the tile, and rows at a time
-WARPS, STAGES = 8, 3
+OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 128, 64  # of a program: the tile, and rows at a time
+WARPS, STAGES = 4, 3
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
 _ALIGNMENT = tl.constexpr(16)
 _MOST = 1 << 31  # elements, which 32 bits count
