@@ -1,10 +1,9 @@
 """megatron-core's fused kernels that this model may have: what each is set by, and where it runs.
 
-They are off unless asked for (`minimax-m2 train --fusions`). A fusion computes what the separate operations do, in
+A model has none of them unless asked for; `minimax-m2 train` takes those that were recorded with its settings, and
+`bridge.training.speed_defaults` has a line of gain for each. A fusion computes what the separate operations do, in
 another order of rounding: losses and gradients agree to rounding, not bit for bit. `record` is the benchmark that
-measured it with this model alone. Three together, router, permute and cross_entropy, are recorded
-(`train_speed_h200.json`, one H200): 1.10 times the speed of an eager step, where the spread is as large, and no gain
-under CUDA graphs. That is no reason for a default, which is "none".
+measured it with this model alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,13 +30,15 @@ class Fusion(NamedTuple):
     environment: Mapping[str, str] = {}
 
 
+RECORD = "train_speed_h200.json"
 FUSIONS: dict[str, Fusion] = {
-    "router": Fusion("scores, choice and weights of the experts", {"moe_router_fusion": True}),
-    "permute": Fusion("tokens to their experts' order and back", {"moe_permute_fusion": True}),
+    "router": Fusion("scores, choice and weights of the experts", {"moe_router_fusion": True}, record=RECORD),
+    "permute": Fusion("tokens to their experts' order and back", {"moe_permute_fusion": True}, record=RECORD),
     "cross_entropy": Fusion(
         "logits to losses, compiled by torch",
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"},
         ("transformer_engine", "local"),
+        RECORD,
     ),
     # megatron-core warns that it has been unstable.
     "cross_entropy_te": Fusion(
@@ -45,12 +46,14 @@ FUSIONS: dict[str, Fusion] = {
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
     ),
     "gradient_accumulation": Fusion(
-        "weights' gradients added to the float32 sum by the product that makes them",
+        "weights' gradients added to their float32 sums by what makes them, those of experts in one kernel",
         {"gradient_accumulation_fusion": True},
+        record=RECORD,
     ),
     "grouped_gemm": Fusion(
         "the experts' products in one CUTLASS kernel, but for weights' gradients and FP8",
         {},
+        record=RECORD,
         environment={"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"},
     ),
 }

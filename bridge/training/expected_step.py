@@ -18,7 +18,7 @@ from reference.parallelism import Parallelism
 from reference.step_traffic import Traffic, most_layers, traffic
 
 # Model FLOP/s of one GPU in such layers, in bfloat16 with fusions and CUDA graphs: measured elsewhere, not by a record
-# of ours (tests/benchmarks/results/train_h200.json has an H200 at 0.13e15 without either).
+# of ours (tests/benchmarks/results/train_speed_h200.json has an H200 at 293e12).
 RATES = {"H100": 244e12, "H200": 297e12}
 MEMORY = {"H100": "80GB", "H200": "141GB"}
 ROOM = 0.9  # of a GPU's memory may be planned: the rest is what is not counted
