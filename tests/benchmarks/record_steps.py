@@ -3,11 +3,11 @@
     python tests/benchmarks/record_steps.py OUT.json [--steps N] [--rows "eager" "graphs"]
 
 Each row is `minimax-m2 train` in a process of its own, from the same random weights, on the same samples; with several
-GPUs as many rows at a time, one on each. The record has the losses and gradient norms of each step, and how far they
-are from those of another row (`COMPARED`). What adds in no fixed order makes two runs of the same row differ as well,
-"again" says by how much. Attention's backward pass is asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0);
-the local permutation of tokens has none, the fused one has. Without a GPU the model is tiny and in float32, and there
-are no graphs.
+GPUs as many rows at a time, one on each. A row ends with a checkpoint of 6 GB: TMPDIR=/dev/shm saves a slow disk. The
+record has the losses and gradient norms of each step, and how far they are from those of another row (`COMPARED`). What
+adds in no fixed order makes two runs of the same row differ as well, "again" says by how much. Attention's backward
+pass is asked for a fixed order (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0); the local permutation of tokens has none, the
+fused one has. Without a GPU the model is tiny and in float32, and there are no graphs.
 """
 
 import argparse
