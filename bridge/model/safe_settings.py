@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Condition = Callable[[Any], object]
@@ -111,6 +112,15 @@ REFUSALS: dict[str, Refusal] = {
         "megatron-core's experts refuse it with an assertion: their fused form is for GPUs with CuTe kernels",
         {"use_transformer_engine_op_fuser": False},
         {"use_transformer_engine_op_fuser": on},
+    ),
+    "gradient accumulation of local layers": Refusal(
+        "broken",
+        "megatron-core's own layers need an extension of APEX for it, which is not installed",
+        {"gradient_accumulation_fusion": False},
+        {
+            "gradient_accumulation_fusion": on,
+            "transformer_impl": lambda kind: kind == "local" and not layers._grad_accum_fusion_available,
+        },
     ),
     "compiled cross entropy of other dtypes": Refusal(
         "wrong",

@@ -60,6 +60,9 @@ TRIGGERS: dict[str, Trigger] = {
     "MTP layers": Trigger({"mtp_num_layers": 1}),
     "meta device": Trigger({"init_model_with_meta_device": True}),
     "operation fuser": Trigger({"use_transformer_engine_op_fuser": True}),
+    "gradient accumulation of local layers": Trigger(
+        {"gradient_accumulation_fusion": True, "transformer_impl": "local"}
+    ),
     "compiled cross entropy of other dtypes": Trigger(
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native", "params_dtype": torch.float32}
     ),
@@ -84,6 +87,7 @@ IN_WORDS = {
     "is_hybrid_model": "HybridModel",
     "overlap_moe_expert_parallel_comm": "build_schedule_plan",
     "cuda_graph_impl": "CUDA graphs",
+    "transformer_impl": "local",
 }
 OF_THE_MODEL = [name for name, refusal in REFUSALS.items() if not refusal.ddp]
 IS_BUILT_ON_CPU = [name for name in OF_THE_MODEL if "fp8" not in TRIGGERS[name].needs]
