@@ -1,9 +1,9 @@
 """megatron-core's fused kernels that this model may have: what each is set by, and where it runs.
 
 A model has none of them unless asked for; `minimax-m2 train` takes those that were recorded with its settings, and
-`bridge.training.speed_defaults` has a line of gain for each. A fusion computes what the separate operations do, in
-another order of rounding: losses and gradients agree to rounding, not bit for bit. `record` is the benchmark that
-measured it with this model alone.
+`bridge.training.speed_defaults` has a line of gain for each of those. A fusion computes what the separate operations
+do, in another order of rounding: losses and gradients agree to rounding, not bit for bit. `record` is the benchmark
+that measured it with this model alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,7 +79,7 @@ def fusion_settings(names: Iterable[str]) -> dict[str, Any]:
 
 
 def fusion_environment(names: Iterable[str]) -> dict[str, str]:
-    """What some fusions want in `os.environ` before the model's first step."""
+    """What some fusions want in `os.environ` for as long as the model is trained."""
     return {key: value for name in names if name != "none" for key, value in FUSIONS[name].environment.items()}
 
 

@@ -5,8 +5,8 @@ the random states are Transformer Engine's, and megatron-core's microbatch calcu
 
 Where parameters are gathered while the forward pass runs (`overlap_param_gather`), modules have hooks that wait for
 theirs, and a module with hooks cannot be captured: they are taken off for the capture. A graph does not call the hooks
-that are put back, so the layer itself calls those of its captured modules before it. No GPU has run that yet, and
-`bridge.model.safe_settings` refuses the two together.
+that are put back, so the layer itself calls those of its captured modules before it. On one GPU and at EP 2 that was
+right; what it gains is not recorded, and `bridge.model.safe_settings` refuses the two together.
 """
 
 from collections.abc import Iterator, Sequence

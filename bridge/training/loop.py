@@ -57,6 +57,8 @@ def run_steps(
             batches = _batches(trained, dataset, step)
             result = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))
             if isinstance(result, NotFinite):
+                if graphs is not None:
+                    graphs.delete()  # a replay calls no layer, whose output is looked at
                 is_loss = result.what == "loss"
                 again = _batches(trained, dataset, step)
                 where = first_not_finite(trained, config, again) if is_loss else gradient_not_finite(trained, config)

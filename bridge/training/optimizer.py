@@ -1,8 +1,8 @@
 """megatron-core's distributed data parallelism, optimizer and schedule around a model, on a GPU and without one.
 
 Gradients are summed and kept in float32; the optimizer's weights and state are divided over the data-parallel ranks.
-On GPUs communication overlaps with the backward pass and, where that is not refused (CUDA graphs), the forward pass;
-a rank that has nobody to share with sends nothing.
+On GPUs that share gradients with others communication overlaps with the backward pass and, where that is not refused
+(CUDA graphs), the forward pass.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,30 @@ def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:
     """Parameters whose name fits a pattern are not trained; all ranks must call it.
 
     Raises:
-        ValueError: a pattern fits no parameter on any rank, or nothing is left to train.
+        ValueError: a pattern fits no parameter on any rank, nothing is left to train, or some experts of a layer are
+            frozen and others not, where they are trained together.
     """
     named = [(name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters()]
     for name, parameter in named:
         parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
     used = {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name, _ in named)}
-    everyone = all_gather_objects((used, any(parameter.requires_grad for _, parameter in named)))
+    torn = [name for chunk in chunks for name, module in chunk.named_modules() if _is_torn(module)]
+    everyone = all_gather_objects((used, any(parameter.requires_grad for _, parameter in named), torn))
     for pattern in patterns:
-        if not any(pattern in found for found, _ in everyone):
+        if not any(pattern in found for found, _, _ in everyone):
             raise ValueError(f"freeze: no parameter fits {pattern!r}; names are such as {named[0][0]}")
-    if not all(trains for _, trains in everyone):
+    if not all(trains for _, trains, _ in everyone):
         raise ValueError(f"freeze: {list(patterns)} leaves a rank nothing to train; freeze less")
+    for name in (name for _, _, names in everyone for name in names):
+        raise ValueError(
+            f"freeze: {list(patterns)} leaves some experts of {name} trained and others not, where Transformer Engine "
+            f"trains all of them or none; freeze '{name}.*', or none of it"
+        )
+
+
+def _is_torn(module: nn.Module) -> bool:
+    """Whether it is Transformer Engine's layer of several experts, of which some are frozen."""
+    return hasattr(module, "num_gemms") and len({one.requires_grad for one in module.parameters(recurse=False)}) > 1
 
 
 def ddp_config(model: TransformerConfig, *, overlap: bool) -> DistributedDataParallelConfig:
@@ -65,7 +77,8 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
         ValueError: settings that do not work together for this model (`bridge.model.safe_settings`).
     """
     gpu = torch.cuda.is_available()
-    shared = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    shared = max(dense, parallel_state.get_expert_data_parallel_world_size()) > 1
     config = ddp_config(chunks[0].config, overlap=gpu and shared)
     for chunk in chunks:
         check_settings(chunk.config, config)

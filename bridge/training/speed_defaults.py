@@ -1,8 +1,15 @@
 """Fused kernels and CUDA graphs of a run that names none: the fastest of those that were recorded with its settings.
 
 Gains are those of `train_speed_h200.json`: one H200, four layers of true width, where a step with CUDA graphs alone
-keeps the GPU busy for 259 ms. Losses and gradient norms that agree are in `train_checked_h200.json` and, on two ranks,
-in `train_checked_h200_two_ranks.json`. What is in neither stays off unless it is asked for.
+keeps the GPU busy for 259 ms. That losses and gradient norms agree is recorded
+
+- of graphs with all of the fusions at PP 2 and CP 2, with the first three on one GPU and at EP 2;
+- of all of the fusions, eager, at EP 2 and on one GPU over 200 steps.
+
+The records are `train_checked_h200_two_ranks.json`, `train_checked_h200.json` and `steps200_h200.json`. On two ranks
+the experts' gradients were added by cuBLAS; the kernel that adds them now is of the 200 steps. Whatever is not among
+these, tensor parallelism, virtual stages, recomputation, frozen parameters, HybridModel or float32, has neither fusions
+nor graphs unless they are asked for.
 """
 
 import torch
@@ -21,11 +28,22 @@ GAINS: dict[FusionName, str] = {
 }
 
 
+# Settings, and the values that the records have of them.
+RECORDED: dict[str, tuple[object, ...]] = {
+    "dtype": ("bf16",),
+    "model_class": ("gpt",),
+    "tp": (1,),
+    "etp": (1, None),
+    "vpp": (1,),
+    "recompute": ("none",),
+    "freeze": ((),),
+}
+
+
 def with_speed_defaults(job: TrainJob) -> TrainJob:
     """The job with `fusions` and `cuda_graphs` where it leaves them open, on this host."""
-    recorded = _on_gpus() and job.dtype == "bf16" and job.model_class == "gpt" and job.tp == (job.etp or job.tp) == 1
-    plain = job.vpp == 1 and job.recompute == "none" and not job.freeze
-    graphs = (recorded and plain) if job.cuda_graphs is None else job.cuda_graphs
+    recorded = _on_gpus() and all(getattr(job, name) in values for name, values in RECORDED.items())
+    graphs = recorded if job.cuda_graphs is None else job.cuda_graphs
     return job.at(cuda_graphs=graphs, fusions=job.fusions or (tuple(GAINS) if recorded else ("none",)))
 
 

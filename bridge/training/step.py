@@ -175,7 +175,8 @@ def train_step(
 ) -> StepResult | NotFinite:
     """One step; where the loss or the gradient is not finite, nothing is changed. `flags` are this rank's.
 
-    The host waits for the GPU twice: for the norm of the gradient, and at the end for all that is reported.
+    Beside megatron-core's own waits, the experts' dispatcher's, the host waits for the GPU twice: for the norm of the
+    gradient, and at the end for all that is reported.
     """
     biases = _router_biases(trained)
     for chunk in trained.wrapped:
@@ -206,18 +207,23 @@ def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
     prepares until then it prepares while the GPU is still at work.
     """
 
+    found = {}
+
     def finite_norm() -> Any:
-        norm = type(optimizer).get_grad_norm(optimizer)
-        for what, value in (("loss", float(sums[0])), ("gradient", norm)):
+        norm = type(optimizer).get_grad_norm(optimizer)  # on the GPU, where megatron-core leaves it there
+        both = [sums[0], torch.as_tensor(norm, dtype=sums.dtype, device=sums.device).reshape(())]
+        found.update(zip(("loss", "gradient"), torch.stack(both).tolist(), strict=True))
+        for what, value in found.items():
             if not math.isfinite(value):
                 raise _NotFiniteError(what)
         return norm
 
     with patch.object(optimizer, "get_grad_norm", finite_norm):
         try:
-            return float(optimizer.step()[1])
+            optimizer.step()
         except _NotFiniteError as error:
             return NotFinite(str(error))
+    return found["gradient"]
 
 
 def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:

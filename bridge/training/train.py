@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -96,6 +97,7 @@ def train(
     """
     out, job = Path(job.out), with_speed_defaults(job)
     with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, fusion_environment(job.fusions)))
         stack.enter_context(joined_ranks())
         # Before anything that follows from it: ranks that make other process groups wait for each other.
         check_same_on_all_ranks(versions("megatron-core") | asdict(job))
@@ -174,7 +176,6 @@ def build(
     `spec` makes other layers than MiniMax-M2's, and `overrides` are `TransformerConfig` fields that win over the job's.
     """
     aux = {} if job.aux_loss is None else {"moe_aux_loss_coeff": job.aux_loss}
-    os.environ.update(fusion_environment(job.fusions))
     with raise_on_all_ranks():
         built = build_model(
             start.config,

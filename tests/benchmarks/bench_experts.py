@@ -6,7 +6,7 @@
 MiniMax-M2's experts of one layer, 4096 tokens of 8 experts each, routed at random in balance, another routing each
 time. FLOP model: 2 * rows * out * in. Byte model: 8 bytes an element of the sums, and inputs once; in bfloat16 with an
 addition of its own 12. "gpu" is the time between CUDA events behind a wait that is longer than the launches take, so
-that the processor does not count; "host" the processor's time of a call into an empty queue.
+that the processor does not count; "host" the processor's time of a call, behind the same wait.
 """
 
 import argparse
@@ -79,7 +79,9 @@ def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
             host.append(1e3 * seconds / CALLS)
     flops = 2 * ROWS * out_features * in_features
     found = {"gpu ms": round(statistics.median(gpu), 4), "host ms": round(statistics.median(host), 4)}
-    return found | {"TFLOP/s": round(flops / found["gpu ms"] / 1e9, 1)}
+    moved = 8 * EXPERTS * out_features * in_features + 2 * ROWS * (out_features + in_features)
+    rates = {"TFLOP/s": flops / found["gpu ms"] / 1e9, "GB/s": moved / found["gpu ms"] / 1e6}
+    return found | {name: round(rate, 1) for name, rate in rates.items()}
 
 
 def with_tile(tile: tuple[int, ...]) -> Add:

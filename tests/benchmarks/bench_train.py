@@ -259,4 +259,5 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    child.end_all_when_ended()
     main(arguments())

@@ -14,15 +14,38 @@ _running: set[subprocess.Popen[bytes]] = set()
 _ended = threading.Event()
 
 
+def end_all_when_ended() -> None:
+    """Whoever ends this benchmark, with `timeout` say, ends what it runs: that would go on, on the GPU of the next."""
+    signal.signal(signal.SIGTERM, _end_all)
+
+
 def _end_all(*_: object) -> None:
-    """Whoever ends a benchmark, with `timeout` say, ends what it started: it would go on, on the GPU of the next."""
     _ended.set()
-    for child in _running:
-        os.killpg(child.pid, signal.SIGKILL)
+    for child in list(_running):
+        _end(child)
+    _leave()
+
+
+def _leave() -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-signal.signal(signal.SIGTERM, _end_all)
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """It and its descendants: torchrun's ranks are in sessions of their own."""
+    for pid in _family(child.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _family(pid: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:  # which grows
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
 
 
 def run(
@@ -38,7 +61,7 @@ def run(
     What it prints is added to `log`. It imports the checkout that this file is of.
     """
     if _ended.is_set():
-        raise SystemExit(128 + signal.SIGTERM)
+        _leave()
     until = time.monotonic() + limit
     checkout = str(Path(__file__).parents[2])
     path = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -47,7 +70,7 @@ def run(
             command,
             stdout=file,
             stderr=file,
-            start_new_session=True,  # so that its ranks are ended with it
+            start_new_session=True,  # it is ended here, and not by the terminal
             env=os.environ | environment | {"PYTHONPATH": path},
         )
         _running.add(child)
@@ -57,10 +80,10 @@ def run(
                     return child.wait(min(LOOK, remaining))
             return None
         finally:
-            _running.discard(child)
             if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+                _end(child)
                 child.wait()
+            _running.discard(child)
 
 
 def last_words(log: Path, lines: int) -> list[str]:

@@ -82,8 +82,10 @@ def train(name: str, folder: Path, steps: int, free: "Queue[str | None]") -> dic
     command = [sys.executable, "-c", "from bridge.cli import app; app()", *map(str, words)]
     device = {"CUDA_VISIBLE_DEVICES": gpu, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if gpu else {}
     began, log = time.time(), out.with_suffix(".log")
-    status = child.run(command, log, MOST_SECONDS, **device)
-    free.put(gpu)
+    try:
+        status = child.run(command, log, MOST_SECONDS, **device)
+    finally:
+        free.put(gpu)
     found: dict[str, Any] = {"command": [*map(str, size), *ROWS[name]], "seconds": round(time.time() - began, 1)}
     if status != 0:
         return found | {"failed": child.last_words(log, 25)}
@@ -110,6 +112,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW")
     asked = parser.parse_args()
+    child.end_all_when_ended()
     devices = gpus() or [None]
     names = asked.rows or (ON_CPU if None in devices else ROWS)
     rows: dict[str, dict[str, Any]] = {}

@@ -189,4 +189,5 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    child.end_all_when_ended()
     sys.exit(main())

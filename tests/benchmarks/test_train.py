@@ -47,6 +47,7 @@ def test_what_is_refused_is_refused_and_nothing_else_is() -> None:
     refused = set()
     for name, row in ROWS.items():
         settings = {**row.settings, **fusion_settings(row.fusions), **(CudaGraphs.settings if row.graphs else {})}
+        settings |= {"transformer_impl": "transformer_engine"}
         changed = transformer_config(TINY.config(1))
         for field, value in settings.items():
             setattr(changed, field, value)
@@ -118,10 +119,10 @@ def timed(number: int, row: str, *seconds: float) -> dict:
 
 def test_figures_are_medians_and_ratios_of_the_same_round() -> None:
     """A machine that is twice as slow in the second round changes no ratio."""
-    lines = [ABOUT, timed(1, BASE, 0.4, 0.4), timed(1, PEER, 0.5), timed(1, "router", 0.2)]
-    lines += [timed(2, BASE, 0.8, 0.8), timed(2, PEER, 1.0), timed(2, "router", 0.4)]
-    table = bench_train.summary([BASE, PEER, "router"], lines, tokens=32768, ranks=2)
-    assert (table["router"]["x defaults"], table["router"]["x megatron-bridge"]) == (2.0, 2.5)
+    lines = [ABOUT, timed(1, BASE, 0.4, 0.4), timed(1, PEER, 0.5), timed(1, "graphs", 0.2)]
+    lines += [timed(2, BASE, 0.8, 0.8), timed(2, PEER, 1.0), timed(2, "graphs", 0.4)]
+    table = bench_train.summary([BASE, PEER, "graphs"], lines, tokens=32768, ranks=2)
+    assert (table["graphs"]["x defaults"], table["graphs"]["x megatron-bridge"]) == (2.0, 2.5)
     assert (table[PEER]["x defaults"], table[BASE]["x megatron-bridge"]) == (0.8, 1.25)
     assert "x defaults" not in table[BASE]
     base = table[BASE]
@@ -137,9 +138,9 @@ def test_a_row_that_computes_something_else_is_seen() -> None:
         return {"round": 0, "row": row, "losses": losses, "norms": norms}
 
     lines = [ABOUT, checked(BASE, [8.0, 4.0], [2.0, 1.0]), checked(TRUTH, [8.0, 4.004], [2.0, 1.0])]
-    lines += [checked("router", [8.0, 3.0], [2.0, 1.5])]
-    table = bench_train.summary([BASE, TRUTH, "router"], lines, tokens=1, ranks=1)
-    assert (table["router"]["loss off defaults"], table["router"]["gradient norm off defaults"]) == (0.25, 0.5)
+    lines += [checked("graphs", [8.0, 3.0], [2.0, 1.5])]
+    table = bench_train.summary([BASE, TRUTH, "graphs"], lines, tokens=1, ranks=1)
+    assert (table["graphs"]["loss off defaults"], table["graphs"]["gradient norm off defaults"]) == (0.25, 0.5)
     assert table[BASE]["loss off float32"] == pytest.approx(1e-3, rel=1e-2)
     assert "loss off defaults" not in table[BASE]
 

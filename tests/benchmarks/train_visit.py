@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero
 from bridge.memory_plan.plan import layout
+from bridge.model.fusions import fusion_environment
 from bridge.model.process_groups import groups_of
 from bridge.model.safe_settings import REFUSALS
 from bridge.training.cuda_graphs import CudaGraphs
@@ -184,7 +185,7 @@ def main(plan: dict[str, Any]) -> None:
             if is_rank_zero():
                 write({**key, "began": time.time()})
             try:
-                with patch.dict(os.environ):  # fusions may be named there
+                with patch.dict(os.environ, fusion_environment(ROWS[name].fusions)):
                     found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]

@@ -5,6 +5,8 @@ adds them; in float32 to its rounding, in bfloat16 to what rounding each microba
 Transformer Engine's grouped linear layer against float64, with experts that have no token.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,11 +21,20 @@ from bridge.model.fusions import FUSIONS
 from reference.model_class import ModelClass
 
 pytestmark = [pytest.mark.gpu, NO_GPU]
+EXPERTS_KERNEL = "_add"  # of compiled.experts
 FUSED_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
-def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Of two microbatches, by name; and the weights whose gradients the layers added themselves."""
+class Summed(NamedTuple):
+    """Gradients by name, the weights whose gradients the layers added themselves, and the kernels that ran."""
+
+    gradients: dict[str, Tensor]
+    added: set[str]
+    kernels: set[str]
+
+
+def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool) -> Summed:
+    """Of two microbatches."""
     destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
         model = build_model(SMALL, model=model_class, params_dtype=dtype, gradient_accumulation_fusion=fused)
@@ -37,12 +48,15 @@ def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool
         wrapped = DistributedDataParallel(model.config, config, model)
         wrapped.zero_grad_buffer()
         positions = torch.arange(32, device="cuda").expand(2, -1)
-        for _ in range(2):
-            tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda", generator=generator)
-            wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(2):
+                tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda", generator=generator)
+                wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
+            torch.cuda.synchronize()
         named = list(model.named_parameters())
         added = {name for name, parameter in named if parameter.grad_added_to_main_grad}
-        return {name: parameter.main_grad.clone() for name, parameter in named}, added
+        gradients = {name: parameter.main_grad.clone() for name, parameter in named}
+        return Summed(gradients, added, {event.name for event in profile.events()})
 
 
 @pytest.mark.parametrize("model_class", list(ModelClass))
@@ -51,13 +65,15 @@ def test_layers_add_their_gradients_themselves(
     dtype: torch.dtype, bound: float, model_class: ModelClass, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    plain, nothing = summed_gradients(dtype, model_class, fused=False)
-    fused, added = summed_gradients(dtype, model_class, fused=True)
-    assert nothing == set()
-    assert added == {name for name in plain if any(part in name for part in FUSED_WEIGHTS)}
-    for name, gradient in plain.items():
-        assert fused[name].dtype == torch.float32
-        distance = (fused[name] - gradient).norm() / gradient.norm()
+    plain = summed_gradients(dtype, model_class, fused=False)
+    fused = summed_gradients(dtype, model_class, fused=True)
+    assert plain.added == set()
+    assert fused.added == {name for name in plain.gradients if any(part in name for part in FUSED_WEIGHTS)}
+    assert EXPERTS_KERNEL not in plain.kernels
+    assert (EXPERTS_KERNEL in fused.kernels) == (dtype == torch.bfloat16)
+    for name, gradient in plain.gradients.items():
+        assert fused.gradients[name].dtype == torch.float32
+        distance = (fused.gradients[name] - gradient).norm() / gradient.norm()
         assert distance <= bound, f"{name}: {distance:.2e}"
 
 

@@ -1,9 +1,11 @@
 """A loss or a gradient that is not finite: where it began, on every layout, and nothing of that step is kept."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from support.checks import NO_GPU
 from support.ranks import RankPool
 from support.training_faults import infinite_gradient, planted, run_with_planted, state_of
 from support.training_runs import SECONDS, job_of, values_of
@@ -14,7 +16,7 @@ from bridge.training.data.indexed import make_sources
 from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.loop import NotFiniteError, _batches
 from bridge.training.start import open_start
-from bridge.training.step import NotFinite, StepResult, train_step
+from bridge.training.step import NotFinite, StepResult, Trained, train_step
 from bridge.training.train import build, train
 
 LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2, "etp": 1}, "pp2": {"pp": 2}, "dp2": {}}
@@ -48,6 +50,38 @@ def test_squares_that_overflow_name_the_largest_gradient(source: Path, tmp_path:
             NotFiniteError, match=r"it began in the sum of its squares: the largest entry is \d.*e\+\d+, of model\."
         ),
     ):
+        train(job)
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_loss_under_cuda_graphs_names_its_layer(source: Path, tmp_path: Path) -> None:
+    """Which a replay does not go through; the weight is bad from the fifth step on, two after the capture."""
+    job = job_of(source, tmp_path / "run", warmup_steps=0, dtype="bf16", cuda_graphs=True)
+    microbatches = 4 * job.global_batch_size
+
+    def planted_later(trained: Trained) -> None:
+        (chunk,), seen = trained.chunks, itertools.count()
+
+        def look(*_: object) -> None:
+            if next(seen) == microbatches:
+                with torch.no_grad():
+                    chunk.decoder.layers[1].self_attention.linear_proj.weight.fill_(torch.inf)
+
+        chunk.embedding.register_forward_pre_hook(look)
+
+    with (
+        planted(planted_later),
+        pytest.raises(NotFiniteError, match=r"^step 5: the loss is not finite; it began in layer 1; not finite are"),
+    ):
+        train(job)
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_experts_that_are_trained_together_are_frozen_together(source: Path, tmp_path: Path) -> None:
+    job = job_of(source, tmp_path / "run", freeze=("*.layers.0.*.linear_fc1.weight2",))
+    with pytest.raises(ValueError, match=r"leaves some experts of .*linear_fc1 trained and others not, .*; freeze '"):
         train(job)
 
 
