@@ -59,7 +59,7 @@ def _add_those_of_experts_together() -> None:
     def product(a: list[Any], b: list[Any], out: list[Any], *rest: Any, **named: Any) -> Any:
         """Of weights' gradients: inputs, gradients of outputs, and what to add to."""
         sums = named.get("layout") == "NT" and named.get("accumulate") and not named.get("use_bias")
-        if not (sums and _can_be_added(a[0], b[0], out[0])):
+        if not (sums and can_be_added(a[0], b[0], out[0])):
             return theirs(a, b, out, *rest, **named)
         add_weight_gradients(a, b, out)
         return out, [None] * len(out), None
@@ -68,7 +68,7 @@ def _add_those_of_experts_together() -> None:
     grouped_linear.general_grouped_gemm = product
 
 
-def _can_be_added(x: Any, grad: Any, total: Any) -> bool:
+def can_be_added(x: Any, grad: Any, total: Any) -> bool:
     """Whether the kernel is for these: not quantised, in half precision, rows of whole 16 bytes; and no capture."""
     plain = type(x) is Tensor and type(grad) is Tensor and total.dtype == torch.float32
     plain = plain and not torch.cuda.is_current_stream_capturing()  # numbers of rows are sent to the GPU

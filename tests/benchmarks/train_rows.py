@@ -4,9 +4,8 @@
 0.6.2 for this model sets otherwise than `bridge.model.config` does on a GPU, with Transformer Engine
 (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
 Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
-builds it, with its own kernel for the experts' gradients, so that there is a row with it too. A row that
-`bridge.model.safe_settings` refuses is written as what it says; one that `lifts` a refusal is tried all the same, last,
-and what happens is written down.
+builds it, so that there is a row with it too. A row that `bridge.model.safe_settings` refuses is written as what it
+says; one that `lifts` a refusal is tried all the same, last, and what happens is written down.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,6 +48,8 @@ class Row(NamedTuple):
     """A key of `LAYERS`."""
     dtype: str = "bf16"
     recompute: str = "none"
+    cublas: bool = False
+    """Experts' gradients are added by cuBLAS, also where one kernel of ours could."""
     lifts: tuple[str, ...] = ()
     """Rows of `bridge.model.safe_settings.REFUSALS` that do not count here."""
     timed: bool = True
@@ -64,8 +65,9 @@ ROWS: dict[str, Row] = {
     **{f"graphs, {name}": Row(fusions=(name,), graphs=True) for name in FUSIONS},
     "fusions": Row(fusions=FUSED),
     "fusions and graphs": Row(fusions=FUSED, graphs=True),
+    "fusions and graphs, experts' gradients by cuBLAS": Row(fusions=FUSED, graphs=True, cublas=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
-    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER),
+    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, cublas=True),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),
     f"{PEER_NORMS}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER_NORMS),

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero
 from bridge.memory_plan.plan import layout
+from bridge.model import gradient_accumulation
 from bridge.model.fusions import fusion_environment
 from bridge.model.process_groups import groups_of
 from bridge.model.safe_settings import REFUSALS
@@ -185,7 +186,10 @@ def main(plan: dict[str, Any]) -> None:
             if is_rank_zero():
                 write({**key, "began": time.time()})
             try:
-                with patch.dict(os.environ, fusion_environment(ROWS[name].fusions)):
+                with ExitStack() as stack:
+                    stack.enter_context(patch.dict(os.environ, fusion_environment(ROWS[name].fusions)))
+                    if ROWS[name].cublas:
+                        stack.enter_context(patch.object(gradient_accumulation, "can_be_added", lambda *_: False))
                     found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]
