@@ -15,7 +15,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
-from bridge.model.gradient_accumulation import accumulating_in_transformer_engine
+from bridge.model.gradient_accumulation import build_accumulating
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec, minimax_m2_hybrid_spec
 from bridge.model.process_groups import group_sizes
 from reference.config import ModelConfig
@@ -150,16 +150,15 @@ def build_gpt_model(
     block: Any = (  # GPTModel takes it, its signature does not
         minimax_m2_block_spec(megatron, backend, vp_stage=vp_stage) if spec is None else spec(megatron, vp_stage)
     )
-    with accumulating_in_transformer_engine(megatron) as accumulate:
-        model = GPTModel(
-            config=megatron,
-            transformer_layer_spec=block,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            **arguments,
-        )
-        accumulate(model)
+    model = build_accumulating(
+        GPTModel,
+        megatron,
+        transformer_layer_spec=block,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        **arguments,
+    )
     return with_frequencies_of_transformers(model, config)
 
 
@@ -182,16 +181,15 @@ def build_hybrid_model(
     )
     arguments = hybrid_model_arguments(config, megatron)
     chosen = {"vocab_size": vocab_size, "hybrid_layer_pattern": pattern}
-    with accumulating_in_transformer_engine(megatron) as accumulate:
-        model = HybridModel(
-            config=megatron,
-            hybrid_stack_spec=minimax_m2_hybrid_spec(megatron, backend) if spec is None else spec(megatron, vp_stage),
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            **arguments | {name: value for name, value in chosen.items() if value is not None},
-        )
-        accumulate(model)
+    model = build_accumulating(
+        HybridModel,
+        megatron,
+        hybrid_stack_spec=minimax_m2_hybrid_spec(megatron, backend) if spec is None else spec(megatron, vp_stage),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        **arguments | {name: value for name, value in chosen.items() if value is not None},
+    )
     return with_frequencies_of_transformers(model, config)
 
 

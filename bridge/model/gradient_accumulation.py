@@ -6,9 +6,7 @@ each weight and microbatch 12 bytes an element are moved instead of 8. Transform
 themselves. megatron-core's output layer asks for an extension of APEX, and fails without it; so it alone goes without.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,46 +14,43 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-Accumulate = Callable[[nn.Module], None]
-TOGETHER = "adds_together"  # an attribute, which other wrappers hand on
+from bridge.model.wrap_once import Function, wrap_once
 
 
-@contextmanager
-def accumulating_in_transformer_engine(config: TransformerConfig) -> Iterator[Accumulate]:
-    """Inside, a model of this configuration can be made where APEX is not installed; then call what is yielded on it.
+def build_accumulating[Model: nn.Module](
+    make: Callable[..., Model], config: TransformerConfig, **arguments: Any
+) -> Model:
+    """`make(config=config, **arguments)`, with `gradient_accumulation_fusion` where `config` asks for it.
 
-    The configuration is as it was afterwards. Of other layers than Transformer Engine's, and where APEX is installed,
-    nothing is changed.
+    Of other layers than Transformer Engine's, and where APEX is installed, megatron-core does it alone.
     """
-    fused = config.gradient_accumulation_fusion and config.transformer_impl == "transformer_engine"
+    asked = config.gradient_accumulation_fusion
+    fused = asked and config.transformer_impl == "transformer_engine"
     alone = fused and not layers._grad_accum_fusion_available
     if fused:
         _add_those_of_experts_together()
-
-    def accumulate(model: nn.Module) -> None:
-        modules: Iterator[Any] = model.modules()
-        for module in modules if alone else ():
-            if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's name
-                module.fuse_wgrad_accumulation = True
-
-    config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and not alone
+    config.gradient_accumulation_fusion = asked and not alone
     try:
-        yield accumulate
+        model = make(config=config, **arguments)
     finally:
-        config.gradient_accumulation_fusion = config.gradient_accumulation_fusion or alone
+        config.gradient_accumulation_fusion = asked
+    modules: Any = model.modules()
+    for module in modules if alone else ():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's name
+            module.fuse_wgrad_accumulation = True
+    return model
 
 
 def _add_those_of_experts_together() -> None:
     """In every grouped layer of this process that accumulates in float32, from now on."""
     from transformer_engine.pytorch.module import grouped_linear  # pyright: ignore[reportMissingImports]
 
+    wrap_once(grouped_linear, "general_grouped_gemm", _with_sums_together)
+
+
+def _with_sums_together(theirs: Function) -> Function:
     from compiled.experts import add_weight_gradients
 
-    theirs = grouped_linear.general_grouped_gemm
-    if hasattr(theirs, TOGETHER):
-        return
-
-    @wraps(theirs)
     def product(a: list[Any], b: list[Any], out: list[Any], *rest: Any, **named: Any) -> Any:
         """Of weights' gradients: inputs, gradients of outputs, and what to add to."""
         sums = named.get("layout") == "NT" and named.get("accumulate") and not named.get("use_bias")
@@ -64,8 +59,7 @@ def _add_those_of_experts_together() -> None:
         add_weight_gradients(a, b, out)
         return out, [None] * len(out), None
 
-    setattr(product, TOGETHER, True)
-    grouped_linear.general_grouped_gemm = product
+    return product
 
 
 def can_be_added(x: Any, grad: Any, total: Any) -> bool:

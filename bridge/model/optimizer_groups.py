@@ -5,14 +5,14 @@ first. A checkpoint of a group with both mixes up their states, or cannot be wri
 of their own. Whoever makes the optimizer, a host's trainer or a loop of one's own, makes it by megatron-core.
 """
 
-from functools import wraps
 from typing import Any
 
 import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import OptimizerConfig, ParamKey, ParamPredicate
 
-KEPT_APART = "keeps_float32_apart"  # an attribute, which other wrappers hand on
+from bridge.model.wrap_once import Function, wrap_once
+
 _FLOAT32 = ParamPredicate(
     "float32 matrices", lambda parameter: parameter.dtype == torch.float32 and parameter.dim() > 1
 )
@@ -21,14 +21,12 @@ _APART: dict[ParamKey, Any] = {ParamKey(predicate=_FLOAT32): {"wd_mult": 1.0}}
 
 def keep_float32_apart() -> None:
     """In every optimizer that megatron-core makes in this process from now on, of a model in half precision."""
-    groups = optimizer._get_param_groups
-    if hasattr(groups, KEPT_APART):
-        return
+    wrap_once(optimizer, "_get_param_groups", _with_groups_apart)
 
-    @wraps(groups)
+
+def _with_groups_apart(groups: Function) -> Function:
     def apart(model_chunks: Any, config: OptimizerConfig, config_overrides: Any, *rest: Any, **named: Any) -> Any:
         mixed = _APART if config.bf16 or config.fp16 else {}
         return groups(model_chunks, config, {**(config_overrides or {}), **mixed}, *rest, **named)
 
-    setattr(apart, KEPT_APART, True)
-    optimizer._get_param_groups = apart
+    return apart
