@@ -5,8 +5,9 @@ the Transformer Engine spec, else the local one.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
-from reference.sharding import Parameter, parameters, shard
+from reference.sharding import Parameter, parameters, placements, shard, unshard
 from reference.weights import MODEL_DIALECTS, Dialect
-from support.oracles import FLOAT32, Case, disk_weights
+from support.oracles import FLOAT32, Case, disk_weights, hf_model, settled_tokens
 from support.sharded_models import groups_of
 
 CASE = Case(heads=8, groups=2, head_dim=16, rotary=8, hidden=32, width=24, experts=4, top_k=2, layers=2, vocab=64)
@@ -78,11 +79,38 @@ def leave_out_the_backward_all_reduce(folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
-def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | None = None) -> dict[str, Any]:
+@cache
+def settled_batches(case: Case, dtype: torch.dtype = FLOAT32) -> Tensor:
+    """A step's microbatches: sequences whose choice of experts is far from a tie."""
+    model = hf_model(case, {name: value.float() for name, value in weights_of(case, dtype).items()}, FLOAT32)
+    batch = BATCHES[case]
+    return settled_tokens(model, batch=MICROBATCHES[case] * batch, seq=SEQ + 1).view(-1, batch, SEQ + 1)
+
+
+def put_together(setup: Setup, ranks: Sequence[dict[str, Any]], what: str) -> dict[str, Tensor]:
+    """Of what `train` gives on all ranks the "grads" or the "weights", whole, under on-disk names."""
+    placed = placements({rank: setup.held(rank) for rank in range(setup.layout.world_size)})
+    values = {(rank, *key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
+    return {
+        source: unshard(places, values)
+        for source, places in placed.items()
+        if all((p.rank, p.chunk, p.name) in values for p in places)  # the expert bias has no gradient
+    }
+
+
+def train(
+    setup: Setup,
+    dtype: torch.dtype,
+    batches: Tensor,
+    build: Callable | None = None,
+    optimize: Callable | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
     """Losses and gradient norms of each step, this rank's gradients of the first, and its weights after the last.
 
     Gradients and weights by (chunk, name), a drop-in norm's under the fused norms' names. `build(setup, dtype)` makes
-    this rank's chunks, where they are not to be `bridge.build_model`'s.
+    this rank's chunks, where they are not to be `bridge.build_model`'s; `optimize(wrapped chunks)` what moves their
+    weights, if not plain descent; `steps` are `steps_of(dtype)`.
     """
     from bridge.proof.judge.training import descend, forward_backward, gradient_norm, labelled_step, wrapped
     from bridge.weights.param_mapping import model_state
@@ -95,13 +123,14 @@ def train(setup: Setup, dtype: torch.dtype, batches: Tensor, build: Callable | N
         ddp, step = wrapped(chunks), _step_of_packed if setup.packed else labelled_step
         mine = batches.to(next(chunks[0].parameters()).device).chunk(layout.dp, 1)[layout.coordinates(rank).dp]
         microbatches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in mine]
+        move = optimize(ddp) if optimize else partial(descend, chunks, LEARNING_RATE)
         losses, norms, first = [], [], {}
-        for _ in range(steps_of(dtype)):
+        for _ in range(steps or steps_of(dtype)):
             losses.append(forward_backward(ddp, microbatches, step, seq=SEQ, batch=len(mine[0])))
             norms.append(gradient_norm(chunks))
             grads = [{name: x.main_grad.clone() for name, x in chunk.named_parameters()} for chunk in chunks]
             first = first or _shards(grads, held, setup.drop_in)
-            descend(chunks, LEARNING_RATE)
+            move()
         weights = _shards([model_state(chunk) for chunk in chunks], held, setup.drop_in)
         return {"losses": losses, "norms": norms, "grads": first, "weights": weights}
 

@@ -7,14 +7,13 @@ table in `bridge/model/README.md` says what was run on GPUs.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from support.megatron_training import BATCH, CASE, GPUS, MICROBATCHES, SEQ, Setup, train, weights_of
-from support.oracles import FLOAT32, hf_model, settled_tokens
+from support.megatron_training import CASE, GPUS, Setup, put_together, settled_batches, train
+from support.oracles import FLOAT32
 from support.ranks import RankPool
 from support.small_model import SMALL, TOKENS, logits_of
 from torch import Tensor
@@ -22,7 +21,6 @@ from torch import Tensor
 from bridge.model.build import build_gpt_model
 from bridge.model.process_groups import model_parallel
 from reference.parallelism import Parallelism
-from reference.sharding import placements, unshard
 
 pytestmark = pytest.mark.skipif(GPUS > 0, reason="gloo ranks are for a host without GPUs")
 
@@ -42,13 +40,6 @@ def one() -> Iterator[RankPool]:
         yield ranks
 
 
-@cache
-def batches() -> Tensor:
-    """Sequences whose choice of experts is far from a tie."""
-    model = hf_model(CASE, weights_of(CASE, FLOAT32), FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES[CASE] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
-
-
 RUNS: dict[str, dict[str, Weights]] = {}
 
 
@@ -61,17 +52,8 @@ def run(pool: RankPool, setup: Setup) -> dict[str, Weights]:
 
 def train_on(pool: RankPool, setup: Setup) -> dict[str, Weights]:
     """The first step's gradients and the weights after the last, put together under on-disk names."""
-    ranks = pool.call(train, setup, FLOAT32, batches())
-    placed = placements({rank: setup.held(rank) for rank in range(setup.layout.world_size)})
-    whole = {}
-    for what in ("grads", "weights"):
-        values = {(rank, *key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
-        whole[what] = {
-            source: unshard(places, values)
-            for source, places in placed.items()
-            if all((p.rank, p.chunk, p.name) in values for p in places)
-        }
-    return whole
+    ranks = pool.call(train, setup, FLOAT32, settled_batches(CASE))
+    return {what: put_together(setup, ranks, what) for what in ("grads", "weights")}
 
 
 def distance(ours: Weights, theirs: Weights) -> float:

@@ -7,18 +7,17 @@ installed from its repository (0.4.0), and are skipped elsewhere.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
-from support.megatron_training import BATCH, CASE, GPUS, MICROBATCHES, SEQ, Setup, weights_of
-from support.muon import ADAM_EPSILON, LEARNING_RATE, first_step
-from support.oracles import FLOAT32, hf_model, settled_tokens
+from support.megatron_training import CASE, GPUS, Setup, put_together, settled_batches, train, weights_of
+from support.muon import ADAM_EPSILON, LEARNING_RATE, muon
+from support.oracles import FLOAT32
 from support.ranks import RankPool
 from torch import Tensor
 
 from reference.parallelism import Parallelism
-from reference.sharding import placements, unshard
 
 muon_utils = pytest.importorskip(
     "emerging_optimizers.orthogonalized_optimizers.muon_utils", reason="needs Emerging Optimizers, from its repository"
@@ -47,23 +46,12 @@ def pools() -> Iterator[dict[int, RankPool]]:
         pool.end()
 
 
-@cache
-def batches() -> Tensor:
-    model = hf_model(CASE, weights_of(CASE, FLOAT32), FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES[CASE] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
-
-
 def stepped(pools: dict[int, RankPool], layout: Parallelism, tp_mode: str) -> tuple[Weights, Weights]:
     """Gradients and weights after one step, by on-disk names."""
     setup = Setup(CASE, layout)
-    ranks = pools[layout.world_size].call(first_step, setup, batches(), tp_mode)
-    placed = placements({rank: setup.held(rank) for rank in range(layout.world_size)})
-    whole = []
-    for what in ("grads", "weights"):
-        values = {(rank, *key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
-        trained = {name: places for name, places in placed.items() if "correction_bias" not in name}
-        whole.append({name: unshard(places, values) for name, places in trained.items()})
-    return whole[0], whole[1]
+    ranks = pools[layout.world_size].call(train, setup, FLOAT32, settled_batches(CASE), None, partial(muon, tp_mode), 1)
+    gradients, weights = (put_together(setup, ranks, what) for what in ("grads", "weights"))
+    return gradients, {name: weights[name] for name in gradients}
 
 
 def apart(ours: Weights, theirs: Weights) -> dict[str, float]:

@@ -19,16 +19,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.megatron_training import (
-    BATCHES,
     CASE,
     DEEP_CASE,
     GPUS,
     LEARNING_RATE,
-    MICROBATCHES,
-    SEQ,
     WIDE_CASE,
     Setup,
     leave_out_the_backward_all_reduce,
+    put_together,
+    settled_batches,
     steps_of,
     train,
     weights_of,
@@ -40,7 +39,6 @@ from support.oracles import (
     Case,
     hf_model,
     remove_float32_casts,
-    settled_tokens,
     to_disk_names,
 )
 from support.ranks import RankPool
@@ -48,7 +46,6 @@ from torch import Tensor
 
 from reference.model_class import ModelClass
 from reference.parallelism import Parallelism
-from reference.sharding import placements, unshard
 
 GPT, HYBRID = ModelClass
 SETUPS = {
@@ -93,13 +90,6 @@ class Run(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def microbatches(case: Case, dtype: torch.dtype) -> Tensor:
-    """Sequences whose choice of experts is far from a tie."""
-    model = hf_model(case, {name: value.float() for name, value in weights_of(case, dtype).items()}, FLOAT32)
-    batch = BATCHES[case]
-    return settled_tokens(model, batch=MICROBATCHES[case] * batch, seq=SEQ + 1).view(-1, batch, SEQ + 1)
-
-
 # ------------------------------------------------------------------------------------------ the oracle, in one process
 
 
@@ -126,20 +116,10 @@ def run_transformers(case: Case, weight_dtype: torch.dtype, dtype: torch.dtype, 
 def run_megatron(pool: RankPool, setup: Setup, dtype: torch.dtype, batches: Tensor) -> Run:
     """Training at one layout; gradients and weights put together under on-disk names."""
     ranks = pool.call(train, setup, dtype, batches)
-    placed = placements({rank: setup.held(rank) for rank in range(setup.layout.world_size)})
-
-    def whole(what: str) -> dict[str, Tensor]:
-        values = {(rank, *key): value for rank, r in enumerate(ranks) for key, value in r[what].items()}
-        return {
-            source: unshard(places, values)
-            for source, places in placed.items()
-            if all((p.rank, p.chunk, p.name) in values for p in places)  # the expert bias has no gradient
-        }
-
     on_last_stage = [r["losses"] for r in ranks if r["losses"][0] is not None]
     losses = torch.tensor(on_last_stage, dtype=FLOAT64).mean(0).tolist()  # over data-parallel ranks
     assert len({tuple(r["norms"]) for r in ranks}) == 1, "ranks disagree on the gradient norm"
-    return Run(losses, ranks[0]["norms"], whole("grads"), whole("weights"))
+    return Run(losses, ranks[0]["norms"], *(put_together(setup, ranks, what) for what in ("grads", "weights")))
 
 
 class Oracle(NamedTuple):
@@ -152,7 +132,7 @@ class Oracle(NamedTuple):
 
 @cache
 def oracle_of(case: Case, dtype: torch.dtype) -> Oracle:
-    batches = microbatches(case, dtype)
+    batches = settled_batches(case, dtype)
     theirs = run_transformers(case, dtype, dtype, batches)
     with pytest.MonkeyPatch.context() as patch:
         remove_float32_casts(patch)

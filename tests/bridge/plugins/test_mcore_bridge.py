@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import SCALE, all_tensors
-from support.megatron_training import BATCH, CASE, MICROBATCHES, SEQ, Setup, train, weights_of
-from support.oracles import FLOAT32, FLOAT64, hf_model, remove_float32_casts, settled_tokens, to_disk_names
+from support.megatron_training import CASE, Setup, settled_batches, train, weights_of
+from support.oracles import FLOAT32, FLOAT64, hf_model, remove_float32_casts, to_disk_names
 from support.ranks import RankPool
 from support.sharded_models import CONFIG, groups_of
 from torch import Tensor, distributed, nn
@@ -66,9 +66,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def batches() -> Tensor:
-    """Sequences whose choice of experts is far from a tie."""
-    model = hf_model(CASE, weights_of(CASE, FLOAT32), FLOAT32)
-    return settled_tokens(model, batch=MICROBATCHES[CASE] * BATCH, seq=SEQ + 1).view(-1, BATCH, SEQ + 1)
+    return settled_batches(CASE)
 
 
 def host_config(hf: dict[str, Any] | Path, **overrides: Any) -> Any:
