@@ -40,10 +40,11 @@ def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:
             raise ValueError(f"freeze: no parameter fits {pattern!r}; names are such as {named[0][0]}")
     if not all(trains for _, trains, _ in everyone):
         raise ValueError(f"freeze: {list(patterns)} leaves a rank nothing to train; freeze less")
-    for name in (name for _, _, names in everyone for name in names):
+    first = next((name for _, _, names in everyone for name in names), None)
+    if first is not None:
         raise ValueError(
-            f"freeze: {list(patterns)} leaves some experts of {name} trained and others not, where Transformer Engine "
-            f"trains all of them or none; freeze '{name}.*', or none of it"
+            f"freeze: {list(patterns)} leaves some experts of {first} trained and others not, where Transformer Engine "
+            f"trains all of them or none; freeze '{first}.*', or none of it"
         )
 
 

@@ -27,7 +27,6 @@ GAINS: dict[FusionName, str] = {
     "grouped_gemm": "none of the GPU's time; 64 launches in place of 2048, which are the processor's",
 }
 
-
 # Settings, and the values that the records have of them.
 RECORDED: dict[str, tuple[object, ...]] = {
     "dtype": ("bf16",),

@@ -206,7 +206,6 @@ def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
     megatron-core asks for the norm before it changes a gradient or a weight, and has no such check of its own. What it
     prepares until then it prepares while the GPU is still at work.
     """
-
     found = {}
 
     def finite_norm() -> Any:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import child  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+import child
 
+HERE = Path(__file__).parent
 # It starts a process in a session of its own, as torchrun does, writes down which, and waits.
 LAUNCHER = """
 import pathlib, subprocess, sys, time

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from record_steps import apart  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from record_steps import apart
+
+RECORD_STEPS = Path(__file__).with_name("record_steps.py")
 
 
 def test_a_row_is_compared_with_its_own_one() -> None:
@@ -27,7 +28,7 @@ def test_a_row_is_compared_with_its_own_one() -> None:
 @pytest.mark.slow
 def test_two_runs_on_a_processor_are_equal(tmp_path: Path) -> None:
     out = tmp_path / "steps.json"
-    subprocess.run([sys.executable, str(HERE / "record_steps.py"), str(out), "--steps", "6"], check=True)
+    subprocess.run([sys.executable, str(RECORD_STEPS), str(out), "--steps", "6"], check=True)
     record = json.loads(out.read_text())
     assert set(record["rows"]) == {"eager", "eager again"}
     assert record["apart"]["eager again, off eager"]["loss"]["equal steps"] == 6

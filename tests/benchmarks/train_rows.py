@@ -1,6 +1,6 @@
 """What `bench train` compares: a row is a set of overrides of one training step, and says what it needs.
 
-`FUSED` are the fusions that go together (`bridge.model.fusions`). `PEER_FLAGS` are what the provider of megatron-bridge
+`FUSED` are the fusions that training has by default. `PEER_FLAGS` are what the provider of megatron-bridge
 0.6.2 for this model sets otherwise than `bridge.model.config` does on a GPU, with Transformer Engine
 (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
 Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.model.fusions import FUSIONS
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec
+from bridge.training.speed_defaults import GAINS
 from reference.config import ModelConfig
 
-FUSED = ("router", "permute", "cross_entropy", "gradient_accumulation", "grouped_gemm")
+FUSED = tuple(GAINS)
 PEER_FLAGS: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,

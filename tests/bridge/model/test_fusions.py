@@ -11,7 +11,7 @@ from support.small_model import DEVICE, SMALL
 from torch import Tensor
 
 from bridge.model.build import build_model
-from bridge.model.fusions import FUSIONS, FusionName, check_fusions, fusion_settings
+from bridge.model.fusions import FUSIONS, FusionName, check_fusions, fusion_environment, fusion_settings
 from bridge.model.layer_spec import Backend
 from bridge.model.process_groups import model_parallel
 
@@ -33,6 +33,7 @@ def test_each_fusion_is_off_unless_asked_for() -> None:
         differs = any(getattr(defaults, field) != value for field, value in fusion.settings.items())
         assert differs or fusion.environment
     assert fusion_settings(("none",)) == {}
+    assert fusion_environment(("none",)) == {}
 
 
 def test_fusions_are_put_together_and_contradictions_found() -> None:
