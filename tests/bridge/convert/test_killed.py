@@ -42,6 +42,7 @@ def kill_and_finish(conversion: Conversion, folder: Path, kills: int, seed: str)
             early += 1
         else:
             finished, spoil = finished_files(out), chance.random() < 0.3
+            spoil = spoil or (not damaged and len(finished) > 1)  # one is, whatever chance says; others are reused
             if spoil and finished:
                 file = chance.choice(finished)
                 flip(file, chance.randrange(file.stat().st_size), chance.randrange(8))
