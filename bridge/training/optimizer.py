@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
+from bridge.model.expert_products import prepare_experts
 from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
 
@@ -83,6 +84,8 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     config = ddp_config(chunks[0].config, overlap=gpu and shared)
     for chunk in chunks:
         check_settings(chunk.config, config)
+    prepared = [prepare_experts(chunk) for chunk in chunks]
+    config.delay_wgrad_compute = any(prepared)  # it hands the layers their hooks
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

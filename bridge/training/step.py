@@ -1,12 +1,15 @@
 """One optimizer step: megatron-core's pipeline schedule, its gradient finalisation, its optimizer.
 
 The loss is the mean over the tokens of the global batch that are trained on, whatever microbatch or rank they are in
-(`calculate_per_token_loss`), so that it and its gradient are those of one process at any layout.
+(`calculate_per_token_loss`), so that it and its gradient are those of one process at any layout. Their number is known
+before the step, and each microbatch's loss is divided by it; megatron-core would count it on the way, and then read and
+write all gradients once more.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakMethod
@@ -82,7 +85,7 @@ class Trained:
         if ddp.overlap_param_gather and len(self.wrapped) > 1:
             config.param_sync_func = [one.start_param_sync for one in self.wrapped]
 
-    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+    def _finalize(self, model: list[Any], num_tokens: object = None, **named: Any) -> None:
         counts = [
             module.local_tokens_per_expert.clone()
             for chunk in self.chunks
@@ -90,7 +93,7 @@ class Trained:
             if hasattr(module, "local_tokens_per_expert") and module.local_tokens_per_expert is not None
         ]
         self.load = torch.stack(counts) if counts else None
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(model, None, **named)  # the losses were divided
         for chunk in self.chunks:
             _drop_graphs(chunk)
 
@@ -135,12 +138,12 @@ def forward(
     dp = parallel_state.get_data_parallel_world_size()
     alone = len(trained.wrapped) == 1
     microbatches = [list(of_chunk) for of_chunk in batches]
-    share = _trained_share(microbatches[0])
-    # The load-balancing loss is over all tokens, and megatron-core divides its gradient by those that are trained on.
-    trained.chunks[0].config.moe_grad_scale_func = lambda: share
+    trained_on, all_tokens = _tokens_of_all_ranks(microbatches[0])
+    # The load-balancing loss is over all tokens, and megatron-core multiplies it by their number.
+    trained.chunks[0].config.moe_grad_scale_func = all_tokens.reciprocal
     iterators = [iter(of_chunk) for of_chunk in microbatches]
     found = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, trained_on),
         data_iterator=iterators[0] if alone else iterators,  # pyright: ignore[reportArgumentType]
         model=trained.wrapped[0] if alone else trained.wrapped,
         num_microbatches=job.global_batch_size // (job.micro_batch_size * dp),
@@ -150,22 +153,25 @@ def forward(
     )
     # Tensor-parallel ranks have the same losses, ranks of other stages none.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
-    device = torch.cuda.current_device()
-    sums = torch.tensor([0, 0, *flags], dtype=torch.float64, device=device)
+    sums = _sent([0, 0, *flags])
     for one in found if counts else ():
         sums[:2] += one["sums"]
     torch.distributed.all_reduce(sums)
     return sums
 
 
-def _trained_share(microbatches: list[dict[str, Tensor]]) -> Tensor:
-    """Of the tokens of the global batch, the share that is trained on."""
+def _tokens_of_all_ranks(microbatches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of the global batch: the tokens that are trained on (or 1, if there are none), and all; of one entry each."""
     masks = [batch["loss_mask"] for batch in microbatches]
-    counts = [float(sum(mask.sum() for mask in masks)), float(sum(mask.numel() for mask in masks))]
-    sums = torch.tensor(counts, device=torch.cuda.current_device())
+    sums = _sent([float(sum(mask.sum() for mask in masks)), float(sum(mask.numel() for mask in masks))])
     group: Any = parallel_state.get_data_parallel_group()
     torch.distributed.all_reduce(sums, group=group)
-    return sums[:1] / sums[1:]  # of one entry, as the scale that other loops leave in megatron-core
+    return sums[:1].clamp(min=1).float(), sums[1:].float()
+
+
+def _sent(values: Sequence[float]) -> Tensor:
+    """On the GPU, without waiting for what it is at."""
+    return torch.tensor(values, dtype=torch.float64).to(torch.cuda.current_device(), non_blocking=True)
 
 
 def train_step(
@@ -232,7 +238,7 @@ def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:
     return [(bias, bias.clone()) for bias in found]
 
 
-def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+def _forward_step(trained_on: Tensor, batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
     device = torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
     positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
@@ -244,7 +250,7 @@ def _forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     def loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, tokens = (losses.float() * mask).sum(), mask.sum()
         sums = torch.stack([total.detach().double(), tokens.double()])
-        return total, tokens.int(), {"sums": sums}
+        return total / trained_on[0], tokens.int(), {"sums": sums}
 
     return output, loss
 

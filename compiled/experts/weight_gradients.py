@@ -5,13 +5,14 @@
 **Why.** cuBLAS multiplies for one expert at a time, and looks for an algorithm for each number of rows it has not seen,
 which routed tokens hardly ever repeat. So 32 launches of a layer take longer on the processor than on the GPU.
 
-Addresses and numbers of rows go to the GPU in one tensor. A program makes a tile of one expert's gradient and adds it:
-of `total`, 4 bytes an element are read and written, once.
+Addresses of the sums and numbers of rows go to the GPU in one tensor. A program makes a tile of one expert's gradient
+and adds it: of `total`, 4 bytes an element are read and written, once.
 """
 
 # ruff: noqa: N803  (upper case: compile-time constants)
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -30,16 +31,18 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def add_weight_gradients(
-    x: Sequence[BFloat16[Tensor, "_ in"] | Float16[Tensor, "_ in"]],
-    grad: Sequence[BFloat16[Tensor, "_ out"] | Float16[Tensor, "_ out"]],
+    x: BFloat16[Tensor, "tokens in"] | Float16[Tensor, "tokens in"],
+    grad: BFloat16[Tensor, "tokens out"] | Float16[Tensor, "tokens out"],
     total: Sequence[Float32[Tensor, "out in"]],
+    rows: Sequence[int],
 ) -> None:
-    """`total[e] += grad[e].T @ x[e]`, in place, for every expert e; products and sums are float32's.
+    """`total[e] += grad[of e].T @ x[of e]`, in place, for every expert e; products and sums are float32's.
 
     Args:
-        x: each expert's tokens, its linear layer's input.
-        grad: the gradient of that layer's output, as many rows.
-        total: the sum to add to.
+        x: the linear layers' inputs, the first expert's tokens first.
+        grad: the gradients of their outputs, in the same order.
+        total: each expert's sum to add to.
+        rows: how many tokens each expert has.
 
     All must be contiguous and on one GPU, and rows a multiple of 16 bytes long (of 8 elements, `total` of 4).
 
@@ -47,61 +50,58 @@ def add_weight_gradients(
         ValueError: one of them is not so; names it, and what was found.
     """
     out_features, in_features = total[0].shape
-    _check(x, grad, total)
-    rows = [one.shape[0] for one in x]
-    table = [*(one.data_ptr() for of_all in (x, grad, total) for one in of_all), *rows]
+    _check(x, grad, total, rows)
+    firsts = [0, *accumulate(rows)][:-1]
+    table = torch.tensor([*(one.data_ptr() for one in total), *firsts, *rows]).to(x.device, non_blocking=True)
     tiles = triton.cdiv(out_features, OUT_BLOCK) * triton.cdiv(in_features, IN_BLOCK)
-    told = torch.tensor(table).to(total[0].device, non_blocking=True)
     _add(
         (tiles, len(rows), 1),
-        (told, x[0], total[0], len(rows), out_features, in_features),
+        (table, x, grad, total[0], len(rows), out_features, in_features),
         (OUT_BLOCK, IN_BLOCK, ROW_BLOCK, TALL),
         warps=WARPS,
         stages=STAGES,
     )
 
 
-def _check(x: Sequence[Tensor], grad: Sequence[Tensor], total: Sequence[Tensor]) -> None:
-    (out_features, in_features), half = total[0].shape, x[0].dtype
-    if half not in _HALF:
-        raise ValueError(f"x[0] must be {' or '.join(map(str, _HALF))}, found {half}")
-    widths = {
-        "x": (x, in_features, half),
-        "grad": (grad, out_features, half),
-        "total": (total, in_features, torch.float32),
-    }
-    if not len(x) == len(grad) == len(total):
-        raise ValueError(f"x, grad and total must be of as many experts, found {len(x)}, {len(grad)} and {len(total)}")
-    for name, (tensors, width, dtype) in widths.items():
-        if width * dtype.itemsize % _ALIGNMENT.value:
-            raise ValueError(f"{name}: rows must be a multiple of 16 bytes long, found {width} elements of {dtype}")
-        for expert, one in enumerate(tensors):
-            wanted = total[0].shape if name == "total" else (x[expert].shape[0], width)
-            if one.shape != wanted or one.dtype != dtype:
-                found = f"{one.dtype} {tuple(one.shape)}"
-                raise ValueError(f"{name}[{expert}] must be {dtype} {tuple(wanted)}, found {found}")
-            if one.numel() >= _MOST:
-                raise ValueError(f"{name}[{expert}] must have fewer than 2^31 elements, found {tuple(one.shape)}")
-            if not one.is_contiguous() or one.data_ptr() % _ALIGNMENT.value:
-                raise ValueError(f"{name}[{expert}] must be contiguous, at an address that is a multiple of 16")
+def _check(x: Tensor, grad: Tensor, total: Sequence[Tensor], rows: Sequence[int]) -> None:
+    (out_features, in_features), tokens = total[0].shape, sum(rows)
+    if x.dtype not in _HALF:
+        raise ValueError(f"x must be {' or '.join(map(str, _HALF))}, found {x.dtype}")
+    if len(total) != len(rows):
+        raise ValueError(f"total and rows must be of as many experts, found {len(total)} and {len(rows)}")
+    wanted = [
+        ("x", x, (tokens, in_features), x.dtype),
+        ("grad", grad, (tokens, out_features), x.dtype),
+        *((f"total[{expert}]", one, (out_features, in_features), torch.float32) for expert, one in enumerate(total)),
+    ]
+    for name, one, shape, dtype in wanted:
+        if one.shape != shape or one.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} {shape}, found {one.dtype} {tuple(one.shape)}")
+        if shape[1] * dtype.itemsize % _ALIGNMENT.value:
+            raise ValueError(f"{name}: rows must be a multiple of 16 bytes long, found {shape[1]} elements of {dtype}")
+        if shape[0] * shape[1] >= _MOST:
+            raise ValueError(f"{name} must have fewer than 2^31 elements, found {shape}")
+        if not one.is_contiguous() or one.data_ptr() % _ALIGNMENT.value:
+            raise ValueError(f"{name} must be contiguous, at an address that is a multiple of 16")
 
 
 @Launcher
 @triton.jit
 def _add(
-    table, like, sums, experts, out_features, in_features,
+    table, x, grad, like, experts, out_features, in_features,
     OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one expert; `table` has the addresses of x, grad and total of each, and the rows.
+    """A tile of one expert; `table` has the address of each total, its first token and the number of its tokens.
 
-    `like` is an x and `sums` a total, for their dtypes.
+    `like` is a total, for its dtype.
     """
     expert = tl.program_id(1)
-    rows = tl.load(table + 3 * experts + expert).to(tl.int32)
+    rows = tl.load(table + 2 * experts + expert).to(tl.int32)
     if rows > 0:
-        x = tl.multiple_of(tl.load(table + expert).to(like.dtype), _ALIGNMENT)
-        grad = tl.multiple_of(tl.load(table + experts + expert).to(like.dtype), _ALIGNMENT)
-        total = tl.multiple_of(tl.load(table + 2 * experts + expert).to(sums.dtype), _ALIGNMENT)
+        start = tl.load(table + experts + expert)
+        x = tl.multiple_of(x + start * in_features, _ALIGNMENT)
+        grad = tl.multiple_of(grad + start * out_features, _ALIGNMENT)
+        total = tl.multiple_of(tl.load(table + expert).to(like.dtype), _ALIGNMENT)
 
         down, across = tl.cdiv(out_features, OUT_BLOCK), tl.cdiv(in_features, IN_BLOCK)
         band = tl.program_id(0) // (TALL * across)

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,21 @@ WAIT = 200_000_000  # cycles
 TILES = [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3)]
 OURS, THEIRS = "compiled.experts", "Transformer Engine, one expert after another"
 ADDED = "the same in bfloat16, and torch adds them"
-Experts = list[Tensor]
-Add = Callable[[Experts, Experts, Experts], object]
+Add = Callable[[Tensor, Tensor, list[Tensor], list[int]], object]
 
 
-def routings(width: int) -> list[list[Tensor]]:
-    """Rows of all experts, cut in another way each time."""
-    rows = torch.randn(ROWS, width, device="cuda").bfloat16()
+def routings() -> list[list[int]]:
+    """Rows of each expert, others each time."""
     chosen = torch.randint(0, EXPERTS, (CALLS * (ROUNDS + 1), ROWS), generator=torch.Generator().manual_seed(0))
-    return [list(rows.split(torch.bincount(one, minlength=EXPERTS).tolist())) for one in chosen]
+    return [torch.bincount(one, minlength=EXPERTS).tolist() for one in chosen]
 
 
-def theirs(x: Experts, grad: Experts, total: Experts, *, accumulate: bool = True) -> None:
+def theirs(x: Tensor, grad: Tensor, total: list[Tensor], rows: list[int], *, accumulate: bool = True) -> None:
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
-    out = total if accumulate else list(torch.empty(len(x), *total[0].shape, dtype=x[0].dtype, device="cuda"))
-    splits = [one.shape[0] for one in x]
-    general_grouped_gemm(
-        x, grad, out, [None] * len(x), x[0].dtype, layout="NT", grad=True, m_splits=splits, accumulate=accumulate
-    )
+    out = total if accumulate else list(torch.empty(len(total), *total[0].shape, dtype=x.dtype, device="cuda"))
+    parts, none = (x.split(rows), grad.split(rows)), [None] * len(rows)
+    general_grouped_gemm(*parts, out, none, x.dtype, layout="NT", grad=True, m_splits=rows, accumulate=accumulate)
     if not accumulate:
         for one, made in zip(total, out, strict=True):
             one.add_(made)
@@ -61,7 +58,8 @@ def theirs(x: Experts, grad: Experts, total: Experts, *, accumulate: bool = True
 def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
     """Medians of a call, in milliseconds."""
     total = list(torch.zeros(EXPERTS, out_features, in_features, device="cuda"))
-    calls = zip(routings(in_features), routings(out_features), strict=True)
+    x, grad = (torch.randn(ROWS, width, device="cuda").bfloat16() for width in (in_features, out_features))
+    calls = iter(routings())
     gpu, host = [], []
     for number in range(ROUNDS + 1):
         some = list(itertools.islice(calls, CALLS))
@@ -69,8 +67,8 @@ def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
         torch.cuda._sleep(WAIT)
         start.record()
         began = time.perf_counter()
-        for x, grad in some:
-            add(x, grad, total)
+        for rows in some:
+            add(x, grad, total, rows)
         seconds = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize()
@@ -85,11 +83,11 @@ def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
 
 
 def with_tile(tile: tuple[int, ...]) -> Add:
-    def add(x: Experts, grad: Experts, total: Experts) -> None:
+    def add(x: Tensor, grad: Tensor, total: list[Tensor], rows: list[int]) -> None:
         names = ("OUT_BLOCK", "IN_BLOCK", "ROW_BLOCK", "WARPS", "STAGES")
         for name, value in zip(names, tile, strict=True):
             setattr(weight_gradients, name, value)
-        weight_gradients.add_weight_gradients(x, grad, total)
+        weight_gradients.add_weight_gradients(x, grad, total, rows)
 
     return add
 
@@ -104,7 +102,7 @@ def main() -> None:
     rows: dict[str, Add] = {
         OURS: weight_gradients.add_weight_gradients,
         THEIRS: theirs,
-        ADDED: lambda x, grad, total: theirs(x, grad, total, accumulate=False),
+        ADDED: partial(theirs, accumulate=False),
     }
     if asked.sweep:
         rows |= {f"tile {tile}": with_tile(tile) for tile in TILES}

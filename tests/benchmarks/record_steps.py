@@ -13,6 +13,7 @@ fused one has. Without a GPU the model is tiny and in float32, and there are no 
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -90,6 +91,7 @@ def train(name: str, folder: Path, steps: int, free: "Queue[str | None]") -> dic
     if status != 0:
         return found | {"failed": child.last_words(log, 25)}
     lines = read_metrics(out)
+    shutil.rmtree(out)  # its checkpoint
     return found | {key: [line[key] for line in lines] for key in KEPT}
 
 

@@ -49,8 +49,8 @@ class Row(NamedTuple):
     """A key of `LAYERS`."""
     dtype: str = "bf16"
     recompute: str = "none"
-    cublas: bool = False
-    """Experts' gradients are added by cuBLAS, also where one kernel of ours could."""
+    their_experts: bool = False
+    """Experts' layers are Transformer Engine's alone, also where `bridge.model.expert_products` could."""
     lifts: tuple[str, ...] = ()
     """Rows of `bridge.model.safe_settings.REFUSALS` that do not count here."""
     timed: bool = True
@@ -66,9 +66,9 @@ ROWS: dict[str, Row] = {
     **{f"graphs, {name}": Row(fusions=(name,), graphs=True) for name in FUSIONS},
     "fusions": Row(fusions=FUSED),
     "fusions and graphs": Row(fusions=FUSED, graphs=True),
-    "fusions and graphs, experts' gradients by cuBLAS": Row(fusions=FUSED, graphs=True, cublas=True),
+    "fusions and graphs, Transformer Engine's experts": Row(fusions=FUSED, graphs=True, their_experts=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
-    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, cublas=True),
+    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, their_experts=True),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),
     f"{PEER_NORMS}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER_NORMS),

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero
 from bridge.memory_plan.plan import layout
-from bridge.model import gradient_accumulation
 from bridge.model.fusions import fusion_environment
 from bridge.model.process_groups import groups_of
 from bridge.model.safe_settings import REFUSALS
+from bridge.training import optimizer
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.metrics import flops_per_token, memory_gb, peak_flops
 from bridge.training.settings import TrainJob
@@ -188,8 +188,8 @@ def main(plan: dict[str, Any]) -> None:
             try:
                 with ExitStack() as stack:
                     stack.enter_context(patch.dict(os.environ, fusion_environment(ROWS[name].fusions)))
-                    if ROWS[name].cublas:
-                        stack.enter_context(patch.object(gradient_accumulation, "can_be_added", lambda *_: False))
+                    if ROWS[name].their_experts:
+                        stack.enter_context(patch.object(optimizer, "prepare_experts", lambda _: False))
                     found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from support.checks import NO_GPU
 from support.small_model import SMALL
@@ -18,6 +17,7 @@ from torch import Tensor
 from bridge import model_parallel
 from bridge.model.build import build_model
 from bridge.model.fusions import FUSIONS
+from bridge.training.optimizer import freeze, wrap
 from reference.model_class import ModelClass
 
 pytestmark = [pytest.mark.gpu, NO_GPU]
@@ -33,8 +33,8 @@ class Summed(NamedTuple):
     kernels: set[str]
 
 
-def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool) -> Summed:
-    """Of two microbatches."""
+def summed_gradients(dtype: torch.dtype, model_class: ModelClass, frozen: list[str], *, fused: bool) -> Summed:
+    """Of two microbatches, of what is not `frozen`."""
     destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
         model = build_model(SMALL, model=model_class, params_dtype=dtype, gradient_accumulation_fusion=fused)
@@ -44,8 +44,8 @@ def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) / 8)
-        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        wrapped = DistributedDataParallel(model.config, config, model)
+        freeze([model], frozen)
+        (wrapped,) = wrap([model])
         wrapped.zero_grad_buffer()
         positions = torch.arange(32, device="cuda").expand(2, -1)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -53,20 +53,22 @@ def summed_gradients(dtype: torch.dtype, model_class: ModelClass, *, fused: bool
                 tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda", generator=generator)
                 wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
             torch.cuda.synchronize()
-        named = list(model.named_parameters())
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert all(parameter.grad is None for _, parameter in named)
         added = {name for name, parameter in named if parameter.grad_added_to_main_grad}
         gradients = {name: parameter.main_grad.clone() for name, parameter in named}
         return Summed(gradients, added, {event.name for event in profile.events()})
 
 
+@pytest.mark.parametrize("frozen", [[], ["*embedding*", "*self_attention*", "*norm*", "*router*"]])
 @pytest.mark.parametrize("model_class", list(ModelClass))
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 def test_layers_add_their_gradients_themselves(
-    dtype: torch.dtype, bound: float, model_class: ModelClass, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, bound: float, model_class: ModelClass, frozen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    plain = summed_gradients(dtype, model_class, fused=False)
-    fused = summed_gradients(dtype, model_class, fused=True)
+    plain = summed_gradients(dtype, model_class, frozen, fused=False)
+    fused = summed_gradients(dtype, model_class, frozen, fused=True)
     assert plain.added == set()
     assert fused.added == {name for name in plain.gradients if any(part in name for part in FUSED_WEIGHTS)}
     assert EXPERTS_KERNEL not in plain.kernels

@@ -14,11 +14,11 @@ weight_gradients.TALL = 2
 torch.manual_seed(0)
 rows = [5, 0, 33, 16]
 for out_features, in_features in ((96, 136), (40, 200), (32, 64)):
-    x = [torch.randn(n, in_features).half() for n in rows]
-    grad = [torch.randn(n, out_features).half() for n in rows]
+    x, grad = torch.randn(sum(rows), in_features).half(), torch.randn(sum(rows), out_features).half()
     total = [torch.randn(out_features, in_features) for _ in rows]
-    wanted = [a.double() + b.double().T @ c.double() for a, b, c in zip(total, grad, x)]
-    weight_gradients.add_weight_gradients(x, grad, total)
+    parts = zip(total, grad.double().split(rows), x.double().split(rows))
+    wanted = [a.double() + b.T @ c for a, b, c in parts]
+    weight_gradients.add_weight_gradients(x, grad, total, rows)
     for one, exact in zip(total, wanted):
         assert (one - exact).abs().max() < 1e-5
 """
@@ -31,20 +31,24 @@ def test_every_tile_of_every_expert_is_made_once() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def of_experts(rows: list[int], width: int, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.ones(n, width, dtype=dtype) for n in rows]
+def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
 
 
+SUM = ones(8, 16, dtype=torch.float32)
 BAD = {
-    "dtype": ({"x": of_experts([3, 2], 16, torch.float32)}, r"x\[0\] must be torch.bfloat16 or torch.float16, found"),
-    "experts": ({"grad": of_experts([3], 8, torch.bfloat16)}, r"of as many experts, found 2, 1 and 2"),
-    "rows": ({"grad": of_experts([3, 4], 8, torch.bfloat16)}, r"grad\[1\] must be .* \(2, 8\), found .* \(4, 8\)"),
-    "sum": ({"total": of_experts([8, 8], 16, torch.bfloat16)}, r"total\[0\] must be torch.float32 \(8, 16\), found"),
+    "dtype": ({"x": ones(5, 16, dtype=torch.float32)}, r"x must be torch.bfloat16 or torch.float16, found"),
+    "dtypes": ({"grad": ones(5, 8).half()}, r"grad must be torch.bfloat16 \(5, 8\), found torch.float16"),
+    "experts": ({"total": [SUM]}, r"of as many experts, found 1 and 2"),
+    "tokens": ({"rows": [3, 3]}, r"x must be .* \(6, 16\), found .* \(5, 16\)"),
+    "gradients": ({"grad": ones(7, 8)}, r"grad must be .* \(5, 8\), found .* \(7, 8\)"),
+    "sum": ({"total": [SUM, SUM.bfloat16()]}, r"total\[1\] must be torch.float32 \(8, 16\), found"),
     "width": (
-        {"x": of_experts([3, 2], 20, torch.bfloat16), "total": of_experts([8, 8], 20, torch.float32)},
+        {"x": ones(5, 20), "total": [ones(8, 20, dtype=torch.float32)] * 2},
         r"x: rows must be a multiple of 16 bytes long, found 20 elements",
     ),
-    "strides": ({"x": [torch.ones(16, n, dtype=torch.bfloat16).T for n in (3, 2)]}, r"x\[0\] must be contiguous"),
+    "strides": ({"x": ones(16, 5).T}, r"x must be contiguous"),
+    "address": ({"x": ones(81)[1:].view(5, 16)}, r"x must be contiguous, at an address that is a multiple of 16"),
 }
 
 
@@ -53,11 +57,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     pytest.importorskip("triton")
     from compiled.experts import add_weight_gradients
 
-    good = {
-        "x": of_experts([3, 2], 16, torch.bfloat16),
-        "grad": of_experts([3, 2], 8, torch.bfloat16),
-        "total": of_experts([8, 8], 16, torch.float32),
-    }
+    good = {"x": ones(5, 16), "grad": ones(5, 8), "total": [SUM, SUM], "rows": [3, 2]}
     changed, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         add_weight_gradients(**good | changed)
@@ -81,10 +81,10 @@ def test_sums_are_those_of_float64(rows: list[int], shape: tuple[int, int], dtyp
     total = [drawn(out_features, in_features) for _ in rows]
     wanted = [one.double() for one in total]
     for _ in range(2):
-        x = list(drawn(sum(rows), in_features).to(dtype).split(rows))
-        grad = list(drawn(sum(rows), out_features).to(dtype).split(rows))
-        add_weight_gradients(x, grad, total)
-        wanted = [a + g.double().T @ b.double() for a, g, b in zip(wanted, grad, x, strict=True)]
+        x, grad = drawn(sum(rows), in_features).to(dtype), drawn(sum(rows), out_features).to(dtype)
+        add_weight_gradients(x, grad, total, rows)
+        parts = zip(wanted, grad.double().split(rows), x.double().split(rows), strict=True)
+        wanted = [a + g.T @ b for a, g, b in parts]
     for n, one, exact in zip(rows, total, wanted, strict=True):
         bound = 4 * (n + 2) ** 0.5 * torch.finfo(torch.float32).eps  # of each product, which is 1 in the mean
         assert (one - exact).norm() <= bound * (out_features * in_features) ** 0.5 * max(n, 1) ** 0.5
