@@ -70,12 +70,24 @@ class Float32Router(TopKRouter):
         With `moe_router_padding_for_quantization` its dispatcher adds to the map in place. Where the router is fused,
         autograd has kept the map for the backward pass, and would refuse one that was changed: it gets one of its own.
         """
-        probs, routing_map = super().routing(logits, padding_mask)
-        if self.config.moe_router_fusion and self.config.moe_router_padding_for_quantization:
-            routing_map = routing_map.clone()
+        if self.config.moe_router_fusion:
+            probs, routing_map = self._fused_routing(logits, padding_mask)
+            if self.config.moe_router_padding_for_quantization:
+                routing_map = routing_map.clone()
+        else:
+            probs, routing_map = super().routing(logits, padding_mask)
         if self.topk == 1:
             probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
         return probs, routing_map
+
+    def _fused_routing(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where a logit is NaN, the fused kernel chooses an expert twice, and the dispatcher fails far from the cause.
+
+        So it is not shown them, and the weights of that token are NaN instead, as without fusion.
+        """
+        unknown = logits.isnan()
+        probs, routing_map = super().routing(logits.masked_fill(unknown, 0), padding_mask)
+        return probs.masked_fill(unknown.any(-1).view(-1, 1), torch.nan), routing_map
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Router":
         """Follow `.to(device)` and not `.bfloat16()`, so that no bits are lost on the way to a float32 checkpoint."""

@@ -42,8 +42,11 @@ def test_the_operation_fuser_is_refused_by_megatrons_experts(monkeypatch: pytest
 # ------------------------------------------------------------------------------------------ the router's fused padding
 
 
-def routed(*, fused: bool) -> list[torch.Tensor]:
-    """Weights of the experts, padded map, and gradients, where the dispatcher pads the map in place."""
+def routed(*, fused: bool, unknown: int | None = None) -> list[torch.Tensor]:
+    """Weights of the experts, padded map, and gradients, where the dispatcher pads the map in place.
+
+    One token may be `unknown`, that is NaN.
+    """
     config = transformer_config(SMALL, moe_router_fusion=fused)
     config.moe_router_padding_for_quantization = True  # megatron-core asks for FP8 with it, which a router is not in
     router = Float32Router(config, ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp", "tp_dp_cp"]))
@@ -51,8 +54,11 @@ def routed(*, fused: bool) -> list[torch.Tensor]:
     with torch.no_grad():
         router.weight.normal_(generator=generator)
         router.expert_bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
-    x = torch.randn(64, 1, SMALL.hidden_size, device="cuda", generator=generator, requires_grad=True)
-    probs, routing_map = router(x)
+    x = torch.randn(64, 1, SMALL.hidden_size, device="cuda", generator=generator)
+    if unknown is not None:
+        x[unknown] = torch.nan
+    probs, routing_map = router(x.requires_grad_())
+    assert (routing_map.sum(1) == SMALL.num_experts_per_tok).all()
     padded = pad_routing_map(routing_map, 16)
     assert (padded.sum(0) % 16 == 0).all()
     weights = torch.randn(probs.shape, device="cuda", generator=generator)
@@ -74,3 +80,18 @@ def test_megatrons_own_fused_router_cannot_be_padded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Float32Router, "routing", TopKRouter.routing)
     with model_parallel(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         routed(fused=True)
+
+
+def test_a_token_that_is_nan_has_as_many_experts_and_no_weights() -> None:
+    with model_parallel():
+        probs, known = routed(fused=True, unknown=7)[0], routed(fused=True)[0]
+    others = [token for token in range(64) if token != 7]
+    assert torch.equal(probs[others], known[others])
+    assert probs[7].isnan().all()
+
+
+def test_megatrons_own_fused_router_chooses_an_expert_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why it is not shown what is NaN."""
+    monkeypatch.setattr(Float32Router, "routing", TopKRouter.routing)
+    with model_parallel(), pytest.raises(AssertionError):
+        routed(fused=True, unknown=7)
