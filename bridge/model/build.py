@@ -18,6 +18,7 @@ from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, tra
 from bridge.model.gradient_accumulation import build_accumulating
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec, minimax_m2_hybrid_spec
 from bridge.model.process_groups import group_sizes
+from bridge.model.sorted_chunks import leave_sorted
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, padded_vocab_size, spread_layers
@@ -159,6 +160,7 @@ def build_gpt_model(
         vp_stage=vp_stage,
         **arguments,
     )
+    leave_sorted(model)
     return with_frequencies_of_transformers(model, config)
 
 
@@ -190,6 +192,7 @@ def build_hybrid_model(
         vp_stage=vp_stage,
         **arguments | {name: value for name, value in chosen.items() if value is not None},
     )
+    leave_sorted(model)
     return with_frequencies_of_transformers(model, config)
 
 

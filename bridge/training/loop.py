@@ -18,6 +18,7 @@ from bridge.jobs.ranks import rank_and_world_size
 from bridge.training.checkpoints import latest_step
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.data.batches import microbatches
+from bridge.training.garbage import short_collections
 from bridge.training.metrics import Reporter, step_metrics
 from bridge.training.nonfinite import first_not_finite, gradient_not_finite
 from bridge.training.saver import Saver
@@ -49,7 +50,11 @@ def run_steps(
     job, checkpoints = trained.job, out / CHECKPOINTS
     graphs = CudaGraphs(trained) if job.cuda_graphs else None
     loss, world = None, rank_and_world_size()[1]
-    with Reporter(out, steps.start - 1, on_step) as reporter, Saver(trained, checkpoints, config) as saver:
+    with (
+        short_collections(),
+        Reporter(out, steps.start - 1, on_step) as reporter,
+        Saver(trained, checkpoints, config) as saver,
+    ):
         for step in steps:
             if graphs is not None:
                 graphs.before(step - steps.start + 1)

@@ -42,14 +42,19 @@ GRACE = 45  # seconds after the last moment at which a visit may begin
 Line = dict[str, Any]
 
 
-def schedule(names: Iterable[str], rounds: int, *, checked: bool = True) -> list[tuple[int, str]]:
-    """(round, row): round 0 checks all rows, the others time those that are timed, forth and back in turn."""
+def schedule(
+    names: Iterable[str], rounds: int, *, checked: bool = True, profiled: bool = False
+) -> list[tuple[int, str]]:
+    """(round, row): round 0 checks all rows, the others time those that are timed, forth and back in turn.
+
+    Profiles come last of all, in a round of their own: in a process that has made one, every launch takes longer.
+    """
     names = list(names)
     timed = [name for name in names if ROWS[name].timed]
     order = [(0, name) for name in names] if checked else []
     for number in range(1, rounds + 1):
         order += [(number, name) for name in (timed if number % 2 else reversed(timed))]
-    return order
+    return order + [(rounds + 1, name) for name in timed if profiled]
 
 
 def left(visits: Sequence[tuple[int, str]], lines: Sequence[Line]) -> list[tuple[int, str]]:
@@ -229,8 +234,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in SIZES}
     missing = {name: lacks(ROWS[name], default_backend(), gpu=gpus > 0) for name in options.rows}
     runnable = [name for name, what in missing.items() if what is None]
-    plan = {"shape": shape._asdict(), "sizes": sizes, "profile": options.profile}
-    visits = schedule(runnable, options.rounds, checked=not options.unchecked)
+    plan = {"shape": shape._asdict(), "sizes": sizes, "purposes": ["check", *["time"] * options.rounds, "profile"]}
+    visits = schedule(runnable, options.rounds, checked=not options.unchecked, profiled=options.profile)
 
     def report(lines: list[Line]) -> dict[str, Any]:
         about = next((line for line in lines if "environment" in line), None)

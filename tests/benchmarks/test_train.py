@@ -89,6 +89,8 @@ def test_rounds_go_forth_and_back_after_one_that_checks() -> None:
     assert bench_train.schedule([BASE, TRUTH, "graphs"], 2) == [
         (0, BASE), (0, TRUTH), (0, "graphs"), (1, BASE), (1, "graphs"), (2, "graphs"), (2, BASE)
     ]  # fmt: skip
+    profiled = bench_train.schedule([BASE, TRUTH, "graphs"], 1, checked=False, profiled=True)
+    assert profiled == [(1, BASE), (1, "graphs"), (2, BASE), (2, "graphs")]
 
 
 def test_a_row_that_failed_is_not_visited_again() -> None:
@@ -160,8 +162,8 @@ SIZES = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "cp": 1}
 @ON_CPU
 def test_rows_start_from_the_same_weights_and_are_timed() -> None:
     with groups_of(Parallelism()):
-        base, again, truth = (visit(name, TINY, SIZES, check=True, profile=False) for name in (BASE, BASE, TRUTH))
-        timed = visit(BASE, TINY, SIZES, check=False, profile=False)
+        base, again, truth = (visit(name, TINY, SIZES, "check") for name in (BASE, BASE, TRUTH))
+        timed = visit(BASE, TINY, SIZES, "time")
     assert base == again
     assert base["losses"][1] < base["losses"][0]
     assert base["losses"] != truth["losses"]
@@ -175,7 +177,7 @@ def test_rows_start_from_the_same_weights_and_are_timed() -> None:
 @pytest.mark.slow
 def test_when_a_row_fails_the_others_go_on(tmp_path: Path) -> None:
     """Graphs fail without a GPU: the ranks end, others take over, and the failure is written down."""
-    plan = {"shape": TINY._asdict(), "sizes": SIZES, "profile": False}
+    plan = {"shape": TINY._asdict(), "sizes": SIZES, "purposes": ["check", "time", "time"]}
     visits = [(0, BASE), (1, "graphs"), (1, BASE), (2, "graphs")]
     reported: list[int] = []
     lines = bench_train.measure(visits, plan, 1, time.time() + 300, lambda lines: reported.append(len(lines)))

@@ -18,10 +18,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -31,11 +31,13 @@ from torch import Tensor, nn
 
 from bridge.jobs.ranks import all_gather_objects, is_rank_zero
 from bridge.memory_plan.plan import layout
+from bridge.model import build as build_models
 from bridge.model.fusions import fusion_environment
 from bridge.model.process_groups import groups_of
 from bridge.model.safe_settings import REFUSALS
 from bridge.training import optimizer
 from bridge.training.cuda_graphs import CudaGraphs
+from bridge.training.garbage import short_collections
 from bridge.training.metrics import flops_per_token, memory_gb, peak_flops
 from bridge.training.settings import TrainJob
 from bridge.training.step import StepResult, train_step
@@ -44,9 +46,10 @@ from bridge.training.train import build
 sys.path.insert(0, str(Path(__file__).parent))
 from idle import profiled
 from record import environment
-from train_rows import LAYERS, ROWS, Row, Shape
+from train_rows import LAYERS, PEER, ROWS, Row, Shape
 
 SEED = 1234
+Purpose = Literal["check", "time", "profile"]
 LEFT_OVER = 2 << 30  # bytes that a visit may leave behind
 BALANCED = {"moe_router_force_load_balancing": True}
 
@@ -113,8 +116,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profile: bool) -> dict[str, Any]:
-    """One row's steps, on all ranks: their seconds and the peak of memory, or their losses; or what was refused."""
+def visit(name: str, shape: Shape, sizes: dict[str, Any], purpose: Purpose) -> dict[str, Any]:
+    """One row's steps, on all ranks: their seconds and the peak of memory, or their losses, or what one is made of.
+
+    Or what was refused.
+    """
     row, dp, arrived = ROWS[name], parallel_state.get_data_parallel_world_size(), time.perf_counter()
     job, start = job_of(row, shape, sizes, dp), RandomOnDevice(shape.config(sizes["ep"]))
     model_parallel_cuda_manual_seed(SEED, te_rng_tracker=row.graphs, force_reset_rng=True)
@@ -124,7 +130,7 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profil
             kept = {key: refusal for key, refusal in REFUSALS.items() if key not in row.lifts}
             stack.enter_context(patch.dict(REFUSALS, kept, clear=True))
         try:
-            overrides = dict(row.settings) | ({} if check else BALANCED)
+            overrides = dict(row.settings) | ({} if purpose == "check" else BALANCED)
             trained = build(job, start, spec=LAYERS[row.layers], **overrides)
         except ValueError as error:
             return {"refused": str(error)}
@@ -142,29 +148,37 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], *, check: bool, profil
             assert isinstance(result, StepResult), f"step {number}: the {result.what} is not finite"
             yield time.perf_counter() - began, result
 
-    if check:
+    if purpose == "check":
         made = [result for _, result in steps(1, shape.checked)]
         found: dict[str, Any] = {"losses": [one.loss for one in made], "norms": [one.grad_norm for one in made]}
     else:
         built = time.perf_counter() - arrived
         warm_up = [seconds for seconds, _ in steps(1, shape.eager)]
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        measured = list(steps(shape.eager + 1, shape.timed))
-        seconds = [max(of_ranks) for of_ranks in zip(*all_gather_objects([s for s, _ in measured]), strict=True)]
-        found = {"seconds": seconds, "peak GB": max(all_gather_objects(memory_gb()))}
+        with short_collections():
+            if purpose == "profile":
+                found = {"profiled": profiled(lambda: list(steps(shape.eager + 1, 1)))}
+            else:
+                found = timed(steps, shape)
         found["before"] = {"to build": round(built, 2), "eager steps": [round(one, 2) for one in warm_up]}
-        if torch.cuda.is_available():  # what graphs keep for themselves is in this alone
-            found["reserved GB"] = max(all_gather_objects(torch.cuda.max_memory_reserved() / 1e9))
-        if profile and torch.cuda.is_available():
-            found["profiled"] = profiled(lambda: list(steps(shape.eager + shape.timed + 1, 1)))
     if graphs is not None:
         graphs.delete()
     return found
 
 
+def timed(steps: Callable[[int, int], Iterator[tuple[float, Any]]], shape: Shape) -> dict[str, Any]:
+    """Seconds of the measured steps, of the slowest rank each, and the most memory that any rank had."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    measured = [seconds for seconds, _ in steps(shape.eager + 1, shape.timed)]
+    seconds = [max(of_ranks) for of_ranks in zip(*all_gather_objects(measured), strict=True)]
+    found: dict[str, Any] = {"seconds": seconds, "peak GB": max(all_gather_objects(memory_gb()))}
+    if torch.cuda.is_available():  # what graphs keep for themselves is in this alone
+        found["reserved GB"] = max(all_gather_objects(torch.cuda.max_memory_reserved() / 1e9))
+    return found
+
+
 def main(plan: dict[str, Any]) -> None:
-    """`plan`: the `visits` ([round, row], round 0 checks), `shape`, `sizes`, `out`, `profile`, and until when."""
+    """`plan`: the `visits` ([round, row]), the rounds' `purposes`, `shape`, `sizes`, `out`, and until when."""
     warnings.simplefilter("ignore")
     shape, sizes, out = Shape(**plan["shape"]), plan["sizes"], Path(plan["out"])
 
@@ -188,9 +202,11 @@ def main(plan: dict[str, Any]) -> None:
             try:
                 with ExitStack() as stack:
                     stack.enter_context(patch.dict(os.environ, fusion_environment(ROWS[name].fusions)))
+                    if ROWS[name].layers == PEER:  # megatron-core's dispatcher as it is
+                        stack.enter_context(patch.object(build_models, "leave_sorted", lambda _: None))
                     if ROWS[name].their_experts:
                         stack.enter_context(patch.object(optimizer, "prepare_experts", lambda _: False))
-                    found = visit(name, shape, sizes, check=number == 0, profile=plan["profile"] and number == 1)
+                    found = visit(name, shape, sizes, plan["purposes"][number])
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]
                 write({**key, "failed": f"{type(error).__name__}: {str(error)[:2000]}", "where": where})
