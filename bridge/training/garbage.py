@@ -12,13 +12,11 @@ from contextlib import contextmanager
 def short_collections() -> Iterator[None]:
     """Inside, collections look through what was made inside, and not through what was there before.
 
-    Where something was put out of the collector's sight before, what is there now stays so, too.
+    Afterwards through everything, also what the caller put out of the collector's sight (`gc.freeze`) before.
     """
     gc.collect()
-    others = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        if not others:
-            gc.unfreeze()
+        gc.unfreeze()
