@@ -1,5 +1,6 @@
 """Steps on paper: the table of the README is made again, its layouts fit, and traffic and time are those by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,16 @@ from reference.step_traffic import traffic
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
-README = Path(__file__).parents[3] / "bridge" / "memory_plan" / "README.md"
+ROOT = Path(__file__).parents[3]
+README = ROOT / "bridge" / "memory_plan" / "README.md"
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+
+
+def test_rates_are_recorded() -> None:
+    for kind, rate in RATES.items():
+        record = json.loads((RESULTS / f"train_speed_{kind.lower()}.json").read_text())
+        assert record["hardware"] == [{"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}[kind]]
+        assert rate == 1e12 * round(record["rows"]["fusions and graphs"]["TFLOP/s a GPU"])
 
 
 def test_the_readme_has_the_table() -> None:
@@ -70,9 +80,11 @@ def test_time_by_hand() -> None:
     workload = Workload(seq_length=2048, global_batch_size=256)
     step = expected_step(FULL, layout, workload, RATES["H100"])
     assert step.flops == flops_per_token(FULL, 2048) * tokens
-    busy = step.flops / 32 / 244e12
+    busy = step.flops / 32 / RATES["H100"]
     assert step.seconds == pytest.approx(busy * (16 * 4 / 62) * (1 + 3 / 32))
     assert step.tokens_per_second(workload, layout) == pytest.approx(tokens / 32 / step.seconds)
-    again = expected_step(FULL, layout, Workload(seq_length=2048, global_batch_size=256, recompute="full"), 244e12)
+    again = expected_step(
+        FULL, layout, Workload(seq_length=2048, global_batch_size=256, recompute="full"), RATES["H100"]
+    )
     assert again.seconds == pytest.approx(step.seconds * 4 / 3)
     assert (SEQUENCE, BATCH) == (4096, 1024)
