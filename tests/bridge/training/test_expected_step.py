@@ -78,9 +78,9 @@ def test_time_by_hand() -> None:
     layout = Parallelism(pp=4, ep=8, dp=8, layers_per_stage=(15, 16, 16, 15))
     tokens = 32 * 8 * 2048
     workload = Workload(seq_length=2048, global_batch_size=256)
-    step = expected_step(FULL, layout, workload, RATES["H100"])
+    step = expected_step(FULL, layout, workload, rate := RATES["H100"])
     assert step.flops == flops_per_token(FULL, 2048) * tokens
-    busy = step.flops / 32 / RATES["H100"]
+    busy = step.flops / 32 / rate
     assert step.seconds == pytest.approx(busy * (16 * 4 / 62) * (1 + 3 / 32))
     assert step.tokens_per_second(workload, layout) == pytest.approx(tokens / 32 / step.seconds)
     again = expected_step(
