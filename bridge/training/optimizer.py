@@ -84,11 +84,11 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     config = ddp_config(chunks[0].config, overlap=gpu and shared)
     for chunk in chunks:
         check_settings(chunk.config, config)
-    prepared = [prepare_experts(chunk) for chunk in chunks]
-    config.delay_wgrad_compute = any(prepared)  # it hands the layers their hooks
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        prepared = [prepare_experts(chunk) for chunk in chunks]
+        config.delay_wgrad_compute = any(prepared)
         wrapped = [
             DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=gpu and number > 0)
             for number, chunk in enumerate(chunks)

@@ -7,7 +7,8 @@ keeps the GPU busy for 259 ms. That losses and gradient norms agree is recorded
 - of the same on one GPU over 200 steps, all of which have the digits of the fusions without graphs.
 
 The records are `train_checked_h200_two_ranks.json` and `steps200_h200.json`. At PP 2 and CP 2 the experts' gradients
-were added by cuBLAS, before `bridge.model.expert_products`. Whatever is not among these, more tensor parallelism,
+were added by cuBLAS, before `bridge.model.expert_products`; more data-parallel ranks than these layouts have are taken
+to make no difference. Whatever is not among these, more tensor parallelism,
 experts that are cut, virtual stages, recomputation, frozen parameters, HybridModel or float32, has neither fusions nor
 graphs unless they are asked for.
 """
@@ -33,7 +34,7 @@ RECORDED: dict[str, tuple[object, ...]] = {
     "dtype": ("bf16",),
     "model_class": ("gpt",),
     "tp": (1, 2),
-    "etp": (1,),  # what None comes to
+    "etp": (1,),  # None is tp
     "vpp": (1,),
     "recompute": ("none",),
     "freeze": ((),),

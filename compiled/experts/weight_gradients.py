@@ -26,7 +26,7 @@ OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 128, 64  # of a program: the tile, and row
 WARPS, STAGES = 4, 3
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
 _ALIGNMENT = tl.constexpr(16)
-_MOST = 1 << 31  # elements, which 32 bits count
+_MOST = 1 << 31  # elements of one expert, which 32 bits count
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -74,13 +74,16 @@ def _check(x: Tensor, grad: Tensor, total: Sequence[Tensor], rows: Sequence[int]
         ("grad", grad, (tokens, out_features), x.dtype),
         *((f"total[{expert}]", one, (out_features, in_features), torch.float32) for expert, one in enumerate(total)),
     ]
+    widest = max(in_features, out_features)
+    if max(*rows, out_features) * widest >= _MOST:
+        raise ValueError(
+            f"an expert's tensors must have fewer than 2^31 elements, found {max(rows)} tokens of {widest}"
+        )
     for name, one, shape, dtype in wanted:
         if one.shape != shape or one.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {shape}, found {one.dtype} {tuple(one.shape)}")
         if shape[1] * dtype.itemsize % _ALIGNMENT.value:
             raise ValueError(f"{name}: rows must be a multiple of 16 bytes long, found {shape[1]} elements of {dtype}")
-        if shape[0] * shape[1] >= _MOST:
-            raise ValueError(f"{name} must have fewer than 2^31 elements, found {shape}")
         if not one.is_contiguous() or one.data_ptr() % _ALIGNMENT.value:
             raise ValueError(f"{name} must be contiguous, at an address that is a multiple of 16")
 

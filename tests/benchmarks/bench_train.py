@@ -47,7 +47,8 @@ def schedule(
 ) -> list[tuple[int, str]]:
     """(round, row): round 0 checks all rows, the others time those that are timed, forth and back in turn.
 
-    Profiles come last of all, in a round of their own: in a process that has made one, every launch takes longer.
+    Profiles come last of all, in a round of their own: in a process that has made one, every launch takes longer, also
+    in the profiles after the first.
     """
     names = list(names)
     timed = [name for name in names if ROWS[name].timed]
@@ -235,7 +236,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     missing = {name: lacks(ROWS[name], default_backend(), gpu=gpus > 0) for name in options.rows}
     runnable = [name for name, what in missing.items() if what is None]
     plan = {"shape": shape._asdict(), "sizes": sizes, "purposes": ["check", *["time"] * options.rounds, "profile"]}
-    visits = schedule(runnable, options.rounds, checked=not options.unchecked, profiled=options.profile)
+    visits = schedule(runnable, options.rounds, checked=not options.unchecked, profiled=options.profile and gpus > 0)
 
     def report(lines: list[Line]) -> dict[str, Any]:
         about = next((line for line in lines if "environment" in line), None)

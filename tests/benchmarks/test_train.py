@@ -174,6 +174,21 @@ def test_rows_start_from_the_same_weights_and_are_timed() -> None:
 
 
 @ON_CPU
+def test_nothing_is_profiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its visits are not even made: there is nothing to profile."""
+    told: list[list[tuple[int, str]]] = []
+
+    def measure(visits: list[tuple[int, str]], *_: object) -> None:
+        told.append(visits)
+        raise SystemExit
+
+    monkeypatch.setattr(bench_train, "measure", measure)
+    with pytest.raises(SystemExit):
+        bench_train.main(bench_train.arguments([str(tmp_path / "out"), "--rounds", "1", "--unchecked", "--profile"]))
+    assert told == [[(1, BASE)]]
+
+
+@ON_CPU
 @pytest.mark.slow
 def test_when_a_row_fails_the_others_go_on(tmp_path: Path) -> None:
     """Graphs fail without a GPU: the ranks end, others take over, and the failure is written down."""

@@ -154,11 +154,10 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], purpose: Purpose) -> d
     else:
         built = time.perf_counter() - arrived
         warm_up = [seconds for seconds, _ in steps(1, shape.eager)]
-        with short_collections():
-            if purpose == "profile":
-                found = {"profiled": profiled(lambda: list(steps(shape.eager + 1, 1)))}
-            else:
-                found = timed(steps, shape)
+        if purpose == "profile":
+            found = {"profiled": profiled(lambda: list(steps(shape.eager + 1, 1)))}
+        else:
+            found = timed(steps, shape)
         found["before"] = {"to build": round(built, 2), "eager steps": [round(one, 2) for one in warm_up]}
     if graphs is not None:
         graphs.delete()
@@ -206,6 +205,7 @@ def main(plan: dict[str, Any]) -> None:
                         stack.enter_context(patch.object(build_models, "leave_sorted", lambda _: None))
                     if ROWS[name].their_experts:
                         stack.enter_context(patch.object(optimizer, "prepare_experts", lambda _: False))
+                    stack.enter_context(short_collections())  # as `bridge.training.loop` does around its steps
                     found = visit(name, shape, sizes, plan["purposes"][number])
             except BaseException as error:
                 where = traceback.format_exc().strip().splitlines()[-8:]

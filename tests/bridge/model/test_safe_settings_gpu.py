@@ -58,7 +58,7 @@ def routed(*, fused: bool, unknown: int | None = None) -> list[torch.Tensor]:
     if unknown is not None:
         x[unknown] = torch.nan
     probs, routing_map = router(x.requires_grad_())
-    assert (routing_map.sum(1) == SMALL.num_experts_per_tok).all()
+    assert (routing_map.sum(1) == SMALL.num_experts_per_tok).all(), "experts of a token"
     padded = pad_routing_map(routing_map, 16)
     assert (padded.sum(0) % 16 == 0).all()
     weights = torch.randn(probs.shape, device="cuda", generator=generator)
@@ -93,5 +93,5 @@ def test_a_token_that_is_nan_has_as_many_experts_and_no_weights() -> None:
 def test_megatrons_own_fused_router_chooses_an_expert_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why it is not shown what is NaN."""
     monkeypatch.setattr(Float32Router, "routing", TopKRouter.routing)
-    with model_parallel(), pytest.raises(AssertionError):
+    with model_parallel(), pytest.raises(AssertionError, match="experts of a token"):
         routed(fused=True, unknown=7)

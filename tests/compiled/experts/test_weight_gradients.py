@@ -47,6 +47,7 @@ BAD = {
         {"x": ones(5, 20), "total": [ones(8, 20, dtype=torch.float32)] * 2},
         r"x: rows must be a multiple of 16 bytes long, found 20 elements",
     ),
+    "too many of one": ({"rows": [1 << 28, 2]}, r"fewer than 2\^31 elements, found 268435456 tokens of 16"),
     "strides": ({"x": ones(16, 5).T}, r"x must be contiguous"),
     "address": ({"x": ones(81)[1:].view(5, 16)}, r"x must be contiguous, at an address that is a multiple of 16"),
 }
