@@ -8,18 +8,16 @@ processor longer than the layer's products take the GPU, which does nothing mean
 Here a layer multiplies as before, by Transformer Engine's grouped product. Its backward pass adds all of its weights'
 gradients in one kernel (`compiled.experts`), and calls the hooks itself:
 
-    config.delay_wgrad_compute = prepare_experts(model)
     wrapped = DistributedDataParallel(model.config, config, model)
-
-This setting, of `DistributedDataParallelConfig`, does nothing but hand a hook to the layer instead of the node, where a
-weight has `skip_backward_post_hook`. The model's own `delay_wgrad_compute` is another, and refused.
+    prepare_experts(wrapped)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -27,24 +25,37 @@ from torch import Tensor, nn
 HALF = (torch.bfloat16, torch.float16)
 
 
-def prepare_experts(model: nn.Module) -> bool:
+def prepare_experts(wrapped: DistributedDataParallel) -> bool:
     """Do so in every layer that can, and say whether there is one.
 
-    To be called once, before `DistributedDataParallel` and on the stream on which that is made, and given to it as
-    `delay_wgrad_compute`; its sums must be float32 (`grad_reduce_in_fp32`).
-
-    Raises:
-        ValueError: the model is wrapped already.
+    To be called on the stream on which `wrapped` was made. Gradients must be added in float32 (`grad_reduce_in_fp32`).
     """
-    layers = [module for module in model.modules() if _can(module)]
+    layers = [module for module in wrapped.module.modules() if _can(module)]
     for layer in layers:
-        weights = _weights(layer)
-        if any(hasattr(weight, "main_grad") for weight in weights):
-            raise ValueError("the model is wrapped already; call prepare_experts before DistributedDataParallel")
-        layer.forward = partial(_forward, layer, torch.cuda.current_stream())
-        for weight in weights:
-            weight.skip_backward_post_hook = True
+        hooks = [wrapped._make_backward_post_hook(weight) for weight in _weights(layer)]
+        layer.forward = partial(_forward, layer, Hooks(hooks, torch.cuda.current_stream()))
     return bool(layers)
+
+
+class Hooks(NamedTuple):
+    """What tells `DistributedDataParallel` that a weight's gradient is there, one for each weight.
+
+    They are called on the stream on which autograd calls those of other weights: a bucket may have both, and is sent
+    from there.
+    """
+
+    hooks: Sequence[Callable[..., object]]
+    stream: Any
+
+    def call(self, weights: list[Any]) -> None:
+        nothing = weights[0].new_empty(()).expand(weights[0].shape)  # a hook asks for some gradient, and drops it
+        for weight in weights:
+            weight.grad_added_to_main_grad = True
+            weight.grad = nothing
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for hook in self.hooks:
+                hook()
 
 
 def _can(module: nn.Module) -> bool:
@@ -55,6 +66,7 @@ def _can(module: nn.Module) -> bool:
     layer: Any = module
     weights = _weights(layer)
     plain = all(type(one) is nn.Parameter and one.requires_grad for one in weights) and len(weights) == layer.num_gemms
+    plain = plain and all(one.main_grad.dtype == torch.float32 for one in weights)
     fits = weights[0].dtype in HALF and all(size % 8 == 0 for size in weights[0].shape)
     otherwise = layer.te_quant_params is not None or layer.delay_wgrad_compute or layer.use_bias
     return plain and fits and not otherwise and not _computes_otherwise(layer.config)
@@ -71,53 +83,34 @@ def _computes_otherwise(config: TransformerConfig) -> bool:
     return bool(quantised or config.cpu_offloading or config.use_transformer_engine_op_fuser or captured)
 
 
-def _forward(layer: Any, stream: Any, x: Tensor, m_splits: Sequence[int] | Tensor) -> tuple[Tensor, None]:
+def _forward(layer: Any, hooks: Hooks, x: Tensor, m_splits: Sequence[int] | Tensor) -> tuple[Tensor, None]:
     """As megatron-core's layer: the output, and no bias; `m_splits` are the experts' numbers of tokens."""
     rows = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
     if torch.is_grad_enabled() and not x.requires_grad:  # all before it is frozen; the weights are not
         x = x.detach().requires_grad_()
-    return _Products.apply(x.contiguous(), layer, stream, rows), None  # pyright: ignore[reportReturnType]
+    return _Products.apply(x.contiguous(), layer, hooks, rows), None  # pyright: ignore[reportReturnType]
 
 
 class _Products(torch.autograd.Function):
     """The weights' gradients are a side effect of the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, stream: Any, rows: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Any, hooks: Hooks, rows: list[int]) -> Tensor:
         weights = _weights(layer)
         output = x.new_empty(x.shape[0], weights[0].shape[0])
         multiply(weights, x, output, rows, layout="TN")
         ctx.save_for_backward(x)
-        ctx.layer, ctx.stream, ctx.rows = layer, stream, rows
+        ctx.layer, ctx.hooks, ctx.rows = layer, hooks, rows
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad.contiguous()
-        weights = _weights(layer)
+        (x,), weights, grad = ctx.saved_tensors, _weights(ctx.layer), grad.contiguous()
         grad_x = torch.empty_like(x)
         multiply(weights, grad, grad_x, ctx.rows, layout="NN", grad=True, use_split_accumulator=True)
         add_gradients(x, grad, [weight.main_grad for weight in weights], ctx.rows)
-        _call_hooks(layer, weights, ctx.stream)
+        ctx.hooks.call(weights)
         return grad_x, None, None, None
-
-
-def _call_hooks(layer: Any, weights: list[Any], stream: Any) -> None:
-    """On the stream on which autograd calls those of other weights: a bucket may have both, and is sent from there."""
-    hooks = layer.wgrad_accumulation_and_reduce_hooks
-    if len(hooks) != len(weights):
-        raise ValueError(
-            f"DistributedDataParallel handed {len(hooks)} hooks to a layer of {len(weights)} experts; wrap the model "
-            "once, with DistributedDataParallelConfig(delay_wgrad_compute=prepare_experts(model))"
-        )
-    nothing = weights[0].new_empty(()).expand(weights[0].shape)  # a hook asks for some gradient, and drops it
-    for weight in weights:
-        weight.grad_added_to_main_grad = True
-        weight.grad = nothing
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for hook in hooks:
-            hook()
 
 
 def _weights(layer: Any) -> list[Any]:

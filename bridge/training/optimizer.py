@@ -87,12 +87,12 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        prepared = [prepare_experts(chunk) for chunk in chunks]
-        config.delay_wgrad_compute = any(prepared)
         wrapped = [
             DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=gpu and number > 0)
             for number, chunk in enumerate(chunks)
         ]
+        for chunk in wrapped:
+            prepare_experts(chunk)
     torch.cuda.current_stream().wait_stream(stream)
     return wrapped
 

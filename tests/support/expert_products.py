@@ -27,12 +27,8 @@ class Experts(nn.Module):
         super().__init__()
         self.config, self.num_gemms, self.fuse_wgrad_accumulation = config, EXPERTS, True
         self.te_quant_params, self.delay_wgrad_compute, self.use_bias = None, False, False
-        self.wgrad_accumulation_and_reduce_hooks: list[Any] = []
         for expert in range(EXPERTS):
             self.register_parameter(f"weight{expert}", nn.Parameter(whole(OUT, WIDTH, seed=expert)))
-
-    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Any) -> None:
-        self.wgrad_accumulation_and_reduce_hooks.append(hook)
 
     def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
         parts = zip(x.split(m_splits), self.parameters(), strict=True)
@@ -84,10 +80,9 @@ def summed_gradients(prepared: bool, trained: tuple[str, ...]) -> dict[str, Tens
         model = Model(config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
-        hooked = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=200)
-        hooked.delay_wgrad_compute = prepared and expert_products.prepare_experts(model)
-        assert hooked.delay_wgrad_compute == prepared
-        wrapped = DistributedDataParallel(config, hooked, model)
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=200)
+        wrapped = DistributedDataParallel(config, settings, model)
+        assert not prepared or expert_products.prepare_experts(wrapped)
         assert len(wrapped.bucket_groups) > (1 if len(trained) > 1 else 0)
         for step in range(2):  # in the first megatron-core counts, in the second it sends as soon as a bucket is there
             wrapped.zero_grad_buffer()

@@ -5,17 +5,15 @@ On two gloo ranks that send gradients while the backward pass runs, against the 
 """
 
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.enums import CudaGraphModule
-from support.expert_products import EXPERTS, ON_CPU, WIDTH, Model, summed_gradients, whole
+from support.expert_products import Model, summed_gradients
 from support.ranks import RankPool
 from support.small_model import SMALL
 
-from bridge.model import expert_products
 from bridge.model.config import transformer_config
 from bridge.model.expert_products import prepare_experts
 from bridge.model.process_groups import model_parallel
@@ -49,6 +47,12 @@ THOSE: dict[str, dict[str, Any]] = {
 }
 
 
+def wrapped(model: Model, **settings: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        model.experts.config, DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | settings), model
+    )
+
+
 @pytest.mark.parametrize("name", [*NOT_THOSE, *THOSE])
 def test_layers_that_do_more_than_multiply_are_left_alone(name: str) -> None:
     with model_parallel():
@@ -57,7 +61,7 @@ def test_layers_that_do_more_than_multiply_are_left_alone(name: str) -> None:
             assert hasattr(config, field)
             setattr(config, field, value)
         model = Model(config)
-        assert prepare_experts(model) == (name in THOSE)
+        assert prepare_experts(wrapped(model)) == (name in THOSE)
         assert ("forward" in vars(model.experts)) == (name in THOSE)
 
 
@@ -67,18 +71,9 @@ def test_other_layers_are_left_alone() -> None:
         for name, value in {"use_bias": True, "delay_wgrad_compute": True, "fuse_wgrad_accumulation": False}.items():
             model = Model(config)
             setattr(model.experts, name, value)
-            assert not prepare_experts(model), name
-        for unfit in (Model(config).float(), Model(config).requires_grad_(False)):
-            assert not prepare_experts(unfit)
-
-
-def test_a_model_that_is_wrapped_otherwise_says_so() -> None:
-    with model_parallel(), patch.multiple(expert_products, **ON_CPU):
-        config = transformer_config(SMALL)
-        model, settings = Model(config), DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        assert prepare_experts(model)
-        wrapped = DistributedDataParallel(config, settings, model)  # without the hooks' setting
-        with pytest.raises(ValueError, match=f"handed 0 hooks to a layer of {EXPERTS} experts; wrap the model once"):
-            wrapped(whole(6, WIDTH, seed=0), [2, 0, 3, 1]).sum().backward()
-        with pytest.raises(ValueError, match="wrapped already; call prepare_experts before DistributedDataParallel"):
-            prepare_experts(model)
+            assert not prepare_experts(wrapped(model)), name
+        frozen = Model(config)
+        frozen.experts.requires_grad_(False)
+        for unfit in (Model(config).float(), frozen):
+            assert not prepare_experts(wrapped(unfit))
+        assert not prepare_experts(wrapped(Model(config), grad_reduce_in_fp32=False))
