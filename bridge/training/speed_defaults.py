@@ -7,10 +7,9 @@ keeps the GPU busy for 259 ms. That losses and gradient norms agree is recorded
 - of the same on one GPU over 200 steps, all of which have the digits of the fusions without graphs.
 
 The records are `train_checked_h200_two_ranks.json` and `steps200_h200.json`. At PP 2 and CP 2 the experts' gradients
-were added by cuBLAS, before `bridge.model.expert_products`; more data-parallel ranks than these layouts have are taken
-to make no difference. Whatever is not among these, more tensor parallelism,
-experts that are cut, virtual stages, recomputation, frozen parameters, HybridModel or float32, has neither fusions nor
-graphs unless they are asked for.
+were added by cuBLAS, before `bridge.model.expert_products`; more ranks of PP, EP, CP and DP are taken to make no
+difference. Whatever is not among these, more tensor parallelism, experts that are cut, virtual stages, recomputation,
+frozen parameters, HybridModel or float32, has neither fusions nor graphs unless they are asked for.
 """
 
 import torch
