@@ -31,14 +31,15 @@ def prepare_experts(wrapped: DistributedDataParallel) -> bool:
     To be called on the stream on which `wrapped` was made. Gradients must be added in float32 (`grad_reduce_in_fp32`).
     """
     layers = [module for module in wrapped.module.modules() if _can(module)]
+    overlap = wrapped.ddp_config.overlap_grad_reduce  # or nobody waits for a gradient, and hooks have nothing to do
     for layer in layers:
-        hooks = [wrapped._make_backward_post_hook(weight) for weight in _weights(layer)]
+        hooks = [wrapped._make_backward_post_hook(weight) for weight in _weights(layer)] if overlap else []
         layer.forward = partial(_forward, layer, Hooks(hooks, torch.cuda.current_stream()))
     return bool(layers)
 
 
 class Hooks(NamedTuple):
-    """What tells `DistributedDataParallel` that a weight's gradient is there, one for each weight.
+    """What tells `DistributedDataParallel` that a weight's gradient is there, one for each weight, or none.
 
     They are called on the stream on which autograd calls those of other weights: a bucket may have both, and is sent
     from there.
@@ -48,9 +49,12 @@ class Hooks(NamedTuple):
     stream: Any
 
     def call(self, weights: list[Any]) -> None:
-        nothing = weights[0].new_empty(()).expand(weights[0].shape)  # a hook asks for some gradient, and drops it
         for weight in weights:
             weight.grad_added_to_main_grad = True
+        if not self.hooks:
+            return
+        nothing = weights[0].new_empty(()).expand(weights[0].shape)  # a hook asks for some gradient, and drops it
+        for weight in weights:
             weight.grad = nothing
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):

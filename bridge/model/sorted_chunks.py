@@ -1,8 +1,8 @@
 """Tokens that come from one rank are in the order of their experts: they are not sorted once more.
 
 Every rank sends its tokens expert by expert, so one that gets them from several ranks sorts their chunks by expert, and
-back afterwards. megatron-core does so also where there is but one rank, and copies every token twice for nothing, in the
-forward and in the backward pass.
+back afterwards. megatron-core does so also where there is but one rank, and copies every token twice for nothing, in
+the forward and in the backward pass.
 """
 
 from typing import Any

@@ -21,10 +21,11 @@ from bridge.model.process_groups import model_parallel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its layer is for a host without a GPU")
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("trained", [("before", "experts", "after"), ("experts",)], ids=["all", "experts alone"])
-def test_sums_over_microbatches_and_ranks_are_those_of_autograd(trained: tuple[str, ...]) -> None:
+def test_sums_over_microbatches_and_ranks_are_those_of_autograd(trained: tuple[str, ...], overlap: bool) -> None:
     with RankPool(2) as pool:
-        ours, autograds = (pool.call(summed_gradients, prepared, trained) for prepared in (True, False))
+        ours, autograds = (pool.call(summed_gradients, prepared, trained, overlap) for prepared in (True, False))
     for rank in range(2):
         assert ours[rank].keys() == autograds[rank].keys()
         for name, gradient in autograds[rank].items():
