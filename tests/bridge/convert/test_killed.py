@@ -16,7 +16,6 @@ from support.conversions import DIRECTIONS, Conversion, run, start
 from support.faults import flip
 from support.folders import checksums, finished_files, siblings
 
-
 REUSED = 5  # runs that must have found finished files
 
 
