@@ -79,7 +79,7 @@ GPU_SETTINGS: dict[str, Any] = {
 
 CPU_OVERRIDES: dict[str, Any] = {
     "use_cpu_initialization": True,
-    "moe_token_dispatcher_type": "allgather",  # alltoall waits for CUDA events
+    "moe_token_dispatcher_type": "allgather",  # of cut experts alltoall gathers unequal parts, gloo none
     "bias_activation_fusion": False,  # the fusions compile at their first call
     "bias_dropout_fusion": False,
     "gradient_accumulation_fusion": False,  # a CUDA extension

@@ -7,7 +7,7 @@ megatron-core's optimizers take only tensors whose type is said to be CUDA's: in
 
 The table below is all that is replaced, and only inside the context. With CUDA present the context refuses to start.
 Build the model's config with `bridge.model.config.CPU_OVERRIDES` as well. What stays out of reach: the `alltoall`
-dispatcher, and Transformer Engine modules.
+dispatcher where tensor parallelism cuts experts, and Transformer Engine modules.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,16 +24,20 @@ from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import utils
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.router import TopKRouter
 
 CPU = torch.device("cpu")
 
 
 class _Inert:
-    """A stream or an event whose every method does nothing."""
+    """A stream or an event whose every method does nothing; an event is what a stream is asked to record."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def record_event(self, *_: Any) -> "_Inert":
+        return _Inert()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _no_operation()
@@ -62,6 +66,11 @@ def _type_as_on_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
 
 
+def _numbers(tensor: Any, as_numpy: bool) -> Any:
+    """What the dispatcher fetches from the GPU; megatron-core leaves a tensor that is on the CPU as it is."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 _TYPE = torch.Tensor.type
 # (owner, attribute, what stands there inside the context)
 _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
@@ -79,6 +88,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     (random, "_set_cuda_rng_state", _no_operation()),
     (random.CudaRNGStatesTracker, "fork", lambda *args: nullcontext()),
+    (token_dispatcher, "maybe_move_tensor_to_cpu", lambda tensor, *, as_numpy=False, **_: _numbers(tensor, as_numpy)),
     (TopKRouter, "_apply_expert_bias", unwrap(TopKRouter._apply_expert_bias)),  # one line, compiled for 20 seconds
     (schedules, "torch", _TorchOnCPU()),  # the token counter
     (clip_grads, "torch", _TorchOnCPU()),  # the gradient norm

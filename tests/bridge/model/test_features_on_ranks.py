@@ -25,6 +25,7 @@ from reference.parallelism import Parallelism
 pytestmark = pytest.mark.skipif(GPUS > 0, reason="gloo ranks are for a host without GPUs")
 
 ONE, TP2, TP2_EP2 = Parallelism(), Parallelism(tp=2, etp=1), Parallelism(tp=2, ep=2, etp=1)
+EP2 = Parallelism(ep=2, dp=2)
 Weights = dict[str, Tensor]
 
 
@@ -79,6 +80,19 @@ def test_recomputation_changes_no_bit(two: RankPool, name: str) -> None:
     for what, values in kept.items():
         assert values.keys() == recomputed[what].keys()
         assert [key for key, value in values.items() if not torch.equal(value, recomputed[what][key])] == []
+
+
+@pytest.mark.parametrize("layout", [ONE, EP2, TP2_EP2], ids=["one rank", "ep2", "tp2 ep2"])
+def test_both_dispatchers_give_the_same_gradients(one: RankPool, two: RankPool, layout: Parallelism) -> None:
+    """`allgather`, which the other tests here have, and `alltoall`, which GPUs have; there and back in other orders."""
+    pool = two if layout.world_size == 2 else one
+    gathered, exchanged = (
+        run(pool, Setup(CASE, layout, settings={"moe_token_dispatcher_type": kind} if kind else {}))["grads"]
+        for kind in ("", "alltoall")
+    )
+    found = distance(exchanged, gathered)
+    print(f"gradients off by {found:.1e}")
+    assert found < ROUNDING
 
 
 @pytest.mark.parametrize("layout", [ONE, TP2, TP2_EP2], ids=["one rank", "tp2", "tp2 ep2"])

@@ -1,13 +1,12 @@
 """Where all tokens come from one rank, megatron-core's sorting of them changes nothing; to the bit.
 
-In a model on a GPU alone: megatron-core's `alltoall` dispatcher, the one that sorts, waits for CUDA events.
+Of megatron-core's dispatchers `alltoall` sorts.
 """
 
 import pytest
 import torch
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from support.checks import NO_GPU
 from support.small_model import SMALL, TOKENS
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from reference.model_class import ModelClass
 def outputs_and_gradients(model_class: ModelClass) -> list[Tensor]:
     destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
-        model = build_model(SMALL, model=model_class, params_dtype=torch.float32)
+        model = build_model(SMALL, model=model_class, params_dtype=torch.float32, moe_token_dispatcher_type="alltoall")
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -46,8 +45,6 @@ def test_the_chunks_of_one_rank_are_in_order(ranks: int, in_order: bool) -> None
     assert token_dispatcher.sort_chunks_by_idxs(x, sizes, None, probs=probs) == (x, probs)
 
 
-@pytest.mark.gpu
-@NO_GPU
 @pytest.mark.parametrize("model_class", list(ModelClass))
 def test_what_is_in_order_need_not_be_sorted(model_class: ModelClass, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as stock:
