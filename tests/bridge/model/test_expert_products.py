@@ -4,6 +4,7 @@ On two gloo ranks that send gradients while the backward pass runs, against the 
 `support.expert_products`; Transformer Engine's is in `test_fusions_gpu.py`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +22,18 @@ from bridge.model.process_groups import model_parallel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its layer is for a host without a GPU")
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("trained", [("before", "experts", "after"), ("experts",)], ids=["all", "experts alone"])
-def test_sums_over_microbatches_and_ranks_are_those_of_autograd(trained: tuple[str, ...], overlap: bool) -> None:
-    with RankPool(2) as pool:
-        ours, autograds = (pool.call(summed_gradients, prepared, trained, overlap) for prepared in (True, False))
+def test_sums_over_microbatches_and_ranks_are_those_of_autograd(
+    two: RankPool, trained: tuple[str, ...], overlap: bool
+) -> None:
+    ours, autograds = (two.call(summed_gradients, prepared, trained, overlap) for prepared in (True, False))
     for rank in range(2):
         assert ours[rank].keys() == autograds[rank].keys()
         for name, gradient in autograds[rank].items():
