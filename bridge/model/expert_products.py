@@ -68,12 +68,16 @@ def _can(module: nn.Module) -> bool:
     if not (of_experts and getattr(module, "fuse_wgrad_accumulation", False)):
         return False
     layer: Any = module
+    if layer.te_quant_params is not None or layer.delay_wgrad_compute or layer.use_bias:
+        return False
     weights = _weights(layer)
-    plain = all(type(one) is nn.Parameter and one.requires_grad for one in weights) and len(weights) == layer.num_gemms
-    plain = plain and all(one.main_grad.dtype == torch.float32 for one in weights)
-    fits = weights[0].dtype in HALF and all(size % 8 == 0 for size in weights[0].shape)
-    otherwise = layer.te_quant_params is not None or layer.delay_wgrad_compute or layer.use_bias
-    return plain and fits and not otherwise and not _computes_otherwise(layer.config)
+    return (
+        not _computes_otherwise(layer.config)
+        and len(weights) == layer.num_gemms
+        and all(type(one) is nn.Parameter and one.requires_grad for one in weights)
+        and all(one.main_grad.dtype == torch.float32 and one.dtype in HALF for one in weights)
+        and all(size % 8 == 0 for size in weights[0].shape)
+    )
 
 
 def _computes_otherwise(config: TransformerConfig) -> bool:

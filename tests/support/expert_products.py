@@ -5,6 +5,7 @@ Values are small integers, so that every product and sum is exact in bfloat16 to
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -88,10 +89,7 @@ def summed_gradients(prepared: bool, trained: tuple[str, ...], overlap: bool) ->
             wrapped.zero_grad_buffer()
             for number, rows in enumerate(ROWS):
                 x = whole(6, WIDTH, seed=100 * step + 10 * number + rank)
-                if number < len(ROWS) - 1:
-                    with wrapped.no_sync():
-                        wrapped(x, list(rows)).sum().backward()
-                else:
+                with wrapped.no_sync() if number < len(ROWS) - 1 else nullcontext():
                     wrapped(x, list(rows)).sum().backward()
             wrapped.finish_grad_sync()
             for name, parameter in model.named_parameters():
@@ -100,7 +98,8 @@ def summed_gradients(prepared: bool, trained: tuple[str, ...], overlap: bool) ->
                     assert parameter.grad_added_to_main_grad == (prepared and "experts" in name)  # pyright: ignore[reportAttributeAccessIssue]
                     found[f"{step} {name}"] = parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad():
-            assert torch.equal(wrapped(x, list(rows)), Model.forward(model, x, list(rows)))
+            by_torch, _ = Experts.forward(model.experts, model.before(x), list(rows))
+            assert torch.equal(wrapped(x, list(rows)), model.after(by_torch))
         kept = weakref.ref(model.experts)
         del model, wrapped, parameter
     gc.collect()

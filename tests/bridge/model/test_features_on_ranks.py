@@ -87,8 +87,8 @@ def test_both_dispatchers_give_the_same_gradients(one: RankPool, two: RankPool, 
     """`allgather`, which the other tests here have, and `alltoall`, which GPUs have; there and back in other orders."""
     pool = two if layout.world_size == 2 else one
     gathered, exchanged = (
-        run(pool, Setup(CASE, layout, settings={"moe_token_dispatcher_type": kind} if kind else {}))["grads"]
-        for kind in ("", "alltoall")
+        run(pool, Setup(CASE, layout, settings=settings))["grads"]
+        for settings in ({}, {"moe_token_dispatcher_type": "alltoall"})
     )
     found = distance(exchanged, gathered)
     print(f"gradients off by {found:.1e}")

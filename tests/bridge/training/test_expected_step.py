@@ -1,9 +1,9 @@
 """Steps on paper: the table of the README is made again, its layouts fit, and traffic and time are those by hand."""
 
 import json
-from pathlib import Path
 
 import pytest
+from support.checks import RESULTS, ROOT
 from support.plans import FULL
 
 from bridge.memory_plan.plan import advice, parse_memory
@@ -16,9 +16,7 @@ from reference.step_traffic import traffic
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
-ROOT = Path(__file__).parents[3]
 README = ROOT / "bridge" / "memory_plan" / "README.md"
-RESULTS = ROOT / "tests" / "benchmarks" / "results"
 
 
 def test_rates_are_recorded() -> None:
@@ -83,8 +81,6 @@ def test_time_by_hand() -> None:
     busy = step.flops / 32 / rate
     assert step.seconds == pytest.approx(busy * (16 * 4 / 62) * (1 + 3 / 32))
     assert step.tokens_per_second(workload, layout) == pytest.approx(tokens / 32 / step.seconds)
-    again = expected_step(
-        FULL, layout, Workload(seq_length=2048, global_batch_size=256, recompute="full"), RATES["H100"]
-    )
+    again = expected_step(FULL, layout, Workload(seq_length=2048, global_batch_size=256, recompute="full"), rate)
     assert again.seconds == pytest.approx(step.seconds * 4 / 3)
     assert (SEQUENCE, BATCH) == (4096, 1024)

@@ -4,14 +4,13 @@ import json
 from typing import Any
 
 import pytest
-from support.checks import ROOT
+from support.checks import RESULTS
 
 from bridge.model.fusions import FUSIONS
 from bridge.training import speed_defaults
 from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import GAINS, with_speed_defaults
 
-RESULTS = ROOT / "tests" / "benchmarks" / "results"
 ALL = tuple(GAINS)
 
 
