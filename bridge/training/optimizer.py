@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
-from bridge.model.expert_products import prepare_experts
+from bridge.model.expert_products import prepare_experts, put_experts_in_order
 from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
 
@@ -84,6 +84,7 @@ def wrap(chunks: Sequence[Any]) -> list[DistributedDataParallel]:
     config = ddp_config(chunks[0].config, overlap=gpu and shared)
     for chunk in chunks:
         check_settings(chunk.config, config)
+        put_experts_in_order(chunk)
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,12 +1,13 @@
-"""Weights' gradients of 32 experts, added to float32 sums: one launch, beside a product for each expert.
+"""Products of 32 experts: of their outputs, of their inputs' gradients, of their weights' gradients.
 
-    python tests/benchmarks/bench_experts.py OUT.json             the tile that the kernel has
-    python tests/benchmarks/bench_experts.py OUT.json --sweep     others as well
+    python tests/benchmarks/bench_experts.py OUT.json             what training runs, and Transformer Engine
+    python tests/benchmarks/bench_experts.py OUT.json --sweep     other tiles of our kernel as well
 
 MiniMax-M2's experts of one layer, 4096 tokens of 8 experts each, routed at random in balance, another routing each
-time. FLOP model: 2 * rows * out * in. Byte model: 8 bytes an element of the sums, and inputs once; in bfloat16 with an
-addition of its own 12. "gpu" is the time between CUDA events behind a wait that is longer than the launches take, so
-that the processor does not count; "host" the processor's time of a call, behind the same wait.
+time. FLOP model: 2 * rows * out * in. Byte model of the weights' gradients: 8 bytes an element of the float32 sums, and
+inputs once; in bfloat16 with an addition of its own 12. "gpu" is the time between CUDA events behind a wait that is
+longer than the launches take, so that the processor does not count; "host" the processor's time of a call, behind the
+same wait.
 """
 
 import argparse
@@ -18,11 +19,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
+from bridge.model.fusions import FUSIONS
 from compiled.experts import weight_gradients
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,9 +37,20 @@ SHAPES = {"fc1": (3072, 3072), "fc2": (3072, 1536)}
 CALLS, ROUNDS = 5, 7
 WAIT = 200_000_000  # cycles
 TILES = [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3)]
-OURS, THEIRS = "compiled.experts", "Transformer Engine, one expert after another"
-ADDED = "the same in bfloat16, and torch adds them"
-Add = Callable[[Tensor, Tensor, list[Tensor], list[int]], object]
+
+
+class Case(NamedTuple):
+    """A layer's tensors; an expert's tokens are known to the processor as `rows`, to the GPU as `ends`."""
+
+    x: Tensor
+    grad: Tensor
+    weights: Tensor
+    sums: Tensor
+    rows: list[int]
+    ends: Tensor
+
+
+Product = Callable[[Case], object]
 
 
 def routings() -> list[list[int]]:
@@ -44,31 +59,98 @@ def routings() -> list[list[int]]:
     return [torch.bincount(one, minlength=EXPERTS).tolist() for one in chosen]
 
 
-def theirs(x: Tensor, grad: Tensor, total: list[Tensor], rows: list[int], *, accumulate: bool = True) -> None:
+def output(case: Case) -> Tensor:
+    return grouped_mm(case.x, case.weights.transpose(1, 2), offs=case.ends)
+
+
+def input_gradient(case: Case) -> Tensor:
+    return grouped_mm(case.grad, case.weights, offs=case.ends)
+
+
+def weights_gradients(case: Case) -> None:
+    weight_gradients.add_weight_gradients(case.x, case.grad, case.sums, case.ends)
+
+
+def their_product(case: Case, *, backward: bool) -> None:
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
-    out = total if accumulate else list(torch.empty(len(total), *total[0].shape, dtype=x.dtype, device="cuda"))
-    parts, none = (x.split(rows), grad.split(rows)), [None] * len(rows)
-    general_grouped_gemm(*parts, out, none, x.dtype, layout="NT", grad=True, m_splits=rows, accumulate=accumulate)
+    x, layout = (case.grad, "NN") if backward else (case.x, "TN")
+    out = x.new_empty(len(x), case.weights.shape[2 if backward else 1])
+    parts, none = (list(case.weights), x.split(case.rows)), [None] * EXPERTS
+    general_grouped_gemm(
+        *parts, [out], none, x.dtype, layout=layout, m_splits=case.rows, single_output=True, grad=backward
+    )
+
+
+def their_weights(case: Case, *, accumulate: bool) -> None:
+    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+
+    sums, none = list(case.sums), [None] * EXPERTS
+    out = sums if accumulate else list(torch.empty_like(case.weights))
+    parts = case.x.split(case.rows), case.grad.split(case.rows)
+    general_grouped_gemm(
+        *parts, out, none, case.x.dtype, layout="NT", grad=True, m_splits=case.rows, accumulate=accumulate
+    )
     if not accumulate:
-        for one, made in zip(total, out, strict=True):
+        for one, made in zip(sums, out, strict=True):
             one.add_(made)
 
 
-def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
+def one_kernel(product: Product) -> Product:
+    def run(case: Case) -> None:
+        with patch.dict("os.environ", FUSIONS["grouped_gemm"].environment):
+            product(case)
+
+    return run
+
+
+def with_tile(tile: tuple[int, ...]) -> Product:
+    names = dict(zip(("OUT_BLOCK", "IN_BLOCK", "ROW_BLOCK", "WARPS", "STAGES"), tile, strict=True))
+
+    def run(case: Case) -> None:
+        with patch.multiple(weight_gradients, **names):
+            weights_gradients(case)
+
+    return run
+
+
+OUTPUT, INPUT, WEIGHTS = "output", "gradient of the input", "weights' gradients"
+EACH, ONE = "Transformer Engine, one expert after another", "Transformer Engine, one kernel"
+PRODUCTS: dict[str, dict[str, Product]] = {
+    OUTPUT: {
+        "torch, one kernel": output,
+        ONE: one_kernel(partial(their_product, backward=False)),
+        EACH: partial(their_product, backward=False),
+    },
+    INPUT: {
+        "torch, one kernel": input_gradient,
+        ONE: one_kernel(partial(their_product, backward=True)),
+        EACH: partial(their_product, backward=True),
+    },
+    WEIGHTS: {
+        "compiled.experts": weights_gradients,
+        EACH: partial(their_weights, accumulate=True),
+        "the same in bfloat16, and torch adds them": partial(their_weights, accumulate=False),
+    },
+}
+
+
+def measured(product: Product, out_features: int, in_features: int) -> dict[str, float]:
     """Medians of a call, in milliseconds."""
-    total = list(torch.zeros(EXPERTS, out_features, in_features, device="cuda"))
+    weights = torch.randn(EXPERTS, out_features, in_features, device="cuda").bfloat16()
     x, grad = (torch.randn(ROWS, width, device="cuda").bfloat16() for width in (in_features, out_features))
-    calls = iter(routings())
+    sums = torch.zeros_like(weights, dtype=torch.float32)
+    ends = [torch.tensor(rows).cumsum(0, dtype=torch.int32).cuda() for rows in routings()]
+    cases = (Case(x, grad, weights, sums, *one) for one in zip(routings(), ends, strict=True))
     gpu, host = [], []
     for number in range(ROUNDS + 1):
-        some = list(itertools.islice(calls, CALLS))
+        some = list(itertools.islice(cases, CALLS))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(WAIT)
         start.record()
         began = time.perf_counter()
-        for rows in some:
-            add(x, grad, total, rows)
+        for case in some:
+            product(case)
         seconds = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize()
@@ -77,19 +159,7 @@ def measured(add: Add, out_features: int, in_features: int) -> dict[str, float]:
             host.append(1e3 * seconds / CALLS)
     flops = 2 * ROWS * out_features * in_features
     found = {"gpu ms": round(statistics.median(gpu), 4), "host ms": round(statistics.median(host), 4)}
-    moved = 8 * EXPERTS * out_features * in_features + 2 * ROWS * (out_features + in_features)
-    rates = {"TFLOP/s": flops / found["gpu ms"] / 1e9, "GB/s": moved / found["gpu ms"] / 1e6}
-    return found | {name: round(rate, 1) for name, rate in rates.items()}
-
-
-def with_tile(tile: tuple[int, ...]) -> Add:
-    def add(x: Tensor, grad: Tensor, total: list[Tensor], rows: list[int]) -> None:
-        names = ("OUT_BLOCK", "IN_BLOCK", "ROW_BLOCK", "WARPS", "STAGES")
-        for name, value in zip(names, tile, strict=True):
-            setattr(weight_gradients, name, value)
-        weight_gradients.add_weight_gradients(x, grad, total, rows)
-
-    return add
+    return found | {"TFLOP/s": round(flops / found["gpu ms"] / 1e9, 1)}
 
 
 def main() -> None:
@@ -99,23 +169,21 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_experts needs an NVIDIA GPU: the kernel has no other form")
-    rows: dict[str, Add] = {
-        OURS: weight_gradients.add_weight_gradients,
-        THEIRS: theirs,
-        ADDED: partial(theirs, accumulate=False),
-    }
+    products = {what: dict(rows) for what, rows in PRODUCTS.items()}
     if asked.sweep:
-        rows |= {f"tile {tile}": with_tile(tile) for tile in TILES}
-    found: dict[str, Any] = {"what": "weights' gradients of 32 experts", **environment()}
+        products[WEIGHTS] |= {f"tile {tile}": with_tile(tile) for tile in TILES}
+    found: dict[str, Any] = {"what": "products of 32 experts", **environment()}
     found["config"] = {"experts": EXPERTS, "rows": ROWS, "shapes": SHAPES, "calls": CALLS, "rounds": ROUNDS}
-    found["rows"] = {}
-    for name, add in rows.items():
-        try:
-            found["rows"][name] = {what: measured(add, *shape) for what, shape in SHAPES.items()}
-        except Exception as error:  # a tile that a card has no room for
-            found["rows"][name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        print(name, found["rows"][name], flush=True)
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    found["rows"] = {what: {} for what in products}
+    for what, rows in products.items():
+        for name, product in rows.items():
+            try:
+                figures: dict[str, Any] = {key: measured(product, *shape) for key, shape in SHAPES.items()}
+            except Exception as error:  # a tile that a card has no room for
+                figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            found["rows"][what][name] = figures
+            print(what, "|", name, figures, flush=True)
+            asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

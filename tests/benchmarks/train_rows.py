@@ -68,6 +68,7 @@ ROWS: dict[str, Row] = {
     "fusions and graphs": Row(fusions=FUSED, graphs=True),
     "fusions and graphs, Transformer Engine's experts": Row(fusions=FUSED, graphs=True, their_experts=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
+    f"{PEER}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER, their_experts=True),
     f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, their_experts=True),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),

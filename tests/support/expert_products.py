@@ -1,39 +1,84 @@
-"""A layer that answers as Transformer Engine's of several experts does, which takes a GPU; it multiplies by torch.
+"""megatron-core's layer of experts on a host without a GPU: only its two products are not Transformer Engine's.
 
-Values are small integers, so that every product and sum is exact in bfloat16 too, whatever is added first.
+Values are small integers and products sparse, so that every sum is exact in bfloat16 too, whatever is added first.
 """
 
 import gc
 import weakref
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor, nn
 
-EXPERTS, WIDTH, OUT = 4, 8, 16
-ROWS = ((2, 0, 3, 1), (1, 2, 3, 0), (0, 0, 6, 0))  # of each microbatch
+from bridge.model import expert_products
+from bridge.model.config import transformer_config
+from bridge.model.process_groups import groups_of
+from bridge.model.sorted_chunks import leave_sorted
+from reference.parallelism import Parallelism
+from support.small_model import SMALL
+
+EXPERTS, WIDTH = SMALL.num_local_experts, SMALL.hidden_size
 DTYPE = torch.bfloat16
+KEPT: dict[str, Any] = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True}
 
 
 def whole(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+    """Mostly zeros, some ones, some -1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-1, 2, shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.1)).to(DTYPE)
 
 
-class Experts(nn.Module):
+class GroupedLinear(nn.Module):
     """`weight0` and so on, and the names that `bridge.model.expert_products` reads."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, num_gemms: int, width: int, out: int, *, config: Any, pg_collection: Any, **_: Any) -> None:
         super().__init__()
-        self.config, self.num_gemms, self.fuse_wgrad_accumulation = config, EXPERTS, True
+        self.config, self.num_gemms, self.fuse_wgrad_accumulation = config, num_gemms, True
         self.te_quant_params, self.delay_wgrad_compute, self.use_bias = None, False, False
-        for expert in range(EXPERTS):
-            self.register_parameter(f"weight{expert}", nn.Parameter(whole(OUT, WIDTH, seed=expert)))
+        for expert in range(num_gemms):
+            number = pg_collection.ep.rank() * num_gemms + expert
+            weight = nn.Parameter(whole(out, width, seed=number + out))
+            weight.allreduce = pg_collection.ep.size() == 1  # pyright: ignore[reportAttributeAccessIssue]
+            self.register_parameter(f"weight{expert}", weight)
 
     def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
-        parts = zip(x.split(m_splits), self.parameters(), strict=True)
+        weights = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
+        parts = zip(x.split(m_splits), weights, strict=True)
         return torch.cat([one @ weight.T for one, weight in parts]), None
+
+
+class ByPlace(nn.Module):
+    """A router: two experts for each token, with a weight of 1; no token for the last."""
+
+    def __init__(self, *, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.experts = config.num_moe_experts
+
+    def set_layer_number(self, number: int) -> None:
+        pass
+
+    def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        place = torch.arange(x[..., 0].numel())
+        chosen = torch.zeros(len(place), self.experts, dtype=torch.bool)
+        chosen[:, 0], chosen[place, 1 + place % (self.experts - 2)] = True, True
+        return chosen.float(), chosen
+
+
+def moe_layer(config: Any) -> MoELayer:
+    """megatron-core's own layer, dispatcher and experts; a gate is open, shut or -1, which keeps sums whole."""
+    config.activation_func, config.bias_activation_fusion = torch.sign, False
+    config.moe_token_dispatcher_type = "alltoall"
+    products: Any = GroupedMLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)  # pyright: ignore[reportArgumentType]
+    submodules: Any = MoESubmodules(router=ByPlace, experts=partial(TEGroupedMLP, submodules=products))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return MoELayer(config, submodules, layer_number=1, pg_collection=groups)
 
 
 class Model(nn.Module):
@@ -41,67 +86,62 @@ class Model(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.before, self.experts = nn.Linear(WIDTH, WIDTH, bias=False, dtype=DTYPE), Experts(config)
-        self.after = nn.Linear(OUT, WIDTH, bias=False, dtype=DTYPE)
+        self.before, self.moe = nn.Linear(WIDTH, WIDTH, bias=False, dtype=DTYPE), moe_layer(config)
+        self.after = nn.Linear(WIDTH, WIDTH, bias=False, dtype=DTYPE)
         with torch.no_grad():
             for number, layer in enumerate((self.before, self.after)):
                 layer.weight.copy_(whole(*layer.weight.shape, seed=10 + number))
 
-    def forward(self, x: Tensor, rows: list[int]) -> Tensor:
-        return self.after(self.experts(self.before(x), rows)[0])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.moe(self.before(x))[0])
 
 
-def multiply(weights: list[Tensor], x: Tensor, out: Tensor, rows: list[int], *, layout: str, **_: Any) -> None:
-    parts = zip(x.split(rows), weights, strict=True)
-    out.copy_(torch.cat([one @ (weight.T if layout == "TN" else weight) for one, weight in parts]))
+def add_gradients(x: Tensor, grad: Tensor, total: Tensor, ends: Tensor) -> None:
+    start = 0
+    for one, end in zip(total, ends.tolist(), strict=True):
+        one.add_(grad[start:end].float().T @ x[start:end].float())
+        start = end
 
 
-def add_gradients(x: Tensor, grad: Tensor, total: list[Tensor], rows: list[int]) -> None:
-    for one, its_grad, into in zip(x.split(rows), grad.split(rows), total, strict=True):
-        into.add_(its_grad.float().T @ one.float())
+class Summed(NamedTuple):
+    """Float32 sums over microbatches and ranks, by step and name, and the last outputs."""
+
+    sums: dict[str, Tensor]
+    output: Tensor
 
 
-ON_CPU = {"multiply": multiply, "add_gradients": add_gradients}
-
-
-def summed_gradients(prepared: bool, trained: tuple[str, ...], overlap: bool) -> dict[str, Tensor]:
-    """Float32 sums over microbatches and ranks of two steps, of what is `trained`; nothing of the model is kept."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    from bridge.model import expert_products
-    from bridge.model.config import transformer_config
-    from bridge.model.process_groups import groups_of
-    from reference.parallelism import Parallelism
-    from support.small_model import SMALL
-
+def summed_gradients(
+    prepared: bool, trained: tuple[str, ...] = ("before", "moe", "after"), ep: int = 1, overlap: bool = True
+) -> Summed:
+    """Of two steps of three microbatches, of what is `trained`; nothing of the model is kept."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found = {}
-    with groups_of(Parallelism(dp=ranks)), patch.multiple(expert_products, **ON_CPU):
-        config = transformer_config(SMALL)
+    sums = {}
+    with groups_of(Parallelism(dp=ranks, ep=ep)), patch.object(expert_products, "add_gradients", add_gradients):
+        config = transformer_config(SMALL, expert_model_parallel_size=ep)
         model = Model(config)
+        leave_sorted(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=200)
+        settings = DistributedDataParallelConfig(**KEPT, overlap_grad_reduce=overlap, bucket_size=1000)
+        expert_products.put_experts_in_order(model)
         wrapped = DistributedDataParallel(config, settings, model)
         assert not prepared or expert_products.prepare_experts(wrapped)
         assert len(wrapped.bucket_groups) > 1 or len(trained) == 1 or not overlap
         for step in range(2):  # in the first megatron-core counts, in the second it sends as soon as a bucket is there
             wrapped.zero_grad_buffer()
-            for number, rows in enumerate(ROWS):
-                x = whole(6, WIDTH, seed=100 * step + 10 * number + rank)
-                with wrapped.no_sync() if number < len(ROWS) - 1 else nullcontext():
-                    wrapped(x, list(rows)).sum().backward()
+            for number in range(3):
+                x = whole(6, 1, WIDTH, seed=100 * step + 10 * number + rank)
+                with wrapped.no_sync() if number < 2 else nullcontext():
+                    output = wrapped(x)
+                    output.sum().backward()
             wrapped.finish_grad_sync()
             for name, parameter in model.named_parameters():
                 assert parameter.grad is None
                 if parameter.requires_grad:
                     assert parameter.grad_added_to_main_grad == (prepared and "experts" in name)  # pyright: ignore[reportAttributeAccessIssue]
-                    found[f"{step} {name}"] = parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        with torch.no_grad():
-            by_torch, _ = Experts.forward(model.experts, model.before(x), list(rows))
-            assert torch.equal(wrapped(x, list(rows)), model.after(by_torch))
-        kept = weakref.ref(model.experts)
+                    sums[f"{step} {name}"] = parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        kept, output = weakref.ref(model.moe), output.detach()
         del model, wrapped, parameter
     gc.collect()
     assert kept() is None
-    return found
+    return Summed(sums, output)

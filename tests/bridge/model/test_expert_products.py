@@ -1,7 +1,7 @@
-"""Experts' weights that are no inputs of autograd: the hooks of megatron-core's own `DistributedDataParallel`.
+"""Experts' weights that are no inputs of autograd: megatron-core's own layer, dispatcher and `DistributedDataParallel`.
 
-On two gloo ranks that send gradients while the backward pass runs, against the same model by autograd. The layer is
-`support.expert_products`; Transformer Engine's is in `test_fusions_gpu.py`.
+On two gloo ranks that send gradients while the backward pass runs, against the same model by autograd. The products of
+a layer are `support.expert_products`; Transformer Engine's layer is in `test_fusions_gpu.py`.
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.enums import CudaGraphModule
-from support.expert_products import Model, summed_gradients
+from support.expert_products import EXPERTS, KEPT, Model, summed_gradients
 from support.ranks import RankPool
 from support.small_model import SMALL
 
 from bridge.model.config import transformer_config
-from bridge.model.expert_products import prepare_experts
+from bridge.model.expert_products import prepare_experts, put_experts_in_order
 from bridge.model.process_groups import model_parallel
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its layer is for a host without a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its products are for a host without a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,21 @@ def two() -> Iterator[RankPool]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("trained", [("before", "experts", "after"), ("experts",)], ids=["all", "experts alone"])
+@pytest.mark.parametrize("trained", [("before", "moe", "after"), ("moe",)], ids=["all", "experts alone"])
+@pytest.mark.parametrize("ep", [1, 2])
 def test_sums_over_microbatches_and_ranks_are_those_of_autograd(
-    two: RankPool, trained: tuple[str, ...], overlap: bool
+    two: RankPool, ep: int, trained: tuple[str, ...], overlap: bool
 ) -> None:
-    ours, autograds = (two.call(summed_gradients, prepared, trained, overlap) for prepared in (True, False))
+    """The last expert has no tokens."""
+    ours, autograds = (two.call(summed_gradients, prepared, trained, ep, overlap) for prepared in (True, False))
     for rank in range(2):
-        assert ours[rank].keys() == autograds[rank].keys()
-        for name, gradient in autograds[rank].items():
-            assert torch.equal(ours[rank][name], gradient), name
-            assert gradient.any(), name
+        assert torch.equal(ours[rank].output, autograds[rank].output)
+        assert ours[rank].sums.keys() == autograds[rank].sums.keys()
+        for name, gradient in autograds[rank].sums.items():
+            assert torch.equal(ours[rank].sums[name], gradient), name
+        last = f".weight{EXPERTS // ep - 1}" if rank >= ep - 1 else "none"
+        for name, gradient in autograds[rank].sums.items():
+            assert bool(gradient.any()) != name.endswith(last), name
 
 
 NOT_THOSE: dict[str, dict[str, Any]] = {
@@ -56,33 +61,68 @@ THOSE: dict[str, dict[str, Any]] = {
 }
 
 
-def wrapped(model: Model, **settings: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        model.experts.config, DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | settings), model
-    )
+def wrapped(model: Model, *, in_order: bool = True, **settings: Any) -> DistributedDataParallel:
+    if in_order:
+        put_experts_in_order(model)
+    config = DistributedDataParallelConfig(**KEPT | settings)
+    return DistributedDataParallel(model.moe.config, config, model)
 
 
 @pytest.mark.parametrize("name", [*NOT_THOSE, *THOSE])
 def test_layers_that_do_more_than_multiply_are_left_alone(name: str) -> None:
     with model_parallel():
         config = transformer_config(SMALL)
+        model = Model(config)
         for field, value in (NOT_THOSE | THOSE)[name].items():
             assert hasattr(config, field)
             setattr(config, field, value)
-        model = Model(config)
         assert prepare_experts(wrapped(model)) == (name in THOSE)
-        assert ("forward" in vars(model.experts)) == (name in THOSE)
+        experts = model.moe.experts
+        for part, what in (
+            (experts, "forward"),
+            (experts.linear_fc1, "forward"),
+            (model.moe.token_dispatcher, "_maybe_dtoh_and_synchronize"),
+        ):
+            assert (what in vars(part)) == (name in THOSE)
 
 
-def test_other_layers_are_left_alone() -> None:
+@pytest.mark.parametrize("layer", ["linear_fc1", "linear_fc2"])
+def test_other_layers_are_left_alone(layer: str) -> None:
     with model_parallel():
         config = transformer_config(SMALL)
         for name, value in {"use_bias": True, "delay_wgrad_compute": True, "fuse_wgrad_accumulation": False}.items():
             model = Model(config)
-            setattr(model.experts, name, value)
+            setattr(getattr(model.moe.experts, layer), name, value)
             assert not prepare_experts(wrapped(model)), name
-        frozen = Model(config)
-        frozen.experts.requires_grad_(False)
-        for unfit in (Model(config).float(), frozen):
+        frozen, single = Model(config), Model(config)
+        getattr(frozen.moe.experts, layer).requires_grad_(False)
+        getattr(single.moe.experts, layer).float()
+        for unfit in (single, frozen):
             assert not prepare_experts(wrapped(unfit))
         assert not prepare_experts(wrapped(Model(config), grad_reduce_in_fp32=False))
+
+
+def test_weights_that_do_not_lie_in_order_are_left_alone() -> None:
+    with model_parallel():
+        config = transformer_config(SMALL)
+        assert not prepare_experts(wrapped(Model(config), in_order=False))
+        # A bucket is filled up to a multiple of 128 elements, in the middle of a layer.
+        filled = {"overlap_grad_reduce": True, "bucket_size": 100}
+        model = Model(config)
+        for layer in (model.moe.experts.linear_fc1, model.moe.experts.linear_fc2):
+            for name, weight in list(layer.named_parameters()):
+                setattr(layer, name, torch.nn.Parameter(weight[:-8].clone()))
+        assert not prepare_experts(wrapped(model, **filled))
+
+
+def test_order_is_that_of_memory_once_wrapped() -> None:
+    with model_parallel():
+        model = Model(transformer_config(SMALL))
+        names = set(model.state_dict())
+        for _ in range(2):  # the second time changes nothing
+            put_experts_in_order(model)
+        assert set(model.state_dict()) == names
+        wrapped(model, in_order=False)
+        for layer in (model.moe.experts.linear_fc1, model.moe.experts.linear_fc2):
+            places = [getattr(layer, f"weight{expert}").data_ptr() for expert in range(EXPERTS)]
+            assert places == sorted(places)

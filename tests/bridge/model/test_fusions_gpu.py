@@ -1,8 +1,9 @@
 """On a GPU: fused products are the separate ones, and it is they that run.
 
 `gradient_accumulation`: what a weight's gradients sum up to over microbatches, against the run in which another kernel
-adds them; in float32 to its rounding, in bfloat16 to what rounding each microbatch's gradient may cost. `grouped_gemm`:
-Transformer Engine's grouped linear layer against float64, with experts that have no token.
+adds them; in float32 to its rounding, in bfloat16 to what rounding each microbatch's gradient may cost. With it and on
+one rank the processor waits for the GPU nowhere in a forward and backward pass. `grouped_gemm`: Transformer Engine's
+grouped linear layer against float64, with experts that have no token.
 """
 
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from reference.model_class import ModelClass
 
 pytestmark = [pytest.mark.gpu, NO_GPU]
 EXPERTS_KERNEL = "_add"  # of compiled.experts
+WAITS = {"cudaEventSynchronize", "cudaStreamSynchronize"}
 FUSED_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
@@ -77,6 +79,34 @@ def test_layers_add_their_gradients_themselves(
         assert fused.gradients[name].dtype == torch.float32
         distance = (fused.gradients[name] - gradient).norm() / gradient.norm()
         assert distance <= bound, f"{name}: {distance:.2e}"
+
+
+def waits_of_a_step(model_class: ModelClass, **settings: bool) -> set[str]:
+    """Of a forward and backward pass, after another one."""
+    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
+    with model_parallel():
+        model = build_model(SMALL, model=model_class, **settings)
+        (wrapped,) = wrap([model])
+        tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda")
+        positions = torch.arange(32, device="cuda").expand(2, -1)
+
+        def step() -> None:
+            wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
+
+        step()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+        torch.cuda.synchronize()
+        return WAITS & {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("model_class", list(ModelClass))
+def test_the_processor_does_not_wait_for_the_tokens_of_one_rank(model_class: ModelClass) -> None:
+    fused = {"moe_permute_fusion": True, "moe_router_fusion": True}
+    assert waits_of_a_step(model_class, **fused)
+    assert waits_of_a_step(model_class, **fused, gradient_accumulation_fusion=True) == set()
 
 
 def grouped(splits: list[int], weights: list[Tensor], x: Tensor, grad: Tensor) -> tuple[list[Tensor], set[str]]:
