@@ -51,8 +51,8 @@ def prepare_experts(wrapped: DistributedDataParallel) -> bool:
     prepared = [experts for experts in found if _prepare(experts, wrapped)]
     for module in wrapped.module.modules():
         dispatcher: Any = getattr(module, "token_dispatcher", None)
-        if type(dispatcher) is MoEAlltoAllTokenDispatcher and module.experts in prepared:
-            theirs = dispatcher._maybe_dtoh_and_synchronize
+        if _is_alltoall(dispatcher) and module.experts in prepared:
+            theirs: Any = dispatcher._maybe_dtoh_and_synchronize
             dispatcher._maybe_dtoh_and_synchronize = partial(_leave_counts, dispatcher, theirs)
     return bool(prepared)
 
@@ -61,8 +61,8 @@ def _prepare(experts: Any, wrapped: DistributedDataParallel) -> bool:
     layers = [experts.linear_fc1, experts.linear_fc2]
     if _computes_otherwise(experts.config) or not all(_can(layer) for layer in layers):
         return False
-    stacks = [_stacks(layer, wrapped) for layer in layers]
-    if None in stacks:
+    stacks = [stack for layer in layers if (stack := _stacks(layer, wrapped)) is not None]
+    if len(stacks) < len(layers):
         return False
     for layer, stack in zip(layers, stacks, strict=True):
         layer.forward = partial(_forward, stack)
@@ -125,6 +125,10 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
     if places != [(storage, offset + number * first.numel()) for number in range(len(tensors))]:
         return None
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), offset)
+
+
+def _is_alltoall(dispatcher: object) -> bool:
+    return type(dispatcher) is MoEAlltoAllTokenDispatcher
 
 
 def _is_grouped(module: Any) -> bool:
