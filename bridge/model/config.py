@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.model.fusions import MODEL_DEFAULTS, chosen_settings
 from bridge.model.layer_spec import Backend, default_backend
-from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
+from bridge.model.safe_settings import REFUSALS, VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, spread_layers
@@ -112,8 +113,15 @@ def transformer_config_fields(
         "params_dtype": params_dtype,
         "pipeline_dtype": params_dtype,
         **(GPU_SETTINGS if torch.cuda.is_available() else CPU_OVERRIDES),
+        **default_fusions(backend or default_backend(), params_dtype),
         **(HYBRID_SETTINGS | {"num_layers": 2 * config.num_hidden_layers} if hybrid else {}),
     }
+
+
+def default_fusions(backend: Backend, params_dtype: torch.dtype) -> dict[str, Any]:
+    """Settings of the fused kernels that are the fastest: on a GPU, in bfloat16, in which alone that is recorded."""
+    recorded = torch.cuda.is_available() and backend == "transformer_engine" and params_dtype == torch.bfloat16
+    return chosen_settings(MODEL_DEFAULTS) if recorded else {}
 
 
 def transformer_config(
@@ -127,7 +135,8 @@ def transformer_config(
     """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
 
     The other arguments are those of `transformer_config_fields`. Virtual stages on two pipeline ranks get the settings
-    with which they are right, where `overrides` name no others.
+    with which they are right, where `overrides` name no others. Fused kernels that would be refused beside what
+    `overrides` ask for are left out, but for those that these ask for too.
 
     Raises:
         ValueError: as `transformer_config_fields`; or `overrides` do not work together (`bridge.model.safe_settings`).
@@ -137,6 +146,10 @@ def transformer_config(
     if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:
         for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
             setattr(megatron, name, overrides.get(name, value))
+    for name, value in chosen_settings(MODEL_DEFAULTS).items():
+        refused = any(name in row.model and row.found(megatron, None) for row in REFUSALS.values())
+        if refused and value is True and name not in overrides:
+            setattr(megatron, name, False)
     check_settings(megatron)
     return megatron
 

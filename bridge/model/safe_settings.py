@@ -132,6 +132,18 @@ REFUSALS: dict[str, Refusal] = {
             "params_dtype": lambda dtype: dtype is not torch.bfloat16,
         },
     ),
+    "fused router, routing replay": Refusal(
+        "wrong",
+        "the fused router chooses experts anew, and those that were recorded are not replayed",
+        {"moe_router_fusion": False},
+        {"moe_router_fusion": on, "moe_enable_routing_replay": on},
+    ),
+    "fused permutation, padding to capacity": Refusal(
+        "wrong",
+        "the fused permutation does not pad an expert's tokens, and experts get those of others",
+        {"moe_permute_fusion": False},
+        {"moe_permute_fusion": on, "moe_pad_expert_input_to_capacity": on},
+    ),
     "local CUDA graphs": Refusal(
         "broken",
         "the capture includes the experts' dispatcher, which waits for the GPU, and that cannot be captured",

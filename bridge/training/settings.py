@@ -91,11 +91,13 @@ class TrainJob:
     recompute: Literal["none", "selective", "full"] = _setting(
         "Activations that are computed again in the backward pass.", SPEED, "none", free=True)  # fmt: skip
     cuda_graphs: bool | None = _setting(
-        "CUDA graphs of attention and router, by Transformer Engine (default: on GPUs, in bfloat16, without tensor "
-        "parallelism, virtual stages, recomputation, frozen parameters).", SPEED, None, free=True)  # fmt: skip
+        "CUDA graphs of attention and router, by Transformer Engine (default: on GPUs, in bfloat16, with TP 2 and "
+        "whole experts at most, without virtual stages, recomputation, frozen parameters).",
+        SPEED, None, free=True)  # fmt: skip
     fusions: tuple[FusionName, ...] = _setting(
         "Fused kernels (bridge.model.fusions), each by this option (default: where CUDA graphs are, all but "
-        "cross_entropy_te, else none)", SPEED, (), free=True)  # fmt: skip
+        "cross_entropy_te; else in bfloat16 on GPUs router, permute and cross_entropy).",
+        SPEED, (), free=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         least = {

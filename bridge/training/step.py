@@ -209,26 +209,38 @@ class _NotFiniteError(ArithmeticError):
 def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
     """megatron-core's step, and the norm of the gradient; no step, if that or the loss, first of `sums`, is not finite.
 
-    megatron-core asks for the norm before it changes a gradient or a weight, and has no such check of its own. What it
-    prepares until then it prepares while the GPU is still at work.
+    megatron-core has no such check of its own. It asks for the norm, clips the gradients with it, and then changes the
+    weights. The processor waits for the numbers before the last of these: clipping keeps the GPU at work until the
+    rest is on its way. By a norm that is not finite nothing is clipped, so that one can look for where it began.
     """
-    found = {}
+    asked: list[tuple[Tensor, Any]] = []
 
-    def finite_norm() -> Any:
+    def norm_to_clip_by() -> Any:
         norm = type(optimizer).get_grad_norm(optimizer)  # on the GPU, where megatron-core leaves it there
-        both = [sums[0], torch.as_tensor(norm, dtype=sums.dtype, device=sums.device).reshape(())]
-        found.update(zip(("loss", "gradient"), torch.stack(both).tolist(), strict=True))
-        for what, value in found.items():
+        one = torch.as_tensor(norm, device=sums.device)
+        both = torch.stack([sums[0], one.to(sums.dtype).reshape(())]).to("cpu", non_blocking=True)
+        asked.append((both, torch.cuda.current_stream().record_event()))
+        finite = one.where(one.isfinite(), 0)
+        return finite if isinstance(norm, Tensor) else finite.item()
+
+    def step_if_finite() -> Any:
+        for what, value in zip(("loss", "gradient"), _arrived(*asked[-1]), strict=True):
             if not math.isfinite(value):
                 raise _NotFiniteError(what)
-        return norm
+        return type(optimizer).step_with_ready_grads(optimizer)
 
-    with patch.object(optimizer, "get_grad_norm", finite_norm):
+    with patch.multiple(optimizer, get_grad_norm=norm_to_clip_by, step_with_ready_grads=step_if_finite):
         try:
             optimizer.step()
         except _NotFiniteError as error:
             return NotFinite(str(error))
-    return found["gradient"]
+    return _arrived(*asked[-1])[1]
+
+
+def _arrived(values: Tensor, event: Any) -> list[float]:
+    """Numbers that were sent to the processor before an event."""
+    event.synchronize()
+    return values.tolist()
 
 
 def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 128, 64  # of a program: the tile, and row
 WARPS, STAGES = 4, 3
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
 _ALIGNMENT = tl.constexpr(16)
+_MANY = 1 << 31  # elements, which 32 bits do not count
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -47,11 +48,12 @@ def add_weight_gradients(
     """
     experts, out_features, in_features = total.shape
     _check(x, grad, total, ends)
+    many = len(x) * max(in_features, out_features) >= _MANY
     tiles = triton.cdiv(out_features, OUT_BLOCK) * triton.cdiv(in_features, IN_BLOCK)
     _add(
         (tiles, experts, 1),
         (ends, x, grad, total, out_features, in_features),
-        (OUT_BLOCK, IN_BLOCK, ROW_BLOCK, TALL),
+        (OUT_BLOCK, IN_BLOCK, ROW_BLOCK, TALL, many),
         warps=WARPS,
         stages=STAGES,
     )
@@ -85,9 +87,9 @@ def _check(x: Tensor, grad: Tensor, total: Tensor, ends: Tensor) -> None:
 @triton.jit
 def _add(
     ends, x, grad, total, out_features, in_features,
-    OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TALL: tl.constexpr,
+    OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TALL: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one expert, of the rows between the end before its own and its own."""
+    """A tile of one expert, of the rows between the end before its own and its own; `MANY`: counted in 64 bits."""
     expert = tl.program_id(1)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     rows = tl.load(ends + expert) - start
@@ -100,22 +102,17 @@ def _add(
         i = within // height * IN_BLOCK + tl.arange(0, IN_BLOCK)
         in_out, in_in = o < out_features, i < in_features
 
-        # Elements are counted in 64 bits from tensor to block, and in 32 within a block.
-        row = tl.arange(0, ROW_BLOCK)
-        g_at = tl.multiple_of(grad + start.to(tl.int64) * out_features, _ALIGNMENT) + (
-            row[:, None] * out_features + o[None, :]
-        )
-        x_at = tl.multiple_of(x + start.to(tl.int64) * in_features, _ALIGNMENT) + (
-            row[:, None] * in_features + i[None, :]
-        )
+        x = tl.multiple_of(x + start.to(tl.int64) * in_features, _ALIGNMENT)
+        grad = tl.multiple_of(grad + start.to(tl.int64) * out_features, _ALIGNMENT)
         sum = tl.zeros((OUT_BLOCK, IN_BLOCK), dtype=tl.float32)
         for first in range(0, rows, ROW_BLOCK):
-            live = (first + row < rows)[:, None]
-            g = tl.load(g_at, mask=live & in_out[None, :], other=0.0)
-            a = tl.load(x_at, mask=live & in_in[None, :], other=0.0)
+            row = first + tl.arange(0, ROW_BLOCK)
+            live = (row < rows)[:, None]
+            if MANY:
+                row = row.to(tl.int64)
+            g = tl.load(grad + row[:, None] * out_features + o[None, :], mask=live & in_out[None, :], other=0.0)
+            a = tl.load(x + row[:, None] * in_features + i[None, :], mask=live & in_in[None, :], other=0.0)
             sum = tl.dot(tl.trans(g), a, sum)
-            g_at += ROW_BLOCK * out_features
-            x_at += ROW_BLOCK * in_features
         total = tl.multiple_of(total + expert.to(tl.int64) * out_features * in_features, _ALIGNMENT)
         at = total + o[:, None] * in_features + i[None, :]
         here = in_out[:, None] & in_in[None, :]

@@ -1,7 +1,7 @@
 """What `bench train` compares: a row is a set of overrides of one training step, and says what it needs.
 
 `FUSED` are the fusions that training has by default. `PEER_FLAGS` are what the provider of megatron-bridge
-0.6.2 for this model sets otherwise than `bridge.model.config` does on a GPU, with Transformer Engine
+0.6.2 for this model sets otherwise than `bridge.model.config` without fusions, on a GPU with Transformer Engine
 (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
 Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
 builds it, so that there is a row with it too. A row that `bridge.model.safe_settings` refuses is written as what it
@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.model.fusions import FUSIONS
+from bridge.model.fusions import FASTEST, FUSIONS, FusionName
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec
-from bridge.training.speed_defaults import GAINS
 from reference.config import ModelConfig
 
-FUSED = tuple(GAINS)
+FUSED = FASTEST
 PEER_FLAGS: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,
@@ -43,7 +42,7 @@ class Row(NamedTuple):
 
     settings: Mapping[str, Any] = {}
     """`TransformerConfig` fields."""
-    fusions: tuple[str, ...] = ("none",)
+    fusions: tuple[FusionName, ...] = ("none",)
     graphs: bool = False
     layers: str = "ours"
     """A key of `LAYERS`."""

@@ -27,6 +27,9 @@ from reference.rope import inverse_frequencies
 for _module in (__name__, minimax_m2_block_spec.__module__):
     register_allowed_target_prefix(_module)
 
+# megatron-core's defaults, which the host's provider overrides.
+OFF = {"masked_softmax_fusion": False, "cross_entropy_loss_fusion": False}
+
 # What `GPTModel` calls it, and what the provider does.
 RENAMED = {"max_sequence_length": "seq_length"}
 
@@ -89,13 +92,10 @@ def provider_of(config: ModelConfig, params_dtype: torch.dtype) -> MiniMaxM2Mode
     """
     arguments = {RENAMED.get(name, name): value for name, value in gpt_model_arguments(config).items()}
     return MiniMaxM2ModelProvider(
-        **transformer_config_fields(config, params_dtype=params_dtype),
+        **OFF | transformer_config_fields(config, params_dtype=params_dtype),
         **arguments,
         transformer_layer_spec=minimax_m2_block_spec,
         autocast_dtype=params_dtype,
         should_pad_vocab=True,
         make_vocab_size_divisible_by=1,  # padded only where the tensor-parallel ranks need it
-        masked_softmax_fusion=False,  # megatron-core's default, which the host's provider overrides
-        # It is compiled at its first call, and rounds gradients to bfloat16.
-        cross_entropy_loss_fusion=torch.cuda.is_available() and params_dtype == torch.bfloat16,
     )

@@ -1,21 +1,32 @@
-"""What the table of fusions says is so: its fields are megatron-core's, and a fused loss is the plain one."""
+"""What the table of fusions says is so: fields, gains, what a model has of them; a fused loss is the plain one."""
 
+import json
 from dataclasses import fields
 from typing import NamedTuple, get_args
 
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from support.checks import ROOT
+from support.checks import RESULTS
 from support.small_model import DEVICE, SMALL
 from torch import Tensor
 
+from bridge.model import config
 from bridge.model.build import build_model
-from bridge.model.fusions import FUSIONS, FusionName, check_fusions, fusion_environment, fusion_settings
+from bridge.model.config import default_fusions, transformer_config, transformer_config_fields
+from bridge.model.fusions import (
+    FASTEST,
+    FUSIONS,
+    MODEL_DEFAULTS,
+    RECORD,
+    FusionName,
+    check_fusions,
+    chosen_settings,
+    fusion_environment,
+    fusion_settings,
+)
 from bridge.model.layer_spec import Backend
 from bridge.model.process_groups import model_parallel
-
-RECORDS = ROOT / "tests" / "benchmarks" / "results"
 
 
 def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
@@ -24,24 +35,62 @@ def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
     for fusion in FUSIONS.values():
         assert set(fusion.settings) <= known
         assert set(fusion.backends) <= set(get_args(Backend))
-        assert fusion.record is None or (RECORDS / fusion.record).is_file()
 
 
-def test_each_fusion_is_off_unless_asked_for() -> None:
+def test_no_fusion_is_megatrons_default() -> None:
     defaults = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     for fusion in FUSIONS.values():
         differs = any(getattr(defaults, field) != value for field, value in fusion.settings.items())
         assert differs or fusion.environment
-    assert fusion_settings(("none",)) == {}
+    assert all(getattr(defaults, field) is value is False for field, value in fusion_settings(("none",)).items())
+    assert chosen_settings(("none",)) == {}
     assert fusion_environment(("none",)) == {}
 
 
 def test_fusions_are_put_together_and_contradictions_found() -> None:
-    assert fusion_settings(("router", "permute")) == {"moe_router_fusion": True, "moe_permute_fusion": True}
+    two = {"moe_router_fusion": True, "moe_permute_fusion": True}
+    assert chosen_settings(("router", "permute")) == two
+    others = {"cross_entropy_loss_fusion": False, "gradient_accumulation_fusion": False}
+    assert fusion_settings(("router", "permute")) == two | others
     with pytest.raises(ValueError, match=r"found none beside router; leave none out, or the others"):
         fusion_settings(("none", "router"))
     with pytest.raises(ValueError, match=r"want cross_entropy_fusion_impl to be 'native' and 'te'; choose one"):
         fusion_settings(("cross_entropy", "cross_entropy_te"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", get_args(Backend))
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_model_has_the_fastest_where_they_are_recorded(
+    gpu: bool, backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    recorded = gpu and backend == "transformer_engine" and dtype == torch.bfloat16
+    assert default_fusions(backend, dtype) == (chosen_settings(MODEL_DEFAULTS) if recorded else {})
+    fields = transformer_config_fields(SMALL, params_dtype=dtype, backend=backend)
+    assert (chosen_settings(MODEL_DEFAULTS).items() <= fields.items()) == recorded
+
+
+def test_a_default_gives_way_to_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked for itself does not: both are refused."""
+    monkeypatch.setattr(config, "default_fusions", lambda *_: {"moe_router_fusion": True})
+    assert transformer_config(SMALL).moe_router_fusion
+    assert not transformer_config(SMALL, moe_enable_routing_replay=True).moe_router_fusion
+    with pytest.raises(ValueError, match=r"moe_router_fusion=True, moe_enable_routing_replay=True: .*; set"):
+        transformer_config(SMALL, moe_enable_routing_replay=True, moe_router_fusion=True)
+
+
+def test_gains_are_those_of_the_record() -> None:
+    """Milliseconds in which the GPU was busy, of the step with graphs alone less that with the fusion."""
+    rows = json.loads((RESULTS / RECORD).read_text())["rows"]
+    busy = {name: 1e3 * row["profiled"]["busy seconds"] for name, row in rows.items()}
+    assert round(busy["graphs"]) == 259
+    assert round(busy["fusions and graphs"]) == 216
+    assert round(rows["fusions and graphs"]["x defaults"], 2) == 1.63
+    for name in FASTEST:
+        saved, gain = busy["graphs"] - busy[f"graphs, {name}"], FUSIONS[name].gain
+        assert gain is not None
+        assert gain.split()[0] == (f"{saved:.0f}" if saved > 1 else "none")
 
 
 def test_what_a_backend_lacks_is_refused() -> None:
@@ -79,7 +128,7 @@ def losses_of(dtype: torch.dtype, **settings: object) -> tuple[Losses, Losses]:
     return Losses(losses, gradient), Losses(truth, true_gradient)
 
 
-FUSED = fusion_settings(("cross_entropy",))
+FUSED = chosen_settings(("cross_entropy",))
 
 
 def test_the_compiled_loss_and_its_gradient_are_torchs() -> None:

@@ -66,6 +66,11 @@ TRIGGERS: dict[str, Trigger] = {
     "compiled cross entropy of other dtypes": Trigger(
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native", "params_dtype": torch.float32}
     ),
+    "fused router, routing replay": Trigger({"moe_router_fusion": True, "moe_enable_routing_replay": True}),
+    "fused permutation, padding to capacity": Trigger(
+        {"moe_permute_fusion": True, "moe_pad_expert_input_to_capacity": True},
+        needs={"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"},
+    ),
     "local CUDA graphs": Trigger({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]}),
     "CUDA graphs, router padding": Trigger(GRAPHS | {"moe_router_padding_for_quantization": True}, needs=FP8),
     "CUDA graphs, gathering parameters": Trigger(
@@ -90,7 +95,10 @@ IN_WORDS = {
     "transformer_impl": "local",
 }
 OF_THE_MODEL = [name for name, refusal in REFUSALS.items() if not refusal.ddp]
-IS_BUILT_ON_CPU = [name for name in OF_THE_MODEL if "fp8" not in TRIGGERS[name].needs]
+NEEDS_TRANSFORMER_ENGINE = {"fp8", "moe_permute_fusion"}  # or megatron-core's own check comes first
+IS_BUILT_ON_CPU = [
+    name for name in OF_THE_MODEL if not NEEDS_TRANSFORMER_ENGINE & {*TRIGGERS[name].needs, *TRIGGERS[name].model}
+]
 
 
 def configs(name: str, *, remedied: bool = False) -> tuple[Any, DistributedDataParallelConfig]:

@@ -5,8 +5,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import pad_routing_map
+from megatron.core.transformer.moe.moe_utils import pad_routing_map, permute
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from support.checks import NO_GPU
 from support.small_model import SMALL
 
@@ -95,3 +96,42 @@ def test_megatrons_own_fused_router_chooses_an_expert_twice(monkeypatch: pytest.
     monkeypatch.setattr(Float32Router, "routing", TopKRouter.routing)
     with model_parallel(), pytest.raises(AssertionError, match="experts of a token"):
         routed(fused=True, unknown=7)
+
+
+# ------------------------------------------------------------------------------------------------- what fusions ignore
+
+
+def test_megatrons_own_fused_router_does_not_replay() -> None:
+    """The expert that was recorded is another than the one that would be chosen."""
+    chosen = {}
+    with model_parallel():
+        for fused in (False, True):
+            config = transformer_config(SMALL, moe_enable_routing_replay=True)
+            assert not config.moe_router_fusion  # a default gives way
+            config.moe_router_fusion = fused
+            groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp", "tp_dp_cp"])
+            router = Float32Router(config, groups)
+            try:
+                router.expert_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 9.0]))
+                RouterReplay.set_replay_data([torch.tensor([[0, 1]] * 8, device="cuda")])
+                RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+                chosen[fused] = router(torch.randn(8, 1, SMALL.hidden_size, device="cuda"))[1]
+            finally:
+                RouterReplay.clear_global_router_replay_instances()
+    assert torch.equal(chosen[False], torch.tensor([[True, True, False, False]] * 8, device="cuda"))
+    assert torch.equal(chosen[True], ~chosen[False])
+
+
+def test_megatrons_own_fused_permutation_does_not_pad() -> None:
+    """Tokens of an expert that has fewer than its capacity are followed by those of the next, not by nothing."""
+    routing_map = torch.tensor([[True, False], [False, True], [False, True]], device="cuda")
+    tokens = torch.arange(1.0, 4, device="cuda")[:, None].expand(3, 16).contiguous()
+    slots = {
+        fused: permute(
+            tokens, routing_map, probs=routing_map.float(), num_out_tokens=4, fused=fused, drop_and_pad=True
+        )[0][:, 0].tolist()
+        for fused in (False, True)
+    }
+    assert slots[False][0] == 1
+    assert slots[False][2:] == [2, 3]  # the second expert's two
+    assert slots[True][1:3] == [2, 3]

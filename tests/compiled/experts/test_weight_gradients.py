@@ -14,7 +14,8 @@ weight_gradients.TALL = 2
 torch.manual_seed(0)
 rows = [5, 0, 33, 16]
 ends = torch.tensor(rows).cumsum(0, dtype=torch.int32)
-for out_features, in_features in ((96, 136), (40, 200), (32, 64)):
+for out_features, in_features, most in ((96, 136, 1 << 31), (40, 200, 1), (32, 64, 1 << 31)):
+    weight_gradients._MANY = most
     tokens = sum(rows) + 3  # the last belong to nobody
     x, grad = torch.randn(tokens, in_features).half(), torch.randn(tokens, out_features).half()
     total = torch.randn(len(rows), out_features, in_features)
@@ -27,7 +28,7 @@ for out_features, in_features in ((96, 136), (40, 200), (32, 64)):
 
 
 def test_every_tile_of_every_expert_is_made_once() -> None:
-    """Tiles that stick out, an expert without tokens, rows that end inside a block."""
+    """Tiles that stick out, an expert without tokens, rows that end inside a block; also counted in 64 bits."""
     pytest.importorskip("triton")
     result = fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
