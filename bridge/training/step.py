@@ -8,6 +8,7 @@ write all gradients once more.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -184,10 +185,10 @@ def train_step(
     Beside megatron-core's own waits, the experts' dispatcher's, the host waits for the GPU twice: for the norm of the
     gradient, and at the end for all that is reported.
     """
-    biases = _router_biases(trained)
-    for chunk in trained.wrapped:
+    for chunk in trained.wrapped:  # the longest for the GPU, which waits for something to do
         chunk.zero_grad_buffer()
     trained.optimizer.zero_grad()
+    biases = _router_biases(trained)
     sums = forward(trained, batches, flags=flags)
     aux_loss = _aux_loss(trained)
     grad_norm = _move(trained.optimizer, sums)
@@ -227,7 +228,7 @@ def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
         for what, value in zip(("loss", "gradient"), _arrived(*asked[-1]), strict=True):
             if not math.isfinite(value):
                 raise _NotFiniteError(what)
-        return type(optimizer).step_with_ready_grads(optimizer)
+        return _update(optimizer)
 
     with patch.multiple(optimizer, get_grad_norm=norm_to_clip_by, step_with_ready_grads=step_if_finite):
         try:
@@ -235,6 +236,19 @@ def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
         except _NotFiniteError as error:
             return NotFinite(str(error))
     return _arrived(*asked[-1])[1]
+
+
+def _update(optimizer: Any) -> Any:
+    """megatron-core's update by a chain of optimizers, of which each gathers the weights of all; only the last must.
+
+    Those of the experts go first: the processor prepares the others while the GPU is at the most.
+    """
+    parts = optimizer.chained_optimizers[::-1]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(optimizer, "chained_optimizers", parts))
+        for part in parts[:-1]:
+            stack.enter_context(patch.object(part, "_defer_param_sync", True, create=True))
+        return type(optimizer).step_with_ready_grads(optimizer)
 
 
 def _arrived(values: Tensor, event: Any) -> list[float]:

@@ -7,9 +7,11 @@ load-balancing loss of a sigmoid router and the bias update, from `reference.moe
 """
 
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -81,6 +83,22 @@ def run_job(values: dict[str, Any]) -> dict[str, Any]:
     from bridge.training.train import train
 
     return train(TrainJob(**values))._asdict()
+
+
+def gathers_of_a_run(values: dict[str, Any]) -> list[int]:
+    """How often the weights of each group of buckets were gathered."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    seen: Counter[int] = Counter()
+    real = DistributedDataParallel._start_bucket_group_param_sync
+
+    def gather(self: Any, group: Any, **named: Any) -> Any:
+        seen[id(group)] += 1
+        return real(self, group, **named)
+
+    with patch.object(DistributedDataParallel, "_start_bucket_group_param_sync", gather):
+        run_job(values)
+    return list(seen.values())
 
 
 def values_of(job: TrainJob) -> dict[str, Any]:

@@ -111,18 +111,17 @@ def gradients_of(model_class: ModelClass, **settings: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model_class", list(ModelClass))
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_model_has_fusions_with_the_gradients_of_none(name: str, model_class: ModelClass) -> None:
-    """With any loss of the router: off by what rounding to bfloat16 costs, of which there are a dozen in a row."""
+    """With any loss of the router, which counts: off by a rounding to bfloat16."""
     fused = gradients_of(model_class, **LOSSES[name])
     plain = gradients_of(model_class, **LOSSES[name], **fusion_settings(("none",)))
     for key, gradient in plain.items():
         distance = (fused[key] - gradient).norm() / gradient.norm()
         print(f"{key}: {distance:.1e}")
-        assert distance < 2**-6, key
+        assert distance < 2**-8, key
     assert any(not torch.equal(fused[key], gradient) for key, gradient in plain.items())
-    if LOSSES[name]:
-        other = gradients_of(model_class)
-        routers = [key for key in plain if key.endswith("router.weight")]
-        assert any((other[key] - plain[key]).norm() > 2**-6 * plain[key].norm() for key in routers)
+    without = gradients_of(model_class, moe_aux_loss_coeff=0.0)
+    routers = [key for key in plain if key.endswith("router.weight")]
+    assert all((without[key] - plain[key]).norm() > 2**-4 * plain[key].norm() for key in routers)
 
 
 def waits_of_a_step(model_class: ModelClass, **settings: bool) -> set[str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from support.checks import assert_relative
-from support.training_runs import job_of, make_source
+from support.ranks import RankPool
+from support.training_runs import SECONDS, gathers_of_a_run, job_of, make_source, values_of
 from torch import Tensor
 
 from bridge.model.process_groups import model_parallel
@@ -71,3 +72,12 @@ def test_what_was_trained_is_collected(tmp_path: Path, monkeypatch: pytest.Monke
     del trained
     gc.collect()
     assert model() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they are gathered in the forward pass")
+def test_weights_are_gathered_once_a_step(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    """megatron-core gathers all of them after each of its optimizers: of the experts, of the others, of the routers."""
+    values = values_of(job_of(source, tmp_path / "run", steps=3, ep=2, dtype="bf16"))
+    for groups in pair.call(gathers_of_a_run, values, seconds=SECONDS):
+        assert groups == [3] * len(groups)
+        assert len(groups) > 1
