@@ -18,8 +18,8 @@ from reference.parallelism import Parallelism
 from reference.step_traffic import Traffic, most_layers, traffic
 
 # Model FLOP/s of one GPU in such layers, in bfloat16 with fusions and CUDA graphs: `bench train`'s records
-# `train_speed_h100.json` and `train_speed_h200.json`, on hosts whose processors decide as much as the cards.
-RATES = {"H100": 296e12, "H200": 293e12}
+# `train_speed_h100.json`, from before numbers of tokens stayed on the GPU, and `train_speed_h200.json`.
+RATES = {"H100": 296e12, "H200": 365e12}
 MEMORY = {"H100": "80GB", "H200": "141GB"}
 ROOM = 0.9  # of a GPU's memory may be planned: the rest is what is not counted
 
