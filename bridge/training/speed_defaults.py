@@ -5,8 +5,8 @@ What each fusion gains is in `bridge.model.fusions`. That losses and gradient no
 - of graphs with all of the fusions at EP 2, TP 2 (whole experts), DP 2, PP 2 and CP 2, over six steps;
 - of the same on one GPU over 200 steps, all of which have the digits of the fusions without graphs.
 
-The records are `train_checked_h200_two_ranks.json` and `steps200_h200_second.json`. More ranks of PP, EP, CP and DP are taken
-to make no difference. Whatever is not among these, more tensor parallelism, experts that are cut, virtual stages,
+The records are `train_checked_h200_two_ranks.json` and `steps200_h200_second.json`. More ranks of PP, EP, CP and DP are
+taken to make no difference. Whatever is not among these, more tensor parallelism, experts that are cut, virtual stages,
 recomputation, frozen parameters or HybridModel, has no graphs unless they are asked for, and the fusions that every
 bfloat16 model on a GPU has; float32 has none.
 """
