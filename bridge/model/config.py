@@ -5,6 +5,7 @@ follows from the dtype, and what differs between hosts with and without a GPU. P
 are the caller's, as keyword arguments; they win over the tables.
 """
 
+from collections.abc import Collection
 from math import nextafter
 from typing import Any
 
@@ -124,6 +125,14 @@ def default_fusions(backend: Backend, params_dtype: torch.dtype) -> dict[str, An
     return chosen_settings(MODEL_DEFAULTS) if recorded else {}
 
 
+def leave_out_refused_fusions(config: TransformerConfig, asked: Collection[str] = ()) -> None:
+    """Turn off the fused kernels that would be refused beside other settings, and that nobody `asked` for by name."""
+    for name, value in chosen_settings(MODEL_DEFAULTS).items():
+        refused = any(name in row.model and row.found(config, None) for row in REFUSALS.values())
+        if refused and value is True and name not in asked:
+            setattr(config, name, False)
+
+
 def transformer_config(
     config: ModelConfig,
     *,
@@ -135,8 +144,7 @@ def transformer_config(
     """megatron-core's configuration of this model on this host; `overrides` are `TransformerConfig` fields.
 
     The other arguments are those of `transformer_config_fields`. Virtual stages on two pipeline ranks get the settings
-    with which they are right, where `overrides` name no others. Fused kernels that would be refused beside what
-    `overrides` ask for are left out, but for those that these ask for too.
+    with which they are right, where `overrides` name no others.
 
     Raises:
         ValueError: as `transformer_config_fields`; or `overrides` do not work together (`bridge.model.safe_settings`).
@@ -146,10 +154,7 @@ def transformer_config(
     if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:
         for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
             setattr(megatron, name, overrides.get(name, value))
-    for name, value in chosen_settings(MODEL_DEFAULTS).items():
-        refused = any(name in row.model and row.found(megatron, None) for row in REFUSALS.values())
-        if refused and value is True and name not in overrides:
-            setattr(megatron, name, False)
+    leave_out_refused_fusions(megatron, asked=overrides)
     check_settings(megatron)
     return megatron
 

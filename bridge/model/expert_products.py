@@ -13,8 +13,8 @@ its weights' gradients in one kernel (`compiled.experts`), and calls the hooks i
     wrapped = DistributedDataParallel(model.config, config, model)
     prepare_experts(wrapped)
 
-Where all of a layer's tokens come from this rank, the processor does not wait for the GPU at all then; otherwise only
-to send them.
+Where all of a layer's tokens come from this rank, with megatron-core's `alltoall` dispatcher and the fused permutation,
+the processor does not wait for the GPU at all then; where ranks send each other tokens, only for the numbers of these.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
+ONE_KERNEL = (9, 10)  # major compute capabilities for which torch has a kernel for all experts
+
 
 def put_experts_in_order(model: nn.Module) -> None:
     """`DistributedDataParallel` lays parameters out from the last to the first: so the first expert becomes the last.
 
-    To be called before that. Only the order in which a layer names its parameters is another afterwards.
+    To be called before that. A layer then names its parameters in another order, and so does the optimizer. megatron-core's
+    checkpoints whose state has names (`fully_reshardable`, as `minimax-m2 train` writes them) do not depend on that.
+    Those that follow its buffers (`dp_reshardable`) do, and nothing would say so: what was written without this call
+    must be read without it, and the other way round.
     """
     for module in model.modules():
         layer: Any = module
@@ -45,15 +50,17 @@ def put_experts_in_order(model: nn.Module) -> None:
 def prepare_experts(wrapped: DistributedDataParallel) -> bool:
     """Prepare the experts of every layer where that can be done, and say whether there is one.
 
-    To be called on the stream on which `wrapped` was made. Gradients must be added in float32 (`grad_reduce_in_fp32`).
+    To be called on the stream on which `wrapped` was made. It takes a bfloat16 model with Transformer Engine's layers
+    and `gradient_accumulation_fusion`, and `DistributedDataParallel` with `use_distributed_optimizer` and
+    `grad_reduce_in_fp32`.
     """
-    found = [module for module in wrapped.module.modules() if isinstance(module, TEGroupedMLP)]
+    found = [module for module in wrapped.module.modules() if _is_experts(module)]
     prepared = [experts for experts in found if _prepare(experts, wrapped)]
     for module in wrapped.module.modules():
         dispatcher: Any = getattr(module, "token_dispatcher", None)
         if _is_alltoall(dispatcher) and module.experts in prepared:
-            theirs: Any = dispatcher._maybe_dtoh_and_synchronize
-            dispatcher._maybe_dtoh_and_synchronize = partial(_leave_counts, dispatcher, theirs)
+            theirs = partial(MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize, dispatcher)
+            dispatcher._maybe_dtoh_and_synchronize = partial(_leave_tokens_per_expert, dispatcher, theirs)
     return bool(prepared)
 
 
@@ -66,7 +73,7 @@ def _prepare(experts: Any, wrapped: DistributedDataParallel) -> bool:
         return False
     for layer, stack in zip(layers, stacks, strict=True):
         layer.forward = partial(_forward, stack)
-    experts.forward = partial(_with_counts_on_gpu, experts.forward)
+    experts.forward = partial(_with_offsets, partial(TEGroupedMLP.forward, experts))
     return True
 
 
@@ -102,14 +109,28 @@ class Stacks(NamedTuple):
     sums: Tensor
     hooks: Hooks
 
+    def check(self) -> None:
+        """Refuse what was wrapped once more, or given other memory, since.
+
+        Raises:
+            ValueError: the first parameter, or its float32 sum, is not where it was.
+        """
+        first = self.parameters[0]
+        pairs = {"weight0": (first, self.weights), "weight0.main_grad": (first.main_grad, self.sums)}
+        for name, (now, then) in pairs.items():
+            if now.data_ptr() != then.data_ptr():
+                raise ValueError(
+                    f"{name} of experts of shape {tuple(first.shape)} is at {now.data_ptr():#x}, and was at "
+                    f"{then.data_ptr():#x} when prepare_experts was called; call it after the model is wrapped for "
+                    "the last time"
+                )
+
 
 def _stacks(layer: Any, wrapped: DistributedDataParallel) -> Stacks | None:
     """None where parameters do not lie side by side, as at the end of a bucket that is filled up."""
     parameters = _weights(layer)
-    weights, sums = (
-        _side_by_side([one.data for one in parameters]),
-        _side_by_side([one.main_grad for one in parameters]),
-    )
+    weights = _side_by_side([one.data for one in parameters])
+    sums = _side_by_side([one.main_grad for one in parameters])
     if weights is None or sums is None:
         return None
     overlap = wrapped.ddp_config.overlap_grad_reduce  # or nobody waits for a gradient, and hooks have nothing to do
@@ -129,6 +150,10 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
 
 def _is_alltoall(dispatcher: object) -> bool:
     return type(dispatcher) is MoEAlltoAllTokenDispatcher
+
+
+def _is_experts(module: object) -> bool:
+    return type(module) is TEGroupedMLP
 
 
 def _is_grouped(module: Any) -> bool:
@@ -154,44 +179,48 @@ def _can(layer: Any) -> bool:
 def _computes_otherwise(config: TransformerConfig) -> bool:
     """Settings with which Transformer Engine's layer does more than multiply, or is not called, or captured in a graph.
 
-    Captured, a backward pass calls no hooks.
+    Captured, a backward pass calls no hooks. And GPUs for which torch's product is not one kernel: then it asks the
+    processor for numbers of tokens.
     """
     quantised = config.fp8 or config.fp4 or config.enable_autocast
     modules: Any = config.cuda_graph_modules  # a list, once the config is made
     captured = config.cuda_graph_impl != "none" and (not modules or CudaGraphModule.moe in modules)
-    return bool(quantised or config.cpu_offloading or config.use_transformer_engine_op_fuser or captured)
+    in_a_loop = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in ONE_KERNEL
+    return bool(quantised or config.cpu_offloading or config.use_transformer_engine_op_fuser or captured or in_a_loop)
 
 
-def _leave_counts(
+def _leave_tokens_per_expert(
     dispatcher: Any, theirs: Callable[..., object], point: str, tokens_per_expert: Tensor | None = None
 ) -> Tensor | None:
-    """The dispatcher's sending of numbers to the processor, without those of the experts' tokens.
+    """The dispatcher's sending of numbers to the processor (`theirs`), without those of the experts' tokens.
 
-    If it would be waited for at "before_finish", these are all that is waited for.
+    It sends at one point and waits at another. Where it waits only "before_finish", nothing else was sent.
     """
     if not point == dispatcher.cuda_sync_point == "before_finish":
         theirs(point, None)
     return tokens_per_expert
 
 
-class Ends(NamedTuple):
-    """Of each expert's tokens, on their device; megatron-core asks for a list, and hands it on to the layers."""
+class Offsets(NamedTuple):
+    """Where each expert's tokens end, on their device, as `grouped_mm` wants it."""
 
     ends: Tensor
 
-    def tolist(self) -> "Ends":
+    def tolist(self) -> "Offsets":
+        """megatron-core asks for a list, for which it would wait, and hands it on to the layers."""
         return self
 
 
-def _with_counts_on_gpu(
+def _with_offsets(
     theirs: Callable[..., Any], x: Tensor, tokens_per_expert: Tensor, *arguments: Any, **named: Any
 ) -> Any:
     counts = tokens_per_expert.to(x.device, non_blocking=True)
-    return theirs(x, Ends(counts.cumsum(0, dtype=torch.int32)), *arguments, **named)
+    return theirs(x, Offsets(counts.cumsum(0, dtype=torch.int32)), *arguments, **named)
 
 
-def _forward(stack: Stacks, x: Tensor, m_splits: Ends) -> tuple[Tensor, None]:
+def _forward(stack: Stacks, x: Tensor, m_splits: Offsets) -> tuple[Tensor, None]:
     """As megatron-core's layer: the output, and no bias."""
+    stack.check()
     if torch.is_grad_enabled() and not x.requires_grad:  # all before it is frozen; the weights are not
         x = x.detach().requires_grad_()
     return _Products.apply(x.contiguous(), stack, m_splits.ends), None  # pyright: ignore[reportReturnType]

@@ -52,7 +52,8 @@ FUSIONS: dict[FusionName, Fusion] = {
         gain="18 ms, and more of the processor's time",
     ),
     "grouped_gemm": Fusion(
-        "the experts' products in one CUTLASS kernel, but for weights' gradients and FP8",
+        "the experts' products in one CUTLASS kernel, but for weights' gradients and FP8, where Transformer Engine "
+        "makes them: not in layers of `bridge.model.expert_products`",
         {},
         gain="none of the GPU's time; 64 launches in place of 2048, which are the processor's",
         environment={"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"},

@@ -138,6 +138,17 @@ REFUSALS: dict[str, Refusal] = {
         {"moe_router_fusion": False},
         {"moe_router_fusion": on, "moe_enable_routing_replay": on},
     ),
+    "fused router, quantile balancing": Refusal(
+        "broken",
+        "megatron-core's router refuses it with an assertion",
+        {"moe_router_fusion": False},
+        {
+            "moe_router_fusion": on,
+            "moe_router_load_balancing_type": lambda kinds: (
+                "quantile_balancing" in ([kinds] if isinstance(kinds, str) else kinds)
+            ),
+        },
+    ),
     "fused permutation, padding to capacity": Refusal(
         "wrong",
         "the fused permutation does not pad an expert's tokens, and experts get those of others",

@@ -95,7 +95,7 @@ class TrainJob:
         "whole experts at most, without virtual stages, recomputation, frozen parameters).",
         SPEED, None, free=True)  # fmt: skip
     fusions: tuple[FusionName, ...] = _setting(
-        "Fused kernels (bridge.model.fusions), each by this option (default: where CUDA graphs are, all but "
+        "Fused kernels (bridge.model.fusions), each by this option (default: where CUDA graphs are the default all but "
         "cross_entropy_te; else in bfloat16 on GPUs router, permute and cross_entropy).",
         SPEED, (), free=True)  # fmt: skip
 

@@ -241,7 +241,7 @@ def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
 def _update(optimizer: Any) -> Any:
     """megatron-core's update by a chain of optimizers, of which each gathers the weights of all; only the last must.
 
-    Those of the experts go first: the processor prepares the others while the GPU is at the most.
+    The experts' first: it is the longest on the GPU, and the processor prepares the others meanwhile.
     """
     parts = optimizer.chained_optimizers[::-1]
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ def add_weight_gradients(
     """
     experts, out_features, in_features = total.shape
     _check(x, grad, total, ends)
-    many = len(x) * max(in_features, out_features) >= _MANY
+    many = max(len(x), out_features) * max(in_features, out_features) >= _MANY
     tiles = triton.cdiv(out_features, OUT_BLOCK) * triton.cdiv(in_features, IN_BLOCK)
     _add(
         (tiles, experts, 1),
@@ -114,6 +114,8 @@ def _add(
             a = tl.load(x + row[:, None] * in_features + i[None, :], mask=live & in_in[None, :], other=0.0)
             sum = tl.dot(tl.trans(g), a, sum)
         total = tl.multiple_of(total + expert.to(tl.int64) * out_features * in_features, _ALIGNMENT)
+        if MANY:
+            o = o.to(tl.int64)
         at = total + o[:, None] * in_features + i[None, :]
         here = in_out[:, None] & in_in[None, :]
         tl.store(at, tl.load(at, mask=here) + sum, mask=here)

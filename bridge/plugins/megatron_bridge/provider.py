@@ -16,7 +16,7 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.models.gpt import GPTModel
 
 from bridge.model.build import pipeline_layout
-from bridge.model.config import gpt_model_arguments, transformer_config_fields
+from bridge.model.config import gpt_model_arguments, leave_out_refused_fusions, transformer_config_fields
 from bridge.model.layer_spec import minimax_m2_block_spec
 from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from bridge.plugins.megatron_bridge.adapters import check_training
@@ -42,7 +42,8 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
         """megatron-core's own checks and derived fields, on a pipeline for which it has what it needs.
 
         Stages are laid out where the layers do not divide over them and the caller has not said how; two pipeline
-        ranks with virtual stages get the settings with which megatron-core does not mix up their messages.
+        ranks with virtual stages get the settings with which megatron-core does not mix up their messages. Fused
+        kernels that would be wrong beside other settings are left out: nobody need have asked for them.
 
         Raises:
             ValueError: settings do not work together for this model (`bridge.model.safe_settings`).
@@ -61,6 +62,7 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
         if virtual and pp == 2:
             for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
                 setattr(self, name, value)
+        leave_out_refused_fusions(self)
         super().finalize()
         check_settings(self)
 

@@ -15,7 +15,13 @@ from train_rows import TRUE_WIDTH
 
 pytestmark = pytest.mark.usefixtures("types_unchecked")
 
-RECORDS = ("train_speed_h100", "train_speed_h200", "train_speed_h200_fusions", "train_speed_h200_ep2")
+RECORDS = (
+    "train_speed_h100",
+    "train_speed_h200",
+    "train_speed_h200_other_host",
+    "train_speed_h200_fusions",
+    "train_speed_h200_ep2",
+)
 SIZES = ("tp", "pp", "ep", "etp", "cp")
 
 

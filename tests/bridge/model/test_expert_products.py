@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.enums import CudaGraphModule
-from support.expert_products import EXPERTS, KEPT, Model, summed_gradients
+from support.expert_products import EXPERTS, KEPT, Model, summed_gradients, whole
 from support.ranks import RankPool
 from support.small_model import SMALL
 
@@ -102,17 +102,46 @@ def test_other_layers_are_left_alone(layer: str) -> None:
         assert not prepare_experts(wrapped(Model(config), grad_reduce_in_fp32=False))
 
 
+def narrow(config: Any) -> Model:
+    """Of weights whose sizes are no multiples of 128, to which a bucket is filled up."""
+    model = Model(config)
+    for layer in (model.moe.experts.linear_fc1, model.moe.experts.linear_fc2):
+        for name, weight in list(layer.named_parameters()):
+            setattr(layer, name, torch.nn.Parameter(weight[:-8].clone()))
+    return model
+
+
 def test_weights_that_do_not_lie_in_order_are_left_alone() -> None:
     with model_parallel():
         config = transformer_config(SMALL)
         assert not prepare_experts(wrapped(Model(config), in_order=False))
-        # A bucket is filled up to a multiple of 128 elements, in the middle of a layer.
-        filled = {"overlap_grad_reduce": True, "bucket_size": 100}
-        model = Model(config)
-        for layer in (model.moe.experts.linear_fc1, model.moe.experts.linear_fc2):
-            for name, weight in list(layer.named_parameters()):
-                setattr(layer, name, torch.nn.Parameter(weight[:-8].clone()))
-        assert not prepare_experts(wrapped(model, **filled))
+        assert prepare_experts(wrapped(narrow(config)))
+        assert not prepare_experts(wrapped(narrow(config), overlap_grad_reduce=True, bucket_size=100))
+
+
+def test_what_is_wrapped_again_is_prepared_again() -> None:
+    with model_parallel():
+        model = Model(transformer_config(SMALL))
+        x = whole(6, 1, SMALL.hidden_size, seed=1)
+        assert prepare_experts(wrapped(model))
+        before = model(x)
+        again = wrapped(model)
+        with pytest.raises(
+            ValueError, match=r"weight0 of experts of shape \(48, 32\) is at 0x.* after the model is wrapp"
+        ):
+            model(x)
+        assert prepare_experts(again)
+        assert torch.equal(model(x), before)
+
+
+def test_an_old_gpu_is_left_to_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which torch's product is a loop that asks the processor."""
+    with model_parallel():
+        model = wrapped(Model(transformer_config(SMALL)))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for capability, fits in {(8, 0): False, (9, 0): True, (10, 0): True, (12, 0): False}.items():
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=capability: major)
+            assert prepare_experts(model) == fits
 
 
 def test_order_is_that_of_memory_once_wrapped() -> None:

@@ -67,6 +67,10 @@ TRIGGERS: dict[str, Trigger] = {
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native", "params_dtype": torch.float32}
     ),
     "fused router, routing replay": Trigger({"moe_router_fusion": True, "moe_enable_routing_replay": True}),
+    "fused router, quantile balancing": Trigger(
+        {"moe_router_fusion": True, "moe_router_load_balancing_type": "quantile_balancing"},
+        needs={"moe_aux_loss_coeff": 0.0},
+    ),
     "fused permutation, padding to capacity": Trigger(
         {"moe_permute_fusion": True, "moe_pad_expert_input_to_capacity": True},
         needs={"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"},

@@ -19,6 +19,7 @@ from train_rows import ACCUMULATED, PEER_FLAGS
 
 from bridge.huggingface.random_checkpoint import SMALL_CONFIG
 from bridge.model.config import GPU_SETTINGS, transformer_config
+from bridge.plugins.megatron_bridge.provider import provider_of
 from reference.config import ModelConfig
 
 pytestmark = [pytest.mark.plugins, pytest.mark.skipif(torch.cuda.is_available(), reason="settings of a processor")]
@@ -26,6 +27,17 @@ pytestmark = [pytest.mark.plugins, pytest.mark.skipif(torch.cuda.is_available(),
 # Theirs does not look at the host, which has neither a GPU nor Transformer Engine here.
 OF_THE_HOST = {"use_cpu_initialization", "transformer_impl", "moe_grouped_gemm"}
 OF_THE_CALLER = {"pipeline_dtype"}  # who sets it where there are stages
+
+
+def test_a_default_gives_way_to_routing_replay() -> None:
+    config = {key: value for key, value in SMALL_CONFIG.items() if key != "quantization_config"}
+    provider = provider_of(ModelConfig.from_hf(config), torch.bfloat16)
+    provider.moe_router_fusion = True  # as on a GPU
+    provider.finalize()
+    assert provider.moe_router_fusion
+    provider.moe_enable_routing_replay = True
+    provider.finalize()
+    assert not provider.moe_router_fusion
 
 
 def test_peer_flags_are_what_the_hosts_provider_sets_otherwise() -> None:

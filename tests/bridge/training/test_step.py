@@ -76,7 +76,7 @@ def test_what_was_trained_is_collected(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they are gathered in the forward pass")
 def test_weights_are_gathered_once_a_step(source: Path, pair: RankPool, tmp_path: Path) -> None:
-    """megatron-core gathers all of them after each of its optimizers: of the experts, of the others, of the routers."""
+    """megatron-core gathers all of them after each of its optimizers, that of the experts and that of the others."""
     values = values_of(job_of(source, tmp_path / "run", steps=3, ep=2, dtype="bf16"))
     for groups in pair.call(gathers_of_a_run, values, seconds=SECONDS):
         assert groups == [3] * len(groups)
