@@ -36,10 +36,10 @@ ONE_KERNEL = (9, 10)  # major compute capabilities for which torch has a kernel 
 def put_experts_in_order(model: nn.Module) -> None:
     """`DistributedDataParallel` lays parameters out from the last to the first: so the first expert becomes the last.
 
-    To be called before that. A layer then names its parameters in another order, and so does the optimizer. megatron-core's
-    checkpoints whose state has names (`fully_reshardable`, as `minimax-m2 train` writes them) do not depend on that.
-    Those that follow its buffers (`dp_reshardable`) do, and nothing would say so: what was written without this call
-    must be read without it, and the other way round.
+    To be called before that. A layer then names its parameters in another order, and so does the optimizer. Checkpoints
+    of megatron-core whose state has names (`fully_reshardable`, as `minimax-m2 train` writes them) do not depend on
+    that. Those that follow its buffers (`dp_reshardable`) do, and nothing would say so: what was written without this
+    call must be read without it, and the other way round.
     """
     for module in model.modules():
         layer: Any = module
