@@ -71,9 +71,19 @@ class ByPlace(nn.Module):
         return chosen.float(), chosen
 
 
+class Gate:
+    """Open, shut or -1, which keeps sums whole; counts its calls."""
+
+    calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.sign()
+
+
 def moe_layer(config: Any) -> MoELayer:
-    """megatron-core's own layer, dispatcher and experts; a gate is open, shut or -1, which keeps sums whole."""
-    config.activation_func, config.bias_activation_fusion = torch.sign, False
+    """megatron-core's own layer, dispatcher and experts."""
+    config.activation_func, config.bias_activation_fusion = Gate(), False
     config.moe_token_dispatcher_type = "alltoall"
     products: Any = GroupedMLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)  # pyright: ignore[reportArgumentType]
     submodules: Any = MoESubmodules(router=ByPlace, experts=partial(TEGroupedMLP, submodules=products))
@@ -104,27 +114,32 @@ def add_gradients(x: Tensor, grad: Tensor, total: Tensor, ends: Tensor) -> None:
 
 
 class Summed(NamedTuple):
-    """Float32 sums over microbatches and ranks, by step and name, and the last outputs."""
+    """Float32 sums over microbatches and ranks, by step and name, the last outputs, and how often gates were asked."""
 
     sums: dict[str, Tensor]
     output: Tensor
+    gates: int
 
 
 def summed_gradients(
-    prepared: bool, trained: tuple[str, ...] = ("before", "moe", "after"), ep: int = 1, overlap: bool = True
+    prepared: bool,
+    trained: tuple[str, ...] = ("before", "moe", "after"),
+    ep: int = 1,
+    overlap: bool = True,
+    settings: dict[str, Any] = {},  # noqa: B006  # it is not changed
 ) -> Summed:
     """Of two steps of three microbatches, of what is `trained`; nothing of the model is kept."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sums = {}
     with groups_of(Parallelism(dp=ranks, ep=ep)), patch.object(expert_products, "add_gradients", add_gradients):
-        config = transformer_config(SMALL, expert_model_parallel_size=ep)
+        config = transformer_config(SMALL, expert_model_parallel_size=ep, **settings)
         model = Model(config)
         leave_sorted(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
-        settings = DistributedDataParallelConfig(**KEPT, overlap_grad_reduce=overlap, bucket_size=1000)
+        ddp = DistributedDataParallelConfig(**KEPT, overlap_grad_reduce=overlap, bucket_size=1000)
         expert_products.put_experts_in_order(model)
-        wrapped = DistributedDataParallel(config, settings, model)
+        wrapped = DistributedDataParallel(config, ddp, model)
         assert not prepared or expert_products.prepare_experts(wrapped)
         assert len(wrapped.bucket_groups) > 1 or len(trained) == 1 or not overlap
         for step in range(2):  # in the first megatron-core counts, in the second it sends as soon as a bucket is there
@@ -140,8 +155,8 @@ def summed_gradients(
                 if parameter.requires_grad:
                     assert parameter.grad_added_to_main_grad == (prepared and "experts" in name)  # pyright: ignore[reportAttributeAccessIssue]
                     sums[f"{step} {name}"] = parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        kept, output = weakref.ref(model.moe), output.detach()
+        kept, output, gates = weakref.ref(model.moe), output.detach(), config.activation_func.calls
         del model, wrapped, parameter
     gc.collect()
     assert kept() is None
-    return Summed(sums, output)
+    return Summed(sums, output, gates)

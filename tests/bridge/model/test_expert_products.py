@@ -46,6 +46,19 @@ def test_sums_over_microbatches_and_ranks_are_those_of_autograd(
             assert bool(gradient.any()) != name.endswith(last), name
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_sums_are_those_of_autograd_where_the_layer_is_computed_again(two: RankPool, ep: int) -> None:
+    again = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    everything = ("before", "moe", "after")
+    ours, autograds = (two.call(summed_gradients, prepared, everything, ep, True, again) for prepared in (True, False))
+    kept = two.call(summed_gradients, True, everything, ep)
+    for rank in range(2):
+        assert ours[rank].gates == autograds[rank].gates == 2 * kept[rank].gates
+        for name, gradient in autograds[rank].sums.items():
+            assert torch.equal(ours[rank].sums[name], gradient), name
+            assert torch.equal(kept[rank].sums[name], gradient), name
+
+
 NOT_THOSE: dict[str, dict[str, Any]] = {
     "FP8": {"fp8": "e4m3"},
     "autocast": {"enable_autocast": True},
