@@ -25,6 +25,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -54,26 +55,26 @@ def prepare_experts(wrapped: DistributedDataParallel) -> bool:
     and `gradient_accumulation_fusion`, and `DistributedDataParallel` with `use_distributed_optimizer` and
     `grad_reduce_in_fp32`.
     """
-    found = [module for module in wrapped.module.modules() if _is_experts(module)]
-    prepared = [experts for experts in found if _prepare(experts, wrapped)]
-    for module in wrapped.module.modules():
-        dispatcher: Any = getattr(module, "token_dispatcher", None)
-        if _is_alltoall(dispatcher) and module.experts in prepared:
-            theirs = partial(MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize, dispatcher)
-            dispatcher._maybe_dtoh_and_synchronize = partial(_leave_tokens_per_expert, dispatcher, theirs)
+    found = [module for module in wrapped.module.modules() if isinstance(module, MoELayer)]
+    prepared = [moe for moe in found if _prepare(moe, wrapped)]
     return bool(prepared)
 
 
-def _prepare(experts: Any, wrapped: DistributedDataParallel) -> bool:
+def _prepare(moe: Any, wrapped: DistributedDataParallel) -> bool:
+    experts, dispatcher = moe.experts, moe.token_dispatcher
+    if type(moe.experts) is not TEGroupedMLP or _computes_otherwise(experts.config):
+        return False
     layers = [experts.linear_fc1, experts.linear_fc2]
-    if _computes_otherwise(experts.config) or not all(_can(layer) for layer in layers):
+    if not all(_can(layer) for layer in layers):
         return False
     stacks = [stack for layer in layers if (stack := _stacks(layer, wrapped)) is not None]
     if len(stacks) < len(layers):
         return False
     for layer, stack in zip(layers, stacks, strict=True):
         layer.forward = partial(_forward, stack)
-    experts.forward = partial(_with_offsets, partial(TEGroupedMLP.forward, experts))
+    experts.forward = partial(_with_offsets, experts)
+    if type(moe.token_dispatcher) is MoEAlltoAllTokenDispatcher:
+        dispatcher._maybe_dtoh_and_synchronize = partial(_leave_tokens_per_expert, dispatcher)
     return True
 
 
@@ -148,14 +149,6 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), offset)
 
 
-def _is_alltoall(dispatcher: object) -> bool:
-    return type(dispatcher) is MoEAlltoAllTokenDispatcher
-
-
-def _is_experts(module: object) -> bool:
-    return type(module) is TEGroupedMLP
-
-
 def _is_grouped(module: Any) -> bool:
     return hasattr(module, "num_gemms") and hasattr(module, "te_quant_params")
 
@@ -189,15 +182,13 @@ def _computes_otherwise(config: TransformerConfig) -> bool:
     return bool(quantised or config.cpu_offloading or config.use_transformer_engine_op_fuser or captured or in_a_loop)
 
 
-def _leave_tokens_per_expert(
-    dispatcher: Any, theirs: Callable[..., object], point: str, tokens_per_expert: Tensor | None = None
-) -> Tensor | None:
-    """The dispatcher's sending of numbers to the processor (`theirs`), without those of the experts' tokens.
+def _leave_tokens_per_expert(dispatcher: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+    """The dispatcher's sending of numbers to the processor, without those of the experts' tokens.
 
     It sends at one point and waits at another. Where it waits only "before_finish", nothing else was sent.
     """
     if not point == dispatcher.cuda_sync_point == "before_finish":
-        theirs(point, None)
+        MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize(dispatcher, point, None)
     return tokens_per_expert
 
 
@@ -211,11 +202,10 @@ class Offsets(NamedTuple):
         return self
 
 
-def _with_offsets(
-    theirs: Callable[..., Any], x: Tensor, tokens_per_expert: Tensor, *arguments: Any, **named: Any
-) -> Any:
+def _with_offsets(experts: Any, x: Tensor, tokens_per_expert: Tensor, *arguments: Any, **named: Any) -> Any:
     counts = tokens_per_expert.to(x.device, non_blocking=True)
-    return theirs(x, Offsets(counts.cumsum(0, dtype=torch.int32)), *arguments, **named)
+    offsets: Any = Offsets(counts.cumsum(0, dtype=torch.int32))
+    return TEGroupedMLP.forward(experts, x, offsets, *arguments, **named)
 
 
 def _forward(stack: Stacks, x: Tensor, m_splits: Offsets) -> tuple[Tensor, None]:

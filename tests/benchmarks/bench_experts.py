@@ -36,16 +36,22 @@ EXPERTS, ROWS = 32, 4096 * 8
 SHAPES = {"fc1": (3072, 3072), "fc2": (3072, 1536)}
 CALLS, ROUNDS = 5, 7
 WAIT = 200_000_000  # cycles
+TILE = ("OUT_BLOCK", "IN_BLOCK", "ROW_BLOCK", "WARPS", "STAGES")
 TILES = [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3)]
 
 
 class Case(NamedTuple):
-    """A layer's tensors; an expert's tokens are known to the processor as `rows`, to the GPU as `ends`."""
+    """A layer's tensors, of all experts and of each, as Transformer Engine has them.
+
+    An expert's tokens are known to the processor as `rows`, to the GPU as `ends`.
+    """
 
     x: Tensor
     grad: Tensor
     weights: Tensor
     sums: Tensor
+    each_weight: list[Tensor]
+    each_sum: list[Tensor]
     rows: list[int]
     ends: Tensor
 
@@ -76,7 +82,7 @@ def their_product(case: Case, *, backward: bool) -> None:
 
     x, layout = (case.grad, "NN") if backward else (case.x, "TN")
     out = x.new_empty(len(x), case.weights.shape[2 if backward else 1])
-    parts, none = (list(case.weights), x.split(case.rows)), [None] * EXPERTS
+    parts, none = (case.each_weight, x.split(case.rows)), [None] * EXPERTS
     general_grouped_gemm(
         *parts, [out], none, x.dtype, layout=layout, m_splits=case.rows, single_output=True, grad=backward
     )
@@ -85,33 +91,15 @@ def their_product(case: Case, *, backward: bool) -> None:
 def their_weights(case: Case, *, accumulate: bool) -> None:
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
-    sums, none = list(case.sums), [None] * EXPERTS
-    out = sums if accumulate else list(torch.empty_like(case.weights))
+    none = [None] * EXPERTS
+    out = case.each_sum if accumulate else list(torch.empty_like(case.weights))
     parts = case.x.split(case.rows), case.grad.split(case.rows)
     general_grouped_gemm(
         *parts, out, none, case.x.dtype, layout="NT", grad=True, m_splits=case.rows, accumulate=accumulate
     )
     if not accumulate:
-        for one, made in zip(sums, out, strict=True):
+        for one, made in zip(case.each_sum, out, strict=True):
             one.add_(made)
-
-
-def one_kernel(product: Product) -> Product:
-    def run(case: Case) -> None:
-        with patch.dict("os.environ", FUSIONS["grouped_gemm"].environment):
-            product(case)
-
-    return run
-
-
-def with_tile(tile: tuple[int, ...]) -> Product:
-    names = dict(zip(("OUT_BLOCK", "IN_BLOCK", "ROW_BLOCK", "WARPS", "STAGES"), tile, strict=True))
-
-    def run(case: Case) -> None:
-        with patch.multiple(weight_gradients, **names):
-            weights_gradients(case)
-
-    return run
 
 
 OUTPUT, INPUT, WEIGHTS = "output", "gradient of the input", "weights' gradients"
@@ -119,12 +107,12 @@ EACH, ONE = "Transformer Engine, one expert after another", "Transformer Engine,
 PRODUCTS: dict[str, dict[str, Product]] = {
     OUTPUT: {
         "torch, one kernel": output,
-        ONE: one_kernel(partial(their_product, backward=False)),
+        ONE: partial(their_product, backward=False),
         EACH: partial(their_product, backward=False),
     },
     INPUT: {
         "torch, one kernel": input_gradient,
-        ONE: one_kernel(partial(their_product, backward=True)),
+        ONE: partial(their_product, backward=True),
         EACH: partial(their_product, backward=True),
     },
     WEIGHTS: {
@@ -135,16 +123,21 @@ PRODUCTS: dict[str, dict[str, Product]] = {
 }
 
 
+ENVIRONMENT = {ONE: FUSIONS["grouped_gemm"].environment}
+
+
 def measured(product: Product, out_features: int, in_features: int) -> dict[str, float]:
     """Medians of a call, in milliseconds."""
     weights = torch.randn(EXPERTS, out_features, in_features, device="cuda").bfloat16()
     x, grad = (torch.randn(ROWS, width, device="cuda").bfloat16() for width in (in_features, out_features))
     sums = torch.zeros_like(weights, dtype=torch.float32)
     ends = [torch.tensor(rows).cumsum(0, dtype=torch.int32).cuda() for rows in routings()]
-    cases = (Case(x, grad, weights, sums, *one) for one in zip(routings(), ends, strict=True))
+    cases = (
+        Case(x, grad, weights, sums, list(weights), list(sums), *one) for one in zip(routings(), ends, strict=True)
+    )
     gpu, host = [], []
     for number in range(ROUNDS + 1):
-        some = list(itertools.islice(cases, CALLS))
+        some = list(itertools.islice(cases, CALLS))  # made before anything is timed
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(WAIT)
         start.record()
@@ -169,16 +162,18 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_experts needs an NVIDIA GPU: the kernel has no other form")
-    products = {what: dict(rows) for what, rows in PRODUCTS.items()}
-    if asked.sweep:
-        products[WEIGHTS] |= {f"tile {tile}": with_tile(tile) for tile in TILES}
+    products, own = {what: dict(rows) for what, rows in PRODUCTS.items()}, [getattr(weight_gradients, x) for x in TILE]
+    tiles = {f"tile {tile}": tile for tile in TILES} if asked.sweep else {}
+    products[WEIGHTS] |= dict.fromkeys(tiles, weights_gradients)
     found: dict[str, Any] = {"what": "products of 32 experts", **environment()}
     found["config"] = {"experts": EXPERTS, "rows": ROWS, "shapes": SHAPES, "calls": CALLS, "rounds": ROUNDS}
     found["rows"] = {what: {} for what in products}
     for what, rows in products.items():
         for name, product in rows.items():
+            tile = dict(zip(TILE, tiles.get(name, own), strict=True))
             try:
-                figures: dict[str, Any] = {key: measured(product, *shape) for key, shape in SHAPES.items()}
+                with patch.dict("os.environ", ENVIRONMENT.get(name, {})), patch.multiple(weight_gradients, **tile):
+                    figures: dict[str, Any] = {key: measured(product, *shape) for key, shape in SHAPES.items()}
             except Exception as error:  # a tile that a card has no room for
                 figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
             found["rows"][what][name] = figures

@@ -26,18 +26,18 @@ from typing import Any
 import torch
 
 from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
+from bridge.model.fusions import FASTEST
 from bridge.training.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 import child
 from record import environment
-from train_rows import FUSED
 from true_width import few_layers
 
 TEXT = Path(__file__).parents[1] / "data" / "alice.txt"
 EXPERTS = 16  # a checkpoint of 32 takes a minute to write
 TINY = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-FUSIONS = tuple(word for name in FUSED for word in ("--fusions", name))
+FUSIONS = tuple(word for name in FASTEST for word in ("--fusions", name))
 EAGER = ("--no-cuda-graphs",)
 ROWS: dict[str, tuple[str, ...]] = {
     "eager": (*EAGER, "--fusions", "none"),

@@ -1,6 +1,6 @@
 """What `bench train` compares: a row is a set of overrides of one training step, and says what it needs.
 
-`FUSED` are the fusions that training has by default. `PEER_FLAGS` are what the provider of megatron-bridge
+`PEER_FLAGS` are what the provider of megatron-bridge
 0.6.2 for this model sets otherwise than `bridge.model.config` without fusions, on a GPU with Transformer Engine
 (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
 Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
@@ -19,7 +19,6 @@ from bridge.model.fusions import FASTEST, FUSIONS, FusionName
 from bridge.model.layer_spec import Backend, minimax_m2_block_spec
 from reference.config import ModelConfig
 
-FUSED = FASTEST
 PEER_FLAGS: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,
@@ -63,20 +62,20 @@ ROWS: dict[str, Row] = {
     TRUTH: Row(dtype="fp32", recompute="full", timed=False),
     "graphs": Row(graphs=True),
     **{f"graphs, {name}": Row(fusions=(name,), graphs=True) for name in FUSIONS},
-    "fusions": Row(fusions=FUSED),
-    "fusions and graphs": Row(fusions=FUSED, graphs=True),
-    "fusions and graphs, Transformer Engine's experts": Row(fusions=FUSED, graphs=True, their_experts=True),
+    "fusions": Row(fusions=FASTEST),
+    "fusions and graphs": Row(fusions=FASTEST, graphs=True),
+    "fusions and graphs, Transformer Engine's experts": Row(fusions=FASTEST, graphs=True, their_experts=True),
     PEER: Row(PEER_FLAGS, layers=PEER),
-    f"{PEER}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER, their_experts=True),
+    f"{PEER}, fusions and graphs": Row(fusions=FASTEST, graphs=True, layers=PEER, their_experts=True),
     f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, their_experts=True),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),
-    f"{PEER_NORMS}, fusions and graphs": Row(fusions=FUSED, graphs=True, layers=PEER_NORMS),
-    "FP8": Row(PADDED_BY_ROUTER, FUSED),
-    "FP8 and graphs": Row(PADDED_BY_ROUTER, FUSED, graphs=True),
-    FP8_EXPERTS: Row(FP8, FUSED),
-    f"{FP8_EXPERTS}, and graphs": Row(FP8, FUSED, graphs=True),
-    "fusions and graphs, gathering overlapped": Row(fusions=FUSED, graphs=True, lifts=(GATHERING,)),
+    f"{PEER_NORMS}, fusions and graphs": Row(fusions=FASTEST, graphs=True, layers=PEER_NORMS),
+    "FP8": Row(PADDED_BY_ROUTER, FASTEST),
+    "FP8 and graphs": Row(PADDED_BY_ROUTER, FASTEST, graphs=True),
+    FP8_EXPERTS: Row(FP8, FASTEST),
+    f"{FP8_EXPERTS}, and graphs": Row(FP8, FASTEST, graphs=True),
+    "fusions and graphs, gathering overlapped": Row(fusions=FASTEST, graphs=True, lifts=(GATHERING,)),
 }
 
 

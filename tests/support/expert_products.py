@@ -5,6 +5,7 @@ Values are small integers and products sparse, so that every sum is exact in bfl
 
 import gc
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def summed_gradients(
     trained: tuple[str, ...] = ("before", "moe", "after"),
     ep: int = 1,
     overlap: bool = True,
-    settings: dict[str, Any] = {},  # noqa: B006  # it is not changed
+    settings: Mapping[str, Any] = {},
 ) -> Summed:
     """Of two steps of three microbatches, of what is `trained`; nothing of the model is kept."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

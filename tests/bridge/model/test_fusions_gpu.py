@@ -35,17 +35,23 @@ class Summed(NamedTuple):
     kernels: set[str]
 
 
+def random_model(model_class: ModelClass, generator: torch.Generator, **settings: Any) -> Any:
+    """Matrices are drawn."""
+    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
+    model = build_model(SMALL, model=model_class, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) / 8)
+    return model
+
+
 def summed_gradients(dtype: torch.dtype, model_class: ModelClass, frozen: list[str], *, fused: bool) -> Summed:
     """Of two microbatches, of what is not `frozen`."""
-    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
+    generator = torch.Generator("cuda").manual_seed(5)
     with model_parallel():
-        model = build_model(SMALL, model=model_class, params_dtype=dtype, gradient_accumulation_fusion=fused)
+        model = random_model(model_class, generator, params_dtype=dtype, gradient_accumulation_fusion=fused)
         assert model.config.gradient_accumulation_fusion is fused
-        generator = torch.Generator("cuda").manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) / 8)
         freeze([model], frozen)
         (wrapped,) = wrap([model])
         wrapped.zero_grad_buffer()
@@ -92,14 +98,9 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 def gradients_of(model_class: ModelClass, **settings: Any) -> dict[str, Tensor]:
     """Of a bfloat16 model with a loss for balance that counts, float32 sums of one microbatch."""
-    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
+    generator = torch.Generator("cuda").manual_seed(7)
     with model_parallel():
-        model = build_model(SMALL, model=model_class, **{"moe_aux_loss_coeff": 0.1} | settings)
-        generator = torch.Generator("cuda").manual_seed(7)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) / 8)
+        model = random_model(model_class, generator, **{"moe_aux_loss_coeff": 0.1} | settings)
         (wrapped,) = wrap([model])
         wrapped.zero_grad_buffer()
         tokens = torch.randint(0, SMALL.vocab_size, (4, 129), device="cuda", generator=generator)
@@ -126,9 +127,8 @@ def test_a_model_has_fusions_with_the_gradients_of_none(name: str, model_class: 
 
 def waits_of_a_step(model_class: ModelClass, **settings: bool) -> set[str]:
     """Of a forward and backward pass, after another one."""
-    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
-        model = build_model(SMALL, model=model_class, **settings)
+        model = random_model(model_class, torch.Generator("cuda").manual_seed(8), **settings)
         (wrapped,) = wrap([model])
         tokens = torch.randint(0, SMALL.vocab_size, (2, 33), device="cuda")
         positions = torch.arange(32, device="cuda").expand(2, -1)
