@@ -5,14 +5,16 @@ follows from the dtype, and what differs between hosts with and without a GPU. P
 are the caller's, as keyword arguments; they win over the tables.
 """
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from math import nextafter
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.model.fusions import MODEL_DEFAULTS, chosen_settings
+from bridge.model.fusions import CROSS_ENTROPY, MODEL_DEFAULTS, chosen_settings
 from bridge.model.layer_spec import Backend, default_backend
 from bridge.model.safe_settings import REFUSALS, VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from reference.config import ModelConfig
@@ -125,6 +127,18 @@ def default_fusions(backend: Backend, params_dtype: torch.dtype) -> dict[str, An
     return chosen_settings(MODEL_DEFAULTS) if recorded else {}
 
 
+@contextmanager
+def without_outdated_warnings() -> Iterator[None]:
+    """megatron-core 0.19 warns of Transformer Engine's cross entropy, also where that is mended.
+
+    `bridge.model.fusions.cross_entropies` says since when.
+    """
+    with warnings.catch_warnings():
+        if CROSS_ENTROPY == "cross_entropy_te":
+            warnings.filterwarnings("ignore", "Transformer Engine cross entropy loss fusion")
+        yield
+
+
 def leave_out_refused_fusions(config: TransformerConfig, asked: Collection[str] = ()) -> None:
     """Turn off the fused kernels that would be refused beside other settings, and that nobody `asked` for by name."""
     for name, value in chosen_settings(MODEL_DEFAULTS).items():
@@ -150,7 +164,8 @@ def transformer_config(
         ValueError: as `transformer_config_fields`; or `overrides` do not work together (`bridge.model.safe_settings`).
     """
     fields = transformer_config_fields(config, model=model, params_dtype=params_dtype, backend=backend)
-    megatron = TransformerConfig(**{**fields, **overrides})
+    with without_outdated_warnings():
+        megatron = TransformerConfig(**{**fields, **overrides})
     if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:
         for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
             setattr(megatron, name, overrides.get(name, value))

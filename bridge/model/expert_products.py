@@ -6,8 +6,9 @@ on, and calls the hook by which `DistributedDataParallel` learns that a gradient
 processor how many tokens each expert has, so that this waits for the GPU in every layer, and then the GPU for it.
 
 Here a layer multiplies by torch's grouped product, which reads these numbers on the GPU. Its backward pass adds all of
-its weights' gradients in one kernel (`compiled.experts`), and calls the hooks itself. For both its weights, and their
-`main_grad`, must lie side by side in memory, which they do if they are put in order before they are wrapped:
+its weights' gradients in one kernel (`compiled.experts`, where SwiGLU is from too), and calls the hooks itself. For
+both its weights, and their `main_grad`, must lie side by side in memory, which they do if they are put in order before
+they are wrapped:
 
     put_experts_in_order(model)
     wrapped = DistributedDataParallel(model.config, config, model)
@@ -19,6 +20,7 @@ the processor does not wait for the GPU at all then; where ranks send each other
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +74,7 @@ def _prepare(moe: Any, wrapped: DistributedDataParallel) -> bool:
         return False
     for layer, stack in zip(layers, stacks, strict=True):
         layer.forward = partial(_forward, stack)
-    experts.forward = partial(_with_offsets, experts)
+    experts.forward = partial(_with_offsets, experts, _forward_of(experts.config))
     if type(moe.token_dispatcher) is MoEAlltoAllTokenDispatcher:
         dispatcher._maybe_dtoh_and_synchronize = partial(_leave_tokens_per_expert, dispatcher)
     return True
@@ -202,10 +204,24 @@ class Offsets(NamedTuple):
         return self
 
 
-def _with_offsets(experts: Any, x: Tensor, tokens_per_expert: Tensor, *arguments: Any, **named: Any) -> Any:
+def _with_offsets(
+    experts: Any, forward: Callable[..., Any], x: Tensor, tokens_per_expert: Tensor, *arguments: Any, **named: Any
+) -> Any:
     counts = tokens_per_expert.to(x.device, non_blocking=True)
-    offsets: Any = Offsets(counts.cumsum(0, dtype=torch.int32))
-    return TEGroupedMLP.forward(experts, x, offsets, *arguments, **named)
+    return forward(experts, x, Offsets(counts.cumsum(0, dtype=torch.int32)), *arguments, **named)
+
+
+def _forward_of(config: TransformerConfig) -> Callable[..., Any]:
+    """megatron-core's forward pass of a layer of experts, in which its fused SwiGLU is `swiglu`."""
+    forward: Any = TEGroupedMLP.forward
+    if config.activation_func_fp8_input_store:
+        return forward
+    names = forward.__globals__ | {"weighted_bias_swiglu_impl": _swiglu}
+    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+
+
+def _swiglu(x: Tensor, _bias: None, weights: Tensor, _in_fp8: bool) -> Tensor:
+    return swiglu(x, weights)
 
 
 def _forward(stack: Stacks, x: Tensor, m_splits: Offsets) -> tuple[Tensor, None]:
@@ -238,8 +254,14 @@ def _weights(layer: Any) -> list[Any]:
     return [getattr(layer, f"weight{expert}") for expert in range(layer.num_gemms)]
 
 
+# `compiled.experts` needs Triton, which is not everywhere where this file is read.
 def add_gradients(x: Tensor, grad: Tensor, total: Tensor, ends: Tensor) -> None:
-    """`compiled.experts`, which needs Triton; that is not everywhere where this file is read."""
     from compiled.experts import add_weight_gradients
 
     add_weight_gradients(x, grad, total, ends)
+
+
+def swiglu(x: Tensor, weights: Tensor) -> Tensor:
+    from compiled.experts import weighted_swiglu
+
+    return weighted_swiglu(x, weights)

@@ -34,4 +34,7 @@ def build_accumulating[Model: nn.Module](
     for module in modules if alone else ():
         if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's name
             module.fuse_wgrad_accumulation = True
+        elif isinstance(module, layers.ColumnParallelLinear):
+            module.gradient_accumulation_fusion = True
+            layers.fused_weight_gradient_mlp_cuda = PRODUCTS  # pyright: ignore[reportAttributeAccessIssue]
     return model

@@ -1,5 +1,6 @@
-"""Products of a mixture of experts that are one launch for all experts."""
+"""What a mixture of experts computes beside its products, each one launch for all experts."""
 
+from compiled.experts.swiglu import weighted_swiglu
 from compiled.experts.weight_gradients import add_weight_gradients
 
-__all__ = ["add_weight_gradients"]
+__all__ = ["add_weight_gradients", "weighted_swiglu"]

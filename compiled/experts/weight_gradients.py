@@ -5,7 +5,9 @@
 **Why.** cuBLAS multiplies for one expert at a time, and must be told by the processor how many rows each has. A
 processor that is to tell waits for the GPU, and the GPU for it after that; here numbers of rows stay on the GPU.
 
-A program makes a tile of one expert's gradient and adds it: of `total`, 4 bytes an element are read and written, once.
+A program makes a tile of one expert's gradient and sends it to where the sums are kept, which adds it: nothing of
+`total` is read by a program, and none waits for it. Each element is added to once, so that the sums are the same each
+time.
 """
 
 # ruff: noqa: N803  (upper case: compile-time constants)
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 128, 64  # of a program: the tile, and rows at a time
-WARPS, STAGES = 4, 3
+OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 256, 64  # of a program: the tile, and rows at a time
+WARPS, STAGES = 8, 4
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
 _ALIGNMENT = tl.constexpr(16)
 _MANY = 1 << 31  # elements, which 32 bits do not count
@@ -118,4 +120,4 @@ def _add(
             o = o.to(tl.int64)
         at = total + o[:, None] * in_features + i[None, :]
         here = in_out[:, None] & in_in[None, :]
-        tl.store(at, tl.load(at, mask=here) + sum, mask=here)
+        tl.atomic_add(at, sum, mask=here, sem="relaxed")

@@ -16,7 +16,12 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.models.gpt import GPTModel
 
 from bridge.model.build import pipeline_layout
-from bridge.model.config import gpt_model_arguments, leave_out_refused_fusions, transformer_config_fields
+from bridge.model.config import (
+    gpt_model_arguments,
+    leave_out_refused_fusions,
+    transformer_config_fields,
+    without_outdated_warnings,
+)
 from bridge.model.layer_spec import minimax_m2_block_spec
 from bridge.model.safe_settings import VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from bridge.plugins.megatron_bridge.adapters import check_training
@@ -63,7 +68,8 @@ class MiniMaxM2ModelProvider(GPTModelProvider):
             for name, value in VIRTUAL_STAGES_ON_TWO_RANKS.items():
                 setattr(self, name, value)
         leave_out_refused_fusions(self)
-        super().finalize()
+        with without_outdated_warnings():
+            super().finalize()
         check_settings(self)
 
     def provide_distributed_model(self, *args: Any, **kwargs: Any) -> list[Any]:

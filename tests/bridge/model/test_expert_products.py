@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.enums import CudaGraphModule
 from support.expert_products import EXPERTS, KEPT, Model, summed_gradients, whole
 from support.ranks import RankPool
 from support.small_model import SMALL
 
+from bridge.model import expert_products
 from bridge.model.config import transformer_config
 from bridge.model.expert_products import prepare_experts, put_experts_in_order
 from bridge.model.process_groups import model_parallel
@@ -145,6 +147,31 @@ def test_what_is_wrapped_again_is_prepared_again() -> None:
             model(x)
         assert prepare_experts(again)
         assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("stored_in_fp8", [False, True])
+def test_swiglu_is_ours_where_megatron_core_would_call_its_own(
+    monkeypatch: pytest.MonkeyPatch, stored_in_fp8: bool
+) -> None:
+    """Its own keeps inputs in FP8, if that is asked for."""
+    asked: list[torch.Size] = []
+
+    def swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        asked.append(x.shape)
+        a, b = x.float().chunk(2, -1)
+        return (F.silu(a) * b * weights).to(x.dtype)
+
+    monkeypatch.setattr(expert_products, "swiglu", swiglu)
+    with model_parallel(), torch.compiler.set_stance("force_eager"):
+        config = transformer_config(SMALL, activation_func_fp8_input_store=stored_in_fp8)
+        model = Model(config)
+        config.bias_activation_fusion, model.moe.experts.activation_func = True, F.silu
+        x = whole(6, 1, SMALL.hidden_size, seed=1)
+        theirs = model(x)
+        assert not asked
+        assert prepare_experts(wrapped(model))
+        assert torch.allclose(model(x).float(), theirs.float(), rtol=2**-7, atol=2**-7)
+        assert asked == ([] if stored_in_fp8 else [(12, 2 * SMALL.intermediate_size)])
 
 
 def test_an_old_gpu_is_left_to_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:

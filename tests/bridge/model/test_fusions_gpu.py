@@ -18,13 +18,20 @@ from torch import Tensor
 from bridge import model_parallel
 from bridge.model.build import build_model
 from bridge.model.fusions import FUSIONS, fusion_settings
+from bridge.model.gradient_accumulation import PRODUCTS
 from bridge.training.optimizer import freeze, wrap
 from reference.model_class import ModelClass
 
 pytestmark = [pytest.mark.gpu, NO_GPU]
 EXPERTS_KERNEL = "_add"  # of compiled.experts
 WAITS = {"cudaEventSynchronize", "cudaStreamSynchronize"}
-FUSED_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+FUSED_WEIGHTS = (
+    "linear_qkv.weight",
+    "linear_proj.weight",
+    "linear_fc1.weight",
+    "linear_fc2.weight",
+    "output_layer.weight",
+)
 
 
 class Summed(NamedTuple):
@@ -85,6 +92,16 @@ def test_layers_add_their_gradients_themselves(
         assert fused.gradients[name].dtype == torch.float32
         distance = (fused.gradients[name] - gradient).norm() / gradient.norm()
         assert distance <= bound, f"{name}: {distance:.2e}"
+
+
+@pytest.mark.parametrize("sums", [torch.float32, torch.bfloat16])
+def test_the_output_layer_adds_its_gradient_as_float64_would(sums: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(9)
+    x, grad = (torch.randn(300, width, device="cuda", generator=generator).bfloat16() for width in (96, 200))
+    total = torch.randn(200, 96, device="cuda", generator=generator).to(sums)
+    exact = total.double() + grad.double().T @ x.double()
+    PRODUCTS.wgrad_gemm_accum_fp32(x, grad, total)
+    assert (total - exact).norm() <= torch.finfo(sums).eps * 8 * exact.norm()
 
 
 LOSSES: dict[str, dict[str, Any]] = {
