@@ -3,16 +3,30 @@
 With it a layer's product adds a weight's gradient to the float32 sum (`main_grad`, which `DistributedDataParallel`
 makes) itself. Without it the product writes a bfloat16 gradient, which is rounded, and another kernel adds that: for
 each weight and microbatch 12 bytes an element are moved instead of 8. Transformer Engine's layers can do it for
-themselves (those of experts better: `bridge.model.expert_products`). megatron-core's output layer asks for an extension
-of APEX, and fails without it; so it alone goes without.
+themselves (those of experts better: `bridge.model.expert_products`). megatron-core's output layer calls an extension of
+APEX; where that is not installed, torch's own product takes its place.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
+
+
+def _add_product(x: Tensor, grad: Tensor, total: Tensor) -> None:
+    """total += grad^T x, of `[tokens, in]` and `[tokens, out]`; products are summed in float32."""
+    if x.dtype == total.dtype:
+        total.addmm_(grad.T, x)
+    else:
+        torch.addmm(total, grad.T, x, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
+
+
+# What megatron-core's output layer calls of APEX's `fused_weight_gradient_mlp_cuda`, by the dtype of the sums.
+PRODUCTS = SimpleNamespace(wgrad_gemm_accum_fp32=_add_product, wgrad_gemm_accum_fp16=_add_product)
 
 
 def build_accumulating[Model: nn.Module](
