@@ -50,7 +50,8 @@ FUSIONS: dict[FusionName, Fusion] = {
         gain="13 ms",
     ),
     "gradient_accumulation": Fusion(
-        "weights' gradients added to their float32 sums by what makes them, those of experts in one kernel",
+        "weights' gradients added to their float32 sums by what makes them: those of experts in one kernel, an "
+        "embedding's to the rows that were looked up",
         {"gradient_accumulation_fusion": True},
         gain="18 ms, and more of the processor's time",
     ),

@@ -9,7 +9,7 @@ write all gradients once more.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -68,8 +68,11 @@ class Trained:
     optimizer: Any
     scheduler: Any
     load: Tensor | None = None  # tokens of each layer and expert here, of the step that is being made
+    routers: list[Any] = field(init=False)  # those that have a bias
 
     def __post_init__(self) -> None:
+        modules = (module for chunk in self.chunks for module in chunk.modules())
+        self.routers = [module for module in modules if getattr(module, "expert_bias", None) is not None]
         # Another loop in this process may have left a scale of another shape, and losses of another number of layers.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
         destroy_moe_metrics_tracker()
@@ -187,8 +190,7 @@ def train_step(
     """
     for chunk in trained.wrapped:  # the longest for the GPU, which waits for something to do
         chunk.zero_grad_buffer()
-    trained.optimizer.zero_grad()
-    biases = _router_biases(trained)
+    biases = [(router.expert_bias, router.expert_bias.clone()) for router in trained.routers]
     sums = forward(trained, batches, flags=flags)
     aux_loss = _aux_loss(trained)
     grad_norm = _move(trained.optimizer, sums)
@@ -196,6 +198,7 @@ def train_step(
         for bias, before in biases:  # megatron-core moves it when gradients are final
             bias.copy_(before)
         return grad_norm
+    trained.optimizer.zero_grad()  # while the GPU is at work
     lr = trained.optimizer.param_groups[0]["lr"]
     trained.scheduler.step(1)
     found = torch.cat([aux_loss, _expert_load(trained).double(), sums]).tolist()
@@ -255,13 +258,6 @@ def _arrived(values: Tensor, event: Any) -> list[float]:
     """Numbers that were sent to the processor before an event."""
     event.synchronize()
     return values.tolist()
-
-
-def _router_biases(trained: Trained) -> list[tuple[Tensor, Tensor]]:
-    """Each router's bias, and a copy of it."""
-    modules = (module for chunk in trained.chunks for module in chunk.modules())
-    found = [bias for module in modules if (bias := getattr(module, "expert_bias", None)) is not None]
-    return [(bias, bias.clone()) for bias in found]
 
 
 def _forward_step(trained_on: Tensor, batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:

@@ -226,3 +226,9 @@ def test_gaps_are_told_by_the_kernels_around_them() -> None:
     ]  # fmt: skip
     assert idle.longest_gaps(works) == {"b -> a": 5.0, "a -> b": 4.0}
     assert idle.longest_kernels(works) == {"a": 1.5, "b": 1.3}
+
+
+def test_what_counts_comes_after_the_last_mark() -> None:
+    mark = f"at::{idle.MARK}(long)"
+    works = [idle.Work(0, 5, "a"), idle.Work(5, 6, mark), idle.Work(7, 8, "b"), idle.Work(8, 9, mark)]
+    assert idle.since_mark([*works, idle.Work(9, 12, "c"), idle.Work(11, 13, "d")]) == [(9, 12, "c"), (11, 13, "d")]

@@ -31,6 +31,7 @@ FUSED_WEIGHTS = (
     "linear_fc1.weight",
     "linear_fc2.weight",
     "output_layer.weight",
+    "word_embeddings.weight",
 )
 
 

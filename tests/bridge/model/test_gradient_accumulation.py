@@ -1,0 +1,41 @@
+"""An embedding that adds to the sums of the rows that were looked up: megatron-core's own layer and wrapper, on gloo.
+
+Its kernel is in `tests/compiled/test_embedding.py`, the rest of `bridge.model.gradient_accumulation` in
+`test_fusions_gpu.py`.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.embedding_sums import KEPT, summed
+from support.ranks import RankPool
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its addition is for a host without a GPU")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_sums_over_microbatches_and_ranks_are_those_of_autograd(two: RankPool, tp: int, overlap: bool) -> None:
+    ours, autograds = (two.call(summed, rows, tp, overlap) for rows in (True, False))
+    for rank in range(2):
+        assert torch.equal(ours[rank].output, autograds[rank].output)
+        assert torch.equal(ours[rank].sums, autograds[rank].sums)
+        assert ours[rank].sums.any()
+        assert ours[rank].added
+        assert not autograds[rank].added
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_keeps_no_sum_is_autograds(two: RankPool, kept: str) -> None:
+    """A weight that is frozen, and one that is not wrapped."""
+    ours, autograds = (two.call(KEPT[kept], rows) for rows in (True, False))
+    for mine, theirs in zip(ours, autograds, strict=True):
+        assert (mine is None) == (theirs is None) == (kept == "frozen")
+        assert mine is None or torch.equal(mine, theirs)
