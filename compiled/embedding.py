@@ -44,7 +44,7 @@ def add_embedding_gradient(
     ordered, places = tokens.flatten().int().sort(stable=True)
     count, width = len(ordered), total.shape[1]
     grid = (count, triton.cdiv(width, COLUMNS), 1)
-    _add(grid, (grad.contiguous(), ordered, places, total, width), (TOKENS, COLUMNS), free=(count,))
+    _add_rows(grid, (grad.contiguous(), ordered, places, total, width), (TOKENS, COLUMNS), free=(count,))
 
 
 def _check(grad: Tensor, tokens: Tensor, total: Tensor) -> None:
@@ -68,7 +68,7 @@ def _check(grad: Tensor, tokens: Tensor, total: Tensor) -> None:
 
 @Launcher
 @triton.jit(do_not_specialize=["count"])
-def _add(count, grad, ordered, places, total, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_rows(count, grad, ordered, places, total, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """If a token is the first of those that equal it: all of them, and a part of the row."""
     first = tl.program_id(0)
     token = tl.load(ordered + first)
