@@ -3,7 +3,7 @@
 **Law.** y = w silu(a) b, of each token: a and b are the halves of its row, w is its weight; in float32, rounded once.
 
 **Why.** Compiled by torch, as megatron-core has it, the backward pass is two kernels that both read rows and gradients,
-24 KB a token of width 1536, at half of the GPU's bandwidth. Here one kernel reads and writes each once: 15 KB.
+24 KB a token of width 1536. Here one kernel reads and writes each once: 15 KB.
 """
 
 # ruff: noqa: N803  (upper case: compile-time constants)

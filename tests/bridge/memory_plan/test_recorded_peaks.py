@@ -39,5 +39,5 @@ def test_plans_are_within_a_tenth_of_recorded_peaks(name: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     wanted = planned(record["config"])
     peaks = {row: line["peak GB"] for row, line in record["rows"].items() if "peak GB" in line}
-    assert {"megatron-bridge", "fusions and graphs"} <= peaks.keys()
+    assert "fusions and graphs" in peaks
     assert peaks == {row: pytest.approx(wanted, rel=0.1) for row in peaks}
