@@ -64,6 +64,12 @@ def fresh_interpreter(code: str, *, typecheck: bool = False, **environment: str)
     )
 
 
+def succeeds_in_a_fresh_interpreter(code: str, **environment: str) -> None:
+    """`code` ends without an exception there; `TRITON_INTERPRET="1"` has Triton's kernels run on the CPU."""
+    result = fresh_interpreter(code, **environment)
+    assert result.returncode == 0, result.stderr
+
+
 def without_type_checks(module: str) -> ModuleType:
     """A second copy of a module as users run it: pytest's --jaxtyping-packages instruments the first one only."""
     spec = importlib.util.spec_from_file_location(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks import NO_GPU, fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
 from torch import Tensor
 
 # Triton's interpreter runs the kernels on the CPU; its bfloat16 is not the hardware's, so float16 it is.
@@ -32,8 +32,7 @@ for tokens, width in ((5, 40), (3, 16), (1, 8), (0, 16)):
 def test_every_element_of_every_row_is_made_once() -> None:
     """Rows that end inside a block, and no rows."""
     pytest.importorskip("triton")
-    result = fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
-    assert result.returncode == 0, result.stderr
+    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -5,7 +5,7 @@ Their arithmetic is compared on a GPU, by the tests that run on each device.
 
 import pytest
 import torch
-from support.checks import NO_GPU, fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
 from support.fp8_cases import same_bits, source
 
 from compiled.fp8 import dequantize_blockwise
@@ -34,13 +34,8 @@ def test_more_kinds_of_tensors_than_torch_compiles_by_default():
             assert same_bits(dequantize_blockwise(weight, scales), reference.dequantize_blockwise(codes, scales))
 
 
-def in_a_fresh_interpreter(program: str, **environment: str) -> None:
-    result = fresh_interpreter(program, **environment)
-    assert result.returncode == 0, result.stderr
-
-
 def test_importing_compiles_nothing():
-    in_a_fresh_interpreter(
+    succeeds_in_a_fresh_interpreter(
         "import sys, compiled.fp8\n"
         "assert not {'torch._dynamo.eval_frame', 'torch._inductor.compile_fx', 'triton'} & set(sys.modules)"
     )
@@ -81,7 +76,7 @@ assert damaged
 def test_geometry_of_the_cuda_kernels():
     """Triton's interpreter runs them on the CPU; its bfloat16 and its NaN are not the hardware's, so float32 it is."""
     pytest.importorskip("triton")
-    in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
