@@ -3,10 +3,10 @@
 **Law.** In place, for each token: total[token] += gradient of its output.
 
 **Why.** As autograd has it, a gradient as large as the whole table is filled with zeros, made, and added to the sum: of
-200,064 rows of 3072, 8.6 GB are moved for each microbatch. Here only rows that occur are: of 4096 tokens, 0.13 GB.
+200,064 rows of 3072, 7.4 GB are moved for each microbatch. Here only rows that occur are: of 4096 tokens, 0.13 GB.
 
 Tokens are sorted, so that equal ones are neighbours. A program adds up the gradients of all that equal the first of
-them, in the order of their places, and adds that to a part of the row: sums are the same each time.
+them, always in the same order, and adds that to a part of the row. One that occurs often takes its program long.
 """
 
 # ruff: noqa: N803  (upper case: compile-time constants)

@@ -20,7 +20,6 @@ the processor does not wait for the GPU at all then; where ranks send each other
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
+
+from bridge.model.renamed import with_names
 
 ONE_KERNEL = (9, 10)  # major compute capabilities for which torch has a kernel for all experts
 
@@ -212,12 +213,10 @@ def _with_offsets(
 
 
 def _forward_of(config: TransformerConfig) -> Callable[..., Any]:
-    """megatron-core's forward pass of a layer of experts, in which its fused SwiGLU is `swiglu`."""
-    forward: Any = TEGroupedMLP.forward
-    if config.activation_func_fp8_input_store:
-        return forward
-    names = forward.__globals__ | {"weighted_bias_swiglu_impl": _swiglu}
-    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    """megatron-core's forward pass of a layer of experts, in which its fused SwiGLU is `swiglu`, where that can be."""
+    if config.activation_func_fp8_input_store or config.moe_router_dtype == "fp64":
+        return TEGroupedMLP.forward
+    return with_names(TEGroupedMLP.forward, weighted_bias_swiglu_impl=_swiglu)
 
 
 def _swiglu(x: Tensor, _bias: None, weights: Tensor, _in_fp8: bool) -> Tensor:

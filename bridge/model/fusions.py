@@ -51,7 +51,7 @@ FUSIONS: dict[FusionName, Fusion] = {
     ),
     "gradient_accumulation": Fusion(
         "weights' gradients added to their float32 sums by what makes them: those of experts in one kernel, an "
-        "embedding's to the rows that were looked up",
+        "embedding's to the rows that were looked up; experts that do so have SwiGLU of `compiled.experts` too",
         {"gradient_accumulation_fusion": True},
         gain="20 ms, and more of the processor's time",
     ),

@@ -5,11 +5,11 @@ makes) itself. Without it the product writes a bfloat16 gradient, which is round
 each weight and microbatch 12 bytes an element are moved instead of 8. Transformer Engine's layers can do it for
 themselves (those of experts better: `bridge.model.expert_products`). megatron-core's output layer calls an extension of
 APEX; where that is not installed, torch's own product takes its place. Its embedding makes and adds a gradient of all
-rows; here only those that were looked up are added to (`compiled.embedding`).
+rows; here only those that were looked up are added to (`compiled.embedding`), where a rank has the whole vocabulary.
 """
 
 from collections.abc import Callable
-from types import FunctionType, MethodType, SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bridge.model.renamed import with_names
+
 
 def _add_product(x: Tensor, grad: Tensor, total: Tensor) -> None:
-    """total += grad^T x, of `[tokens, in]` and `[tokens, out]`; products are summed in float32."""
+    """total += grad^T x, of `[tokens, in]` and `[tokens, out]`; summed in float32 where total is that."""
     if x.dtype == total.dtype:
         total.addmm_(grad.T, x)
     else:
@@ -46,19 +48,19 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (tokens,), weight = ctx.saved_tensors, ctx.weight
-        add_embedding_gradient(grad, tokens, weight.main_grad)
+        add_rows(grad, tokens, weight.main_grad)
         weight.grad_added_to_main_grad = True
         return None, layers.get_dummy_wgrad(list(weight.shape), weight.dtype)
 
 
 def _embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.embedding`; where a sum of gradients is kept, they are added to it."""
-    if hasattr(weight, "main_grad") and weight.requires_grad:
+    if hasattr(weight, "main_grad"):
         return _Embedding.apply(tokens, weight)  # pyright: ignore[reportReturnType]
     return F.embedding(tokens, weight)
 
 
-def add_embedding_gradient(grad: Tensor, tokens: Tensor, total: Tensor) -> None:
+def add_rows(grad: Tensor, tokens: Tensor, total: Tensor) -> None:
     """`compiled.embedding`, which needs Triton; that is not everywhere where this file is read."""
     from compiled.embedding import add_embedding_gradient
 
@@ -74,11 +76,14 @@ def _accumulate(module: Any) -> None:
         layers.fused_weight_gradient_mlp_cuda = PRODUCTS  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _accumulate_rows(embedding: layers.VocabParallelEmbedding) -> None:
-    """megatron-core's forward pass of an embedding, in which `F.embedding` is `_embedding`."""
-    forward: Any = layers.VocabParallelEmbedding.forward
-    names = forward.__globals__ | {"F": SimpleNamespace(embedding=_embedding)}
-    embedding.forward = MethodType(FunctionType(forward.__code__, names, forward.__name__), embedding)
+def _accumulate_rows(embedding: Any) -> None:
+    """megatron-core's forward pass of an embedding, in which `F.embedding` is `_embedding`.
+
+    Not where the vocabulary is divided: there each rank looks up its first row for all tokens of others.
+    """
+    if embedding.tp_group.size() == 1 and embedding.gtp_remat_size == 1:
+        forward = with_names(layers.VocabParallelEmbedding.forward, F=SimpleNamespace(embedding=_embedding))
+        embedding.forward = MethodType(forward, embedding)
 
 
 def build_accumulating[Model: nn.Module](
@@ -99,6 +104,6 @@ def build_accumulating[Model: nn.Module](
     for module in model.modules() if fused else ():
         if alone:
             _accumulate(module)
-        if type(module) is layers.VocabParallelEmbedding and module.gtp_remat_size == 1:
+        if type(module) is layers.VocabParallelEmbedding:
             _accumulate_rows(module)
     return model

@@ -132,6 +132,16 @@ REFUSALS: dict[str, Refusal] = {
             "params_dtype": lambda dtype: dtype is not torch.bfloat16,
         },
     ),
+    "Transformer Engine's cross entropy of float16": Refusal(
+        "broken",
+        "an error at the first loss: its kernels are for bfloat16 and float32",
+        {"cross_entropy_loss_fusion": False},
+        {
+            "cross_entropy_loss_fusion": on,
+            "cross_entropy_fusion_impl": lambda kind: kind == "te",
+            "params_dtype": lambda dtype: dtype is torch.float16,
+        },
+    ),
     "fused router, routing replay": Refusal(
         "wrong",
         "the fused router chooses experts anew, and those that were recorded are not replayed",

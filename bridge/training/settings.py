@@ -95,8 +95,9 @@ class TrainJob:
         "whole experts at most, without virtual stages, recomputation, frozen parameters).",
         SPEED, None, free=True)  # fmt: skip
     fusions: tuple[FusionName, ...] = _setting(
-        "Fused kernels (bridge.model.fusions), each by this option (default: where CUDA graphs are the default all but "
-        "cross_entropy_te; else in bfloat16 on GPUs router, permute and cross_entropy).",
+        "Fused kernels (bridge.model.fusions), each by this option (default: all where CUDA graphs are the default, "
+        "else in bfloat16 on GPUs router, permute and a cross entropy; that is cross_entropy_te from Transformer "
+        "Engine 2.20 on, before cross_entropy).",
         SPEED, (), free=True)  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a mixture of experts computes beside its products, each one launch for all experts."""
+"""What a mixture of experts computes beside `torch.nn.functional.grouped_mm`, each in one launch for all experts."""
 
 from compiled.experts.swiglu import weighted_swiglu
 from compiled.experts.weight_gradients import add_weight_gradients

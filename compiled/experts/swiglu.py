@@ -23,7 +23,8 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def weighted_swiglu(
-    x: BFloat16[Tensor, "tokens two*width"] | Float16[Tensor, "tokens two*width"], weights: Float[Tensor, "tokens 1"]
+    x: BFloat16[Tensor, "tokens gate_and_up"] | Float16[Tensor, "tokens gate_and_up"],
+    weights: Float[Tensor, "tokens 1"],
 ) -> BFloat16[Tensor, "tokens width"] | Float16[Tensor, "tokens width"]:
     """`weights * silu(a) * b`, of the halves `a, b = x.chunk(2, -1)`; also its gradients, of both arguments.
 

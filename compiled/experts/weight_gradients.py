@@ -24,6 +24,7 @@ OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 256, 64  # of a program: the tile, and row
 WARPS, STAGES = 8, 4
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
 _ALIGNMENT = tl.constexpr(16)
+ROOMY = (9, 10)  # major compute capabilities
 _MANY = 1 << 31  # elements, which 32 bits do not count
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -43,13 +44,15 @@ def add_weight_gradients(
         ends: how many tokens each expert and those before it have, as `torch.nn.functional.grouped_mm` wants them. Not
             looked at by the processor: they must not fall, and not end beyond the tokens.
 
-    All must be contiguous and on one device, and rows a multiple of 16 bytes long (of 8 elements, `total` of 4).
+    All must be contiguous and on one device, and rows a multiple of 16 bytes long (of 8 elements, `total` of 4). A tile
+    takes 192 KB of shared memory, which GPUs of compute capability 9 and 10 have.
 
     Raises:
         ValueError: one of them is not so; names it, and what was found.
     """
     experts, out_features, in_features = total.shape
     _check(x, grad, total, ends)
+    _check_room(x.device)
     many = max(len(x), out_features) * max(in_features, out_features) >= _MANY
     tiles = triton.cdiv(out_features, OUT_BLOCK) * triton.cdiv(in_features, IN_BLOCK)
     _add(
@@ -59,6 +62,14 @@ def add_weight_gradients(
         warps=WARPS,
         stages=STAGES,
     )
+
+
+def _check_room(device: torch.device) -> None:
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device))[0] not in ROOMY:
+        raise ValueError(
+            f"x is on {torch.cuda.get_device_name(device)}, of compute capability {found}, which has no 192 KB of "
+            "shared memory for a tile; capability 9 or 10 has, and Transformer Engine's grouped layers need less"
+        )
 
 
 def _check(x: Tensor, grad: Tensor, total: Tensor, ends: Tensor) -> None:

@@ -70,7 +70,7 @@ def summed(rows: bool, tp: int, overlap: bool) -> Sums:
     unread = patch.object(
         layers, "get_dummy_wgrad", lambda shape, dtype: torch.full(shape, 7, dtype=dtype), create=True
     )
-    added = patch.object(gradient_accumulation, "add_embedding_gradient", add_rows)
+    added = patch.object(gradient_accumulation, "add_rows", add_rows)
     with groups_of(Parallelism(dp=2 // tp, tp=tp)), unread, added:
         model = model_of(rows, tp)
         config = DistributedDataParallelConfig(
@@ -89,21 +89,9 @@ def summed(rows: bool, tp: int, overlap: bool) -> Sums:
         return Sums(weight.main_grad.clone(), output.detach(), weight.grad_added_to_main_grad)
 
 
-def frozen(rows: bool) -> Tensor | None:
-    """Its gradient, that of a model which trains something else."""
-    with groups_of(Parallelism(dp=2)):
-        model = model_of(rows, 1)
-        model.embedding.weight.requires_grad_(False)
-        model.embedding.weight.main_grad = None  # pyright: ignore[reportAttributeAccessIssue]
-        model(tokens_of(0)).sum().backward()
-        return model.embedding.weight.grad
-
-
 def not_wrapped(rows: bool) -> Tensor | None:
+    """The gradient of a model that keeps no sums."""
     with groups_of(Parallelism(dp=2)):
         model = model_of(rows, 1)
         model(tokens_of(0)).sum().backward()
         return model.embedding.weight.grad
-
-
-KEPT = {"frozen": frozen, "not wrapped": not_wrapped}

@@ -149,11 +149,11 @@ def test_what_is_wrapped_again_is_prepared_again() -> None:
         assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("stored_in_fp8", [False, True])
+@pytest.mark.parametrize("left", [{}, {"activation_func_fp8_input_store": True}, {"moe_router_dtype": "fp64"}])
 def test_swiglu_is_ours_where_megatron_core_would_call_its_own(
-    monkeypatch: pytest.MonkeyPatch, stored_in_fp8: bool
+    monkeypatch: pytest.MonkeyPatch, left: dict[str, Any]
 ) -> None:
-    """Its own keeps inputs in FP8, if that is asked for."""
+    """Its own keeps inputs in FP8, if that is asked for, and takes float64 weights."""
     asked: list[torch.Size] = []
 
     def swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def test_swiglu_is_ours_where_megatron_core_would_call_its_own(
 
     monkeypatch.setattr(expert_products, "swiglu", swiglu)
     with model_parallel(), torch.compiler.set_stance("force_eager"):
-        config = transformer_config(SMALL, activation_func_fp8_input_store=stored_in_fp8)
+        config = transformer_config(SMALL, **left)
         model = Model(config)
         config.bias_activation_fusion, model.moe.experts.activation_func = True, F.silu
         x = whole(6, 1, SMALL.hidden_size, seed=1)
@@ -171,7 +171,7 @@ def test_swiglu_is_ours_where_megatron_core_would_call_its_own(
         assert not asked
         assert prepare_experts(wrapped(model))
         assert torch.allclose(model(x).float(), theirs.float(), rtol=2**-7, atol=2**-7)
-        assert asked == ([] if stored_in_fp8 else [(12, 2 * SMALL.intermediate_size)])
+        assert asked == ([] if left else [(12, 2 * SMALL.intermediate_size)])
 
 
 def test_an_old_gpu_is_left_to_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """What the table of fusions says is so: fields, gains, what a model has of them; a fused loss is the plain one."""
 
 import json
+import warnings
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 from typing import NamedTuple, get_args
 
 import pytest
@@ -11,9 +13,14 @@ from support.checks import RESULTS
 from support.small_model import DEVICE, SMALL
 from torch import Tensor
 
-from bridge.model import config
+from bridge.model import config, fusions
 from bridge.model.build import build_model
-from bridge.model.config import default_fusions, transformer_config, transformer_config_fields
+from bridge.model.config import (
+    default_fusions,
+    leave_out_refused_fusions,
+    transformer_config,
+    transformer_config_fields,
+)
 from bridge.model.fusions import (
     FUSIONS,
     MODEL_DEFAULTS,
@@ -26,6 +33,7 @@ from bridge.model.fusions import (
 )
 from bridge.model.layer_spec import Backend
 from bridge.model.process_groups import model_parallel
+from bridge.model.safe_settings import check_settings
 
 
 def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
@@ -68,6 +76,43 @@ def test_a_model_has_the_fastest_where_they_are_recorded(
     assert default_fusions(backend, dtype) == (chosen_settings(MODEL_DEFAULTS) if recorded else {})
     fields = transformer_config_fields(SMALL, params_dtype=dtype, backend=backend)
     assert (chosen_settings(MODEL_DEFAULTS).items() <= fields.items()) == recorded
+
+
+@pytest.mark.parametrize(
+    ("installed", "chosen"), [("2.20.2", "te"), ("2.20", "te"), ("2.19.0", ""), ("2.9", ""), (None, "")]
+)
+def test_the_cross_entropy_is_transformer_engines_where_that_is_mended(
+    installed: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only there megatron-core's warning of it is not shown."""
+
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(fusions, "version", version)
+    default, other = fusions.cross_entropies()
+    both: tuple[FusionName, FusionName] = ("cross_entropy", "cross_entropy_te")
+    assert (default, other) == (both[::-1] if chosen == "te" else both)
+    monkeypatch.setattr(config, "CROSS_ENTROPY", default)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        transformer_config(SMALL, **chosen_settings(("cross_entropy_te",)))
+    assert any("cross entropy" in str(one.message) for one in shown) == (chosen != "te")
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_te"])
+def test_a_cross_entropy_that_is_a_default_gives_way_to_another_dtype(
+    name: FusionName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a host framework sets the dtype of a provider."""
+    monkeypatch.setattr(config, "MODEL_DEFAULTS", (name,))
+    megatron = transformer_config(SMALL, **chosen_settings((name,)))
+    megatron.params_dtype, megatron.bf16, megatron.fp16 = torch.float16, False, True
+    leave_out_refused_fusions(megatron)
+    assert not megatron.cross_entropy_loss_fusion
+    check_settings(megatron)
 
 
 def test_a_default_gives_way_to_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

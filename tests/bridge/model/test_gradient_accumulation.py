@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.embedding_sums import KEPT, summed
+from support.embedding_sums import not_wrapped, summed
 from support.ranks import RankPool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its addition is for a host without a GPU")
@@ -23,19 +23,18 @@ def two() -> Iterator[RankPool]:
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_sums_over_microbatches_and_ranks_are_those_of_autograd(two: RankPool, tp: int, overlap: bool) -> None:
+    """Where the vocabulary is divided, they are autograd's."""
     ours, autograds = (two.call(summed, rows, tp, overlap) for rows in (True, False))
     for rank in range(2):
         assert torch.equal(ours[rank].output, autograds[rank].output)
         assert torch.equal(ours[rank].sums, autograds[rank].sums)
         assert ours[rank].sums.any()
-        assert ours[rank].added
+        assert ours[rank].added == (tp == 1)
         assert not autograds[rank].added
 
 
-@pytest.mark.parametrize("kept", KEPT)
-def test_what_keeps_no_sum_is_autograds(two: RankPool, kept: str) -> None:
-    """A weight that is frozen, and one that is not wrapped."""
-    ours, autograds = (two.call(KEPT[kept], rows) for rows in (True, False))
+def test_without_sums_it_is_autograds(two: RankPool) -> None:
+    ours, autograds = (two.call(not_wrapped, rows) for rows in (True, False))
     for mine, theirs in zip(ours, autograds, strict=True):
-        assert (mine is None) == (theirs is None) == (kept == "frozen")
-        assert mine is None or torch.equal(mine, theirs)
+        assert torch.equal(mine, theirs)
+        assert mine.any()

@@ -66,6 +66,9 @@ TRIGGERS: dict[str, Trigger] = {
     "compiled cross entropy of other dtypes": Trigger(
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native", "params_dtype": torch.float32}
     ),
+    "Transformer Engine's cross entropy of float16": Trigger(
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te", "params_dtype": torch.float16}
+    ),
     "fused router, routing replay": Trigger({"moe_router_fusion": True, "moe_enable_routing_replay": True}),
     "fused router, quantile balancing": Trigger(
         {"moe_router_fusion": True, "moe_router_load_balancing_type": "quantile_balancing"},

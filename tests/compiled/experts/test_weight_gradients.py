@@ -66,6 +66,21 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         add_weight_gradients(**good | changed)
 
 
+def test_a_gpu_without_room_for_a_tile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from compiled.experts.weight_gradients import _check_room
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    for capability, fits in {(8, 0): False, (9, 0): True, (10, 0): True, (12, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        if fits:
+            _check_room(torch.device("cuda"))
+        else:
+            with pytest.raises(ValueError, match=rf"A100, of compute capability \({capability[0]}, 0\).* 9 or 10 has"):
+                _check_room(torch.device("cuda"))
+    _check_room(torch.device("cpu"))
+
+
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
