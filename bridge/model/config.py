@@ -131,7 +131,7 @@ def default_fusions(backend: Backend, params_dtype: torch.dtype) -> dict[str, An
 def without_outdated_warnings() -> Iterator[None]:
     """megatron-core 0.19 warns of Transformer Engine's cross entropy, also where that is mended.
 
-    `bridge.model.fusions.cross_entropies` says since when.
+    `bridge.model.fusions.default_cross_entropy` says since when.
     """
     with warnings.catch_warnings():
         if CROSS_ENTROPY == "cross_entropy_te":

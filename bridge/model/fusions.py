@@ -20,7 +20,7 @@ FusionName = Literal[
 
 
 class Fusion(NamedTuple):
-    """One row: what it fuses, `TransformerConfig` fields, the backends that have it, and its measured gain.
+    """One row: what it fuses, `TransformerConfig` fields, its measured gain, and the backends that have it.
 
     `gain` is of the record `RECORD`: what it saves of the 250 ms in which the GPU is busy in a step with CUDA graphs
     and no fusion. `environment` is what Transformer Engine reads from the process's environment.
@@ -28,8 +28,8 @@ class Fusion(NamedTuple):
 
     fuses: str
     settings: Mapping[str, Any]
+    gain: str
     backends: tuple["Backend", ...] = ("transformer_engine",)
-    gain: str | None = None
     environment: Mapping[str, str] = {}
 
 
@@ -41,8 +41,8 @@ FUSIONS: dict[FusionName, Fusion] = {
     "cross_entropy": Fusion(
         "logits to losses, compiled by torch",
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"},
-        ("transformer_engine", "local"),
         gain="6 ms",
+        backends=("transformer_engine", "local"),
     ),
     "cross_entropy_te": Fusion(
         "logits to losses, Transformer Engine's kernels; two numbers a token are kept, and the logits in bfloat16",
@@ -65,8 +65,8 @@ FUSIONS: dict[FusionName, Fusion] = {
 }
 
 
-def cross_entropies() -> tuple[FusionName, FusionName]:
-    """The one that a model has by default here, and the other.
+def default_cross_entropy() -> FusionName:
+    """The one of the two that a model has by default here.
 
     Transformer Engine before 2.18 rounded gradients of logits to bfloat16 before it multiplied them, for which
     megatron-core 0.19 warns of its kernels, and before 2.20 kept them in float32. The default is what was measured.
@@ -75,15 +75,13 @@ def cross_entropies() -> tuple[FusionName, FusionName]:
         new = Version(version("transformer-engine")) >= Version("2.20")
     except PackageNotFoundError:
         new = False
-    return ("cross_entropy_te", "cross_entropy") if new else ("cross_entropy", "cross_entropy_te")
+    return "cross_entropy_te" if new else "cross_entropy"
 
 
-CROSS_ENTROPY, _OTHER = cross_entropies()
-# Those that gain, and of them those that need nothing around the model: no `main_grad`, no environment.
-FASTEST: tuple[FusionName, ...] = tuple(
-    name for name, fusion in FUSIONS.items() if fusion.gain is not None and name != _OTHER
-)
+CROSS_ENTROPY = default_cross_entropy()
+# Those that need nothing around the model, and with those that need `main_grad` or an environment all.
 MODEL_DEFAULTS: tuple[FusionName, ...] = ("router", "permute", CROSS_ENTROPY)
+FASTEST: tuple[FusionName, ...] = (*MODEL_DEFAULTS, "gradient_accumulation", "grouped_gemm")
 
 
 def chosen_settings(names: Iterable[FusionName]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Trained:
     optimizer: Any
     scheduler: Any
     load: Tensor | None = None  # tokens of each layer and expert here, of the step that is being made
-    routers: list[Any] = field(init=False)  # those that have a bias
+    routers: list[Any] = field(init=False)  # those that have a bias, and so count their tokens
 
     def __post_init__(self) -> None:
         modules = (module for chunk in self.chunks for module in chunk.modules())
@@ -90,12 +90,7 @@ class Trained:
             config.param_sync_func = [one.start_param_sync for one in self.wrapped]
 
     def _finalize(self, model: list[Any], num_tokens: object = None, **named: Any) -> None:
-        counts = [
-            module.local_tokens_per_expert.clone()
-            for chunk in self.chunks
-            for module in chunk.modules()
-            if hasattr(module, "local_tokens_per_expert") and module.local_tokens_per_expert is not None
-        ]
+        counts = [router.local_tokens_per_expert.clone() for router in self.routers]
         self.load = torch.stack(counts) if counts else None
         finalize_model_grads(model, None, **named)  # the losses were divided
         for chunk in self.chunks:

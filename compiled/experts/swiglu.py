@@ -55,15 +55,15 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
         out = x.new_empty(len(x), x.shape[1] // 2)
-        if out.numel():
+        if len(x):
             _forward((len(x), 1, 1), (x, weights, out, out.shape[1]), (BLOCK,), warps=WARPS)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights = ctx.saved_tensors
-        grad_x, grad_weights = torch.empty_like(x), torch.zeros_like(weights)
-        if grad.numel():
+        grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
+        if len(x):
             arguments = grad.contiguous(), x, weights, grad_x, grad_weights, grad.shape[1]
             _backward((len(x), 1, 1), arguments, (BLOCK,), warps=WARPS)
         return grad_x, grad_weights

@@ -23,8 +23,8 @@ from compiled.triton_launch import Launcher
 OUT_BLOCK, IN_BLOCK, ROW_BLOCK = 128, 256, 64  # of a program: the tile, and rows at a time
 WARPS, STAGES = 8, 4
 TALL = 8  # tiles beside each other that are made one after another, since they read the same columns of x
+ROOMY = (9, 10)  # major compute capabilities of GPUs with room for a tile
 _ALIGNMENT = tl.constexpr(16)
-ROOMY = (9, 10)  # major compute capabilities
 _MANY = 1 << 31  # elements, which 32 bits do not count
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -1,11 +1,11 @@
 """What `bench train` compares: a row is a set of overrides of one training step, and says what it needs.
 
-`PEER_FLAGS` are what the provider of megatron-bridge
-0.6.2 for this model sets otherwise than `bridge.model.config` without fusions, on a GPU with Transformer Engine
-(`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to it), but for `ACCUMULATED`: it asks for that where
-Transformer Engine is installed, and its model cannot be built then without an extension of APEX. `bridge.build_model`
-builds it, so that there is a row with it too. A row that `bridge.model.safe_settings` refuses is written as what it
-says; one that `lifts` a refusal is tried all the same, last, and what happens is written down.
+`PEER_FLAGS` are what the provider of megatron-bridge 0.6.2 for this model sets otherwise than `bridge.model.config`
+without fusions, on a GPU with Transformer Engine (`tests/bridge/plugins/test_megatron_bridge_flags.py` holds them to
+it), but for `ACCUMULATED`: it asks for that where Transformer Engine is installed, and its model cannot be built then
+without an extension of APEX. `bridge.build_model` builds it, so that there is a row with it too. A row that
+`bridge.model.safe_settings` refuses is written as what it says; one that `lifts` a refusal is tried all the same, last,
+and what happens is written down.
 """
 
 from collections.abc import Callable, Mapping

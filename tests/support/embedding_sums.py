@@ -3,7 +3,6 @@
 Values are small integers, so that every sum is exact, whatever is added first.
 """
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -17,6 +16,7 @@ from bridge.model import gradient_accumulation
 from bridge.model.config import transformer_config
 from bridge.model.process_groups import groups_of
 from reference.parallelism import Parallelism
+from support.accumulation import KEPT, accumulate
 from support.small_model import SMALL
 
 ROWS, WIDTH, TOKENS = 16, 8, 12
@@ -73,18 +73,11 @@ def summed(rows: bool, tp: int, overlap: bool) -> Sums:
     added = patch.object(gradient_accumulation, "add_rows", add_rows)
     with groups_of(Parallelism(dp=2 // tp, tp=tp)), unread, added:
         model = model_of(rows, tp)
-        config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap, bucket_size=100
-        )
+        config = DistributedDataParallelConfig(**KEPT, overlap_grad_reduce=overlap, bucket_size=100)
         wrapped = DistributedDataParallel(transformer_config(SMALL), config, model)
         weight: Any = model.embedding.weight
         for step in range(2):
-            wrapped.zero_grad_buffer()
-            for number in range(3):
-                with wrapped.no_sync() if number < 2 else nullcontext():
-                    output = wrapped(tokens_of(3 * step + number))
-                    output.sum().backward()
-            wrapped.finish_grad_sync()
+            output = accumulate(wrapped, [tokens_of(3 * step + number) for number in range(3)])
             assert weight.grad is None
         return Sums(weight.main_grad.clone(), output.detach(), weight.grad_added_to_main_grad)
 

@@ -6,7 +6,6 @@ Values are small integers and products sparse, so that every sum is exact in bfl
 import gc
 import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -23,11 +22,11 @@ from bridge.model.config import transformer_config
 from bridge.model.process_groups import groups_of
 from bridge.model.sorted_chunks import leave_sorted
 from reference.parallelism import Parallelism
+from support.accumulation import KEPT, accumulate
 from support.small_model import SMALL
 
 EXPERTS, WIDTH = SMALL.num_local_experts, SMALL.hidden_size
 DTYPE = torch.bfloat16
-KEPT: dict[str, Any] = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True}
 
 
 def whole(*shape: int, seed: int) -> Tensor:
@@ -144,13 +143,8 @@ def summed_gradients(
         assert not prepared or expert_products.prepare_experts(wrapped)
         assert len(wrapped.bucket_groups) > 1 or len(trained) == 1 or not overlap
         for step in range(2):  # in the first megatron-core counts, in the second it sends as soon as a bucket is there
-            wrapped.zero_grad_buffer()
-            for number in range(3):
-                x = whole(6, 1, WIDTH, seed=100 * step + 10 * number + rank)
-                with wrapped.no_sync() if number < 2 else nullcontext():
-                    output = wrapped(x)
-                    output.sum().backward()
-            wrapped.finish_grad_sync()
+            seeds = [100 * step + 10 * number + rank for number in range(3)]
+            output = accumulate(wrapped, [whole(6, 1, WIDTH, seed=seed) for seed in seeds])
             for name, parameter in model.named_parameters():
                 assert parameter.grad is None
                 if parameter.requires_grad:

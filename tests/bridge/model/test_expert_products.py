@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.enums import CudaGraphModule
-from support.expert_products import EXPERTS, KEPT, Model, summed_gradients, whole
+from support.accumulation import KEPT
+from support.expert_products import EXPERTS, Model, summed_gradients, whole
 from support.ranks import RankPool
 from support.small_model import SMALL
 

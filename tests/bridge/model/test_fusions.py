@@ -22,6 +22,8 @@ from bridge.model.config import (
     transformer_config_fields,
 )
 from bridge.model.fusions import (
+    CROSS_ENTROPY,
+    FASTEST,
     FUSIONS,
     MODEL_DEFAULTS,
     RECORD,
@@ -42,6 +44,15 @@ def test_the_table_is_of_megatrons_fields_and_what_settings_offer() -> None:
     for fusion in FUSIONS.values():
         assert set(fusion.settings) <= known
         assert set(fusion.backends) <= set(get_args(Backend))
+
+
+def test_the_fastest_are_all_but_the_other_cross_entropy() -> None:
+    others = set(FUSIONS) - set(FASTEST)
+    assert others | {CROSS_ENTROPY} == {"cross_entropy", "cross_entropy_te"}
+    assert len(others) == 1
+    assert CROSS_ENTROPY not in others
+    assert tuple(name for name in FUSIONS if name not in others) == FASTEST
+    assert set(MODEL_DEFAULTS) < set(FASTEST)
 
 
 def test_no_fusion_is_megatrons_default() -> None:
@@ -92,9 +103,8 @@ def test_the_cross_entropy_is_transformer_engines_where_that_is_mended(
         return installed
 
     monkeypatch.setattr(fusions, "version", version)
-    default, other = fusions.cross_entropies()
-    both: tuple[FusionName, FusionName] = ("cross_entropy", "cross_entropy_te")
-    assert (default, other) == (both[::-1] if chosen == "te" else both)
+    default = fusions.default_cross_entropy()
+    assert default == ("cross_entropy_te" if chosen == "te" else "cross_entropy")
     monkeypatch.setattr(config, "CROSS_ENTROPY", default)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -132,9 +142,8 @@ def test_gains_are_those_of_the_record() -> None:
     assert round(busy["fusions and graphs"]) == 204
     assert round(rows["fusions and graphs"]["x defaults"], 2) == 1.35
     for name, fusion in FUSIONS.items():
-        saved, gain = busy["graphs"] - busy[f"graphs, {name}"], fusion.gain
-        assert gain is not None
-        assert gain.split()[0] == (f"{saved:.0f}" if saved > 1 else "none")
+        saved = busy["graphs"] - busy[f"graphs, {name}"]
+        assert fusion.gain.split()[0] == (f"{saved:.0f}" if saved > 1 else "none")
 
 
 def test_what_a_backend_lacks_is_refused() -> None:

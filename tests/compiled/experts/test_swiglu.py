@@ -1,10 +1,11 @@
 """Weighted SwiGLU and its gradients, against float64; on a processor in Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
-from torch import Tensor
 
 # Triton's interpreter runs the kernels on the CPU; its bfloat16 is not the hardware's, so float16 it is.
 INTERPRETED = """
@@ -35,8 +36,7 @@ def test_every_element_of_every_row_is_made_once() -> None:
     succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
 
 
-def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
+ones = partial(torch.ones, dtype=torch.bfloat16)
 
 
 BAD = {

@@ -1,5 +1,7 @@
 """Weights' gradients of all experts in one launch, against float64; on a processor in Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
@@ -33,8 +35,7 @@ def test_every_tile_of_every_expert_is_made_once() -> None:
     succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
 
 
-def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
+ones = partial(torch.ones, dtype=torch.bfloat16)
 
 
 BAD = {
