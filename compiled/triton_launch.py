@@ -14,7 +14,7 @@ class Launch(NamedTuple):
 
 
 class Launcher:
-    """Calls `kernel(*free, *arguments, *constants)`; `free` are integers that the kernel is not specialized on.
+    """Calls `kernel(*free, *arguments, *constants)`; `free` are numbers that the kernel is not specialized on.
 
     Triton compiles a kernel anew for other constants, types of arguments, integers, and addresses that are or are not
     multiples of 16; these are the key here. Triton's own launch works out the same and more, each time.
@@ -29,7 +29,7 @@ class Launcher:
         arguments: tuple[Any, ...],
         constants: tuple[Any, ...],
         *,
-        free: tuple[int, ...] = (),
+        free: tuple[float, ...] = (),
         warps: int = 4,
         stages: int = 3,
     ) -> Launch:

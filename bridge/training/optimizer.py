@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from bridge.jobs.ranks import all_gather_objects
 from bridge.model.expert_products import prepare_experts, put_experts_in_order
+from bridge.model.fused_optimizer import FusedOptimizer
+from bridge.model.layer_spec import default_backend
 from bridge.model.safe_settings import REFUSALS, check_settings
 from bridge.training.settings import TrainJob
 
@@ -109,7 +116,10 @@ def gather_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 
 def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> Any:
-    """megatron-core's distributed optimizer: Adam with decoupled weight decay, none of it for norms."""
+    """megatron-core's distributed optimizer: Adam with decoupled weight decay, none of it for norms.
+
+    With Transformer Engine on a GPU its step is one kernel (`bridge.model.fused_optimizer`).
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=job.lr,
@@ -125,7 +135,11 @@ def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> An
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(config)
-    return get_megatron_optimizer(config, wrapped, overrides)  # pyright: ignore[reportArgumentType]
+    return with_fused_step(get_megatron_optimizer(config, wrapped, overrides))  # pyright: ignore[reportArgumentType]
+
+
+def with_fused_step(optimizer: ChainedOptimizer) -> ChainedOptimizer:
+    return FusedOptimizer(optimizer) if default_backend() == "transformer_engine" else optimizer
 
 
 def build_scheduler(job: TrainJob, optimizer: Any) -> OptimizerParamScheduler:

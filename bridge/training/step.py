@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from bridge.model.context_parallel import own_part
+from bridge.model.fused_optimizer import FusedOptimizer
 from bridge.training.settings import TrainJob
 
 AUX_LOSS = "load_balancing_loss"
@@ -181,7 +182,7 @@ def train_step(
     """One step; where the loss or the gradient is not finite, nothing is changed. `flags` are this rank's.
 
     Beside megatron-core's own waits, the experts' dispatcher's, the host waits for the GPU twice: for the norm of the
-    gradient, and at the end for all that is reported.
+    gradient, when the update is on its way if it is one kernel, and at the end for all that is reported.
     """
     for chunk in trained.wrapped:  # the longest for the GPU, which waits for something to do
         chunk.zero_grad_buffer()
@@ -206,12 +207,15 @@ class _NotFiniteError(ArithmeticError):
 
 
 def _move(optimizer: Any, sums: Tensor) -> float | NotFinite:
-    """megatron-core's step, and the norm of the gradient; no step, if that or the loss, first of `sums`, is not finite.
+    """The optimizer's step, and the norm of the gradient; no step, if that or the loss, first of `sums`, is not finite.
 
-    megatron-core has no such check of its own. It asks for the norm, clips the gradients with it, and then changes the
-    weights. The processor waits for the numbers before the last of these: clipping keeps the GPU at work until the
+    megatron-core's own optimizer has no such check. It asks for the norm, clips the gradients with it, and then changes
+    the weights. The processor waits for the numbers before the last of these: clipping keeps the GPU at work until the
     rest is on its way. By a norm that is not finite nothing is clipped, so that one can look for where it began.
     """
+    if isinstance(optimizer, FusedOptimizer):
+        made, found, _ = optimizer.step(sums[0])
+        return found if made else NotFinite("gradient" if sums[0].isfinite() else "loss")
     asked: list[tuple[Tensor, Any]] = []
 
     def norm_to_clip_by() -> Any:

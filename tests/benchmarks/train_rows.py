@@ -49,6 +49,8 @@ class Row(NamedTuple):
     recompute: str = "none"
     their_experts: bool = False
     """Experts' layers are Transformer Engine's alone, also where `bridge.model.expert_products` could."""
+    their_optimizer: bool = False
+    """megatron-core's step is its own, also where it could be one kernel (`bridge.model.fused_optimizer`)."""
     lifts: tuple[str, ...] = ()
     """Rows of `bridge.model.safe_settings.REFUSALS` that do not count here."""
     timed: bool = True
@@ -65,9 +67,14 @@ ROWS: dict[str, Row] = {
     "fusions": Row(fusions=FASTEST),
     "fusions and graphs": Row(fusions=FASTEST, graphs=True),
     "fusions and graphs, Transformer Engine's experts": Row(fusions=FASTEST, graphs=True, their_experts=True),
-    PEER: Row(PEER_FLAGS, layers=PEER),
-    f"{PEER}, fusions and graphs": Row(fusions=FASTEST, graphs=True, layers=PEER, their_experts=True),
-    f"{PEER}, gradient accumulation": Row(PEER_FLAGS | ACCUMULATED, layers=PEER, their_experts=True),
+    "fusions and graphs, megatron-core's step": Row(fusions=FASTEST, graphs=True, their_optimizer=True),
+    PEER: Row(PEER_FLAGS, layers=PEER, their_optimizer=True),
+    f"{PEER}, fusions and graphs": Row(
+        fusions=FASTEST, graphs=True, layers=PEER, their_experts=True, their_optimizer=True
+    ),
+    f"{PEER}, gradient accumulation": Row(
+        PEER_FLAGS | ACCUMULATED, layers=PEER, their_experts=True, their_optimizer=True
+    ),
     PEER_NORMS: Row(PEER_FLAGS, layers=PEER_NORMS),
     "ours, megatron-bridge's flags": Row(PEER_FLAGS),
     f"{PEER_NORMS}, fusions and graphs": Row(fusions=FASTEST, graphs=True, layers=PEER_NORMS),

@@ -205,6 +205,8 @@ def main(plan: dict[str, Any]) -> None:
                         stack.enter_context(patch.object(build_models, "leave_sorted", lambda _: None))
                     if ROWS[name].their_experts:
                         stack.enter_context(patch.object(optimizer, "prepare_experts", lambda _: False))
+                    if ROWS[name].their_optimizer:
+                        stack.enter_context(patch.object(optimizer, "with_fused_step", lambda chained: chained))
                     stack.enter_context(short_collections())  # as `bridge.training.loop` does around its steps
                     found = visit(name, shape, sizes, plan["purposes"][number])
             except BaseException as error:

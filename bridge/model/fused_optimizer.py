@@ -1,0 +1,144 @@
+"""megatron-core's distributed optimizer with Adam, whose step is one kernel, and waits for nothing.
+
+megatron-core's step is three: it scales gradients by the clipping coefficient, moves float32 weights, and rounds them
+to the model's; each reads again what the one before has written. Here `compiled.adam` does all three at once. Weights,
+Adam's state, parameter groups and checkpoints are megatron-core's own, and so is all communication.
+
+A step is not made if the norm of the gradient is not finite: the GPU itself sees to that, and the processor hears of it
+when the step is on its way.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import GRAD_NORM_GROUP_ATTR
+from torch import Tensor
+
+from bridge.model.layer_spec import default_backend
+
+# What an optimizer of the chain must be, and what to set if it is not.
+_NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "the distributed optimizer": (
+        lambda part: isinstance(part, DistributedOptimizer),
+        "set use_distributed_optimizer=True",
+    ),
+    "weights of DistributedDataParallel": (
+        lambda part: not part.ddp_config.use_megatron_fsdp,
+        "set use_megatron_fsdp=False",
+    ),
+    "Transformer Engine's Adam with decoupled weight decay": (
+        lambda part: _is_adam(part.optimizer),
+        "set optimizer='adam', decoupled_weight_decay=True, optimizer_cpu_offload=False and optimizer_cuda_graph=False",
+    ),
+    "float32 state": (
+        lambda part: not part.config.use_precision_aware_optimizer,
+        "set use_precision_aware_optimizer=False",
+    ),
+    "no loss scale, so float32 or bfloat16": (
+        lambda part: part.grad_scaler is None,
+        "set bf16=True, and no loss_scale",
+    ),
+    "one norm of all gradients": (
+        lambda part: all(getattr(one, GRAD_NORM_GROUP_ATTR, None) is None for one in part.get_parameters()),
+        "leave out multi-token prediction, whose gradients have a norm of their own",
+    ),
+    "parameters that are not quantized": (
+        lambda part: not (part.ddp_config.fp8_param_gather or part.ddp_config.fp4_param_gather),
+        "set fp8_param_gather=False and fp4_param_gather=False",
+    ),
+    "every finite gradient used, and nothing counted in it": (
+        lambda part: math.isinf(part.config.grad_norm_skip_threshold) and not part.config.log_num_zeros_in_grad,
+        "leave grad_norm_skip_threshold, and set log_num_zeros_in_grad=False",
+    ),
+    "weights that are gathered after the step, or by the next forward pass": (
+        lambda part: not part.config.overlap_param_gather_with_optimizer_step,
+        "set overlap_param_gather_with_optimizer_step=False",
+    ),
+}
+
+
+def _is_adam(optimizer: Any) -> bool:
+    if default_backend() != "transformer_engine":
+        return False
+    from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+
+    plain = isinstance(optimizer, FusedAdam) and not (optimizer.capturable or optimizer.master_weights)
+    return plain and bool(optimizer.adam_w_mode) and all(group["bias_correction"] for group in optimizer.param_groups)
+
+
+class FusedOptimizer(ChainedOptimizer):
+    """What `megatron.core.optimizer.get_megatron_optimizer` returned, with a step that is one kernel for each group.
+
+    It takes the place of the optimizer that it is made of, which must not be stepped any more.
+
+    Raises:
+        ValueError: one of the optimizers in it is not Adam as `compiled.adam` is; says which and what to set.
+    """
+
+    def __init__(self, optimizer: ChainedOptimizer) -> None:
+        super().__init__(optimizer.chained_optimizers)
+        self.parts: list[Any] = [
+            part for part in self.chained_optimizers if not getattr(part, "is_stub_optimizer", False)
+        ]
+        for part in self.parts:
+            for what, (holds, remedy) in _NEEDS.items():
+                if not holds(part):
+                    raise ValueError(
+                        f"optimizer: found {type(part).__name__} of {type(part.optimizer).__name__}, which has not "
+                        f"{what}; {remedy}, or keep megatron-core's optimizer as it is"
+                    )
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | None = None) -> tuple[bool, float, None]:
+        """As megatron-core's: whether a step was made, the norm of the gradient before it was clipped, and None.
+
+        Gradients are left as they were, not clipped. If the norm, or `loss`, is not finite, nothing is changed.
+        """
+        self.prepare_grads()
+        device = torch.device("cuda", torch.cuda.current_device())
+        norm = torch.as_tensor(self.get_grad_norm(), dtype=torch.float32, device=device).reshape(())
+        finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        told = torch.stack([norm, finite.float()]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event()
+        self._move(self._coefficient(norm).where(finite, torch.nan))
+        arrived.synchronize()
+        found, made = told.tolist()
+        if not made:
+            for group in self.param_groups:
+                group["step"] -= 1
+        return bool(made), found, None
+
+    def _coefficient(self, norm: Tensor) -> Tensor:
+        """What clips the gradients, as in `megatron.core.optimizer.clip_grads`."""
+        most = self.parts[0].config.clip_grad if self.parts else 0
+        return (most / (norm + 1e-6)).clamp(max=1) if most > 0 else torch.ones_like(norm)
+
+    def _move(self, scale: Tensor) -> None:
+        """The experts' weights first: they take the GPU longest, and the processor prepares the others meanwhile."""
+        for part in reversed(self.parts):
+            pairs = zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups, strict=True)
+            rounded = dict(pair for groups in pairs for pair in zip(*groups, strict=True))
+            for group in part.param_groups:
+                _move_group(part.optimizer, group, rounded, scale)
+        if self.parts and not self.parts[0].ddp_config.overlap_param_gather:
+            self.parts[0].start_param_sync_for_bucket_group_subset()  # of all weights; each of them would
+
+
+def _move_group(optimizer: Any, group: dict[str, Any], rounded: dict[Tensor, Tensor], scale: Tensor) -> None:
+    from compiled.adam import AdamTensors, adam_step  # it needs Triton, which hosts without a GPU may lack
+
+    group["step"] = int(group.get("step", 0)) + 1  # also of no weights: other ranks may have some
+    moved = []
+    for weight in group["params"]:
+        if not optimizer.state[weight]:
+            optimizer.initialize_state(weight, False)
+        if weight.grad is not None:
+            state = optimizer.state[weight]
+            row = AdamTensors(weight.grad, weight, state["exp_avg"], state["exp_avg_sq"], rounded.get(weight))
+            moved.append(row)
+    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "step")}
+    adam_step(moved, scale, **settings)

@@ -1,0 +1,161 @@
+"""megatron-core's distributed optimizer with a step that is one kernel, against its own step on the same gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from support.checks import NO_GPU
+from support.small_model import SMALL
+from torch import Tensor
+
+from bridge.model.build import build_model
+from bridge.model.fused_optimizer import FusedOptimizer
+from bridge.model.process_groups import model_parallel
+
+STEPS, LR = 4, 1e-2
+
+
+def wrapped_model(dtype: torch.dtype, **ddp: Any) -> Any:
+    model = build_model(SMALL, params_dtype=dtype)
+    settings = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True} | ddp
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            generator = torch.Generator(parameter.device).manual_seed(number)
+            parameter.copy_(torch.randn(parameter.shape, device=parameter.device, generator=generator))
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(**settings), model)
+
+
+def made_of(wrapped: Any, dtype: torch.dtype, **settings: Any) -> Any:
+    config = OptimizerConfig(
+        **{"optimizer": "adam", "lr": LR, "weight_decay": 0.1, "bf16": dtype == torch.bfloat16}
+        | {"params_dtype": dtype, "use_distributed_optimizer": wrapped.ddp_config.use_distributed_optimizer}
+        | settings
+    )  # fmt: skip
+    return get_megatron_optimizer(config, [wrapped], get_standard_config_overrides(config))
+
+
+def put_gradients(wrapped: Any, step: int, spoilt: float | None = None) -> None:
+    """Where a backward pass leaves them; small at the second step, and so not clipped."""
+    wrapped.zero_grad_buffer()
+    for number, parameter in enumerate(wrapped.parameters()):
+        generator = torch.Generator("cuda").manual_seed(1000 * step + number)
+        drawn = torch.randn(parameter.shape, device="cuda", generator=generator)
+        parameter.main_grad.copy_(drawn * (1e-6 if step == 2 else 1))
+    if spoilt is not None:
+        parameter.main_grad.view(-1)[-1] = spoilt
+
+
+def state_of(wrapped: Any, optimizer: Any) -> dict[str, Tensor]:
+    """Weights of the model and of the optimizer, Adam's averages, and what its groups count; cloned."""
+    found = {f"model {name}": value for name, value in wrapped.named_parameters()}
+    for number, part in enumerate(optimizer.chained_optimizers):
+        for index, group in enumerate(part.param_groups):
+            where = f"{number} {index}"
+            found[f"step {where}"] = torch.tensor(group.get("step", 0))
+            for place, weight in enumerate(group["params"]):
+                found[f"weight {where} {place}"] = weight
+                found |= {f"{key} {where} {place}": one for key, one in part.optimizer.state[weight].items()}
+    return {name: one.detach().clone() for name, one in found.items()}
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_are_megatron_core_s(dtype: torch.dtype, clip_grad: float) -> None:
+    """Norms to the bit, float32 weights and averages to a few roundings, the model's weights are these rounded.
+
+    An average may cancel, so its error is measured by the largest term that may be in it.
+    """
+    with model_parallel():
+        found = []
+        for fused in (False, True):
+            wrapped = wrapped_model(dtype)
+            optimizer = made_of(wrapped, dtype, clip_grad=clip_grad)
+            optimizer = FusedOptimizer(optimizer) if fused else optimizer
+            norms = []
+            for step in range(1, STEPS + 1):
+                put_gradients(wrapped, step)
+                moved, norm, _ = optimizer.step()
+                assert moved
+                norms.append(float(norm))
+                optimizer.zero_grad()
+            found.append((norms, state_of(wrapped, optimizer)))
+            halves = [
+                (weight, half)
+                for part in optimizer.chained_optimizers
+                for groups in zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups, strict=True)
+                for weight, half in zip(*groups, strict=True)
+            ]
+            assert bool(halves) == (dtype == torch.bfloat16)
+            assert all(torch.equal(weight.bfloat16(), half) for weight, half in halves)
+        (norms, theirs), (norms_of_ours, ours) = found
+        assert norms == norms_of_ours
+        assert norms[0] > 1 > norms[1]
+        assert ours.keys() == theirs.keys()
+        eps = torch.finfo(torch.float32).eps
+        for name, value in theirs.items():
+            if name.startswith("step"):
+                assert ours[name] == value == STEPS
+            elif name.startswith("model") and value.dtype == torch.bfloat16:
+                assert (ours[name].float() - value.float()).abs().max() <= value.float().abs().max() / 256
+            else:
+                bound = 8 * eps * value.abs().max().clamp(min=LR)
+                assert (ours[name] - value).abs().max() <= bound, name
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize(("spoilt", "loss"), [(torch.inf, 1.0), (torch.nan, 1.0), (1e30, 1.0), (None, torch.nan)])
+def test_a_step_that_is_not_finite_is_not_made(spoilt: float | None, loss: float) -> None:
+    """And leaves everything as it was, gradients too; the next one is made as if it had not been."""
+    with model_parallel():
+        wrapped = wrapped_model(torch.bfloat16)
+        optimizer = FusedOptimizer(made_of(wrapped, torch.bfloat16))
+        put_gradients(wrapped, 1)
+        assert optimizer.step()[0]
+        before = state_of(wrapped, optimizer)
+        put_gradients(wrapped, 3, spoilt)
+        gradients = [parameter.main_grad.clone() for parameter in wrapped.parameters()]
+        moved, norm, _ = optimizer.step(torch.tensor(loss, dtype=torch.float64, device="cuda"))
+        assert not moved
+        assert torch.tensor(norm).isfinite() == (spoilt is None)
+        after = state_of(wrapped, optimizer)
+        assert all(torch.equal(before[name], value) for name, value in after.items())
+        for one, parameter in zip(gradients, wrapped.parameters(), strict=True):
+            torch.testing.assert_close(parameter.main_grad, one, rtol=0, atol=0, equal_nan=True)
+        put_gradients(wrapped, 2)
+        assert optimizer.step()[0]
+        assert {int(value) for name, value in state_of(wrapped, optimizer).items() if name.startswith("step")} == {2}
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "not distributed": ({}, {"use_distributed_optimizer": False}, "distributed optimizer; set use_distributed_opt"),
+    "L2 penalty": ({"decoupled_weight_decay": False}, {}, "Adam with decoupled weight decay; set"),
+    "narrow state": ({"use_precision_aware_optimizer": True}, {}, "set use_precision_aware_optimizer=False"),
+    "zeros counted": ({"log_num_zeros_in_grad": True}, {}, "log_num_zeros_in_grad=False"),
+    "skipped": ({"grad_norm_skip_threshold": 1.0}, {}, "leave grad_norm_skip_threshold"),
+    "captured": ({"optimizer_cuda_graph": True}, {}, "optimizer_cuda_graph=False"),
+}
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_kernel_does_not_compute_is_refused(name: str) -> None:
+    settings, ddp, message = OTHERS[name]
+    with model_parallel():
+        made = made_of(wrapped_model(torch.bfloat16, **ddp), torch.bfloat16, **settings)
+        with pytest.raises(ValueError, match=message):
+            FusedOptimizer(made)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the optimizer is Transformer Engine's")
+def test_another_adam_is_refused() -> None:
+    """Without a GPU it is torch's."""
+    with model_parallel():
+        made = made_of(wrapped_model(torch.bfloat16), torch.bfloat16)
+        with pytest.raises(ValueError, match=r"DistributedOptimizer of AdamW, .* not Transformer Engine's Adam"):
+            FusedOptimizer(made)
