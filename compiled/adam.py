@@ -29,7 +29,7 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-BLOCK, BLOCKS, WARPS = 2048, 4, 4  # elements at a time, and how many times, of a program
+BLOCK, BLOCKS, WARPS = 1024, 4, 4  # elements at a time, and how many times, of a program
 _FLOAT = tl.constexpr(tl.pointer_type(tl.float32))
 _BFLOAT = tl.constexpr(tl.pointer_type(tl.bfloat16))
 _ALIGNMENT = 16  # bytes of an address, elements of a length
@@ -72,8 +72,7 @@ def adam_step(
         ValueError: a tensor is of another dtype, length or device, or not contiguous; names it, and what was found.
     """
     _check(tensors, scale, step)
-    of_mean, of_square = (1 - beta**step for beta in betas)
-    given = lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, weight_decay, of_mean, of_square
+    given = lr, *(1 - beta for beta in betas), *(1 - beta**step for beta in betas), eps, weight_decay
     numbers = tuple(map(float, given))  # or an integer would be another kernel's
     rows = [_row(one) for one in tensors if one.weight.numel()]
     for aligned in (True, False):
@@ -120,7 +119,7 @@ def _check(tensors: Sequence[AdamTensors], scale: Tensor, step: int) -> None:
 @Launcher
 @triton.jit(do_not_specialize=["tensors"])
 def _move(
-    tensors, lr, beta1, rest1, beta2, rest2, eps, weight_decay, of_mean, of_square, table, scale,
+    tensors, lr, of_g, of_square, m_share, v_share, eps, weight_decay, table, scale,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A part of one tensor, which is found by bisection of the ends."""
@@ -155,11 +154,13 @@ def _move(
             i = first + block * BLOCK + tl.arange(0, BLOCK)
             here = i < length
             g = tl.load(grad + i, mask=here, other=0.0) * coefficient
-            m = beta1 * tl.load(exp_avg + i, mask=here, other=0.0) + rest1 * g
-            v = beta2 * tl.load(exp_avg_sq + i, mask=here, other=0.0) + rest2 * g * g
+            m = tl.load(exp_avg + i, mask=here, other=0.0)
+            v = tl.load(exp_avg_sq + i, mask=here, other=0.0)
             w = tl.load(weight + i, mask=here, other=0.0)
-            root = tl.sqrt_rn(tl.div_rn(v, of_square)) + eps
-            w -= lr * (tl.div_rn(tl.div_rn(m, of_mean), root) + weight_decay * w)
+            m += of_g * (g - m)  # of one constant, whose rounding is all that its own is off
+            v += of_square * (g * g - v)
+            root = tl.sqrt_rn(tl.div_rn(v, v_share)) + eps
+            w -= lr * (tl.div_rn(tl.div_rn(m, m_share), root) + weight_decay * w)
             tl.store(exp_avg + i, m, mask=here)
             tl.store(exp_avg_sq + i, v, mask=here)
             tl.store(weight + i, w, mask=here)

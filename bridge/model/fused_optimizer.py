@@ -30,13 +30,10 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda part: not part.ddp_config.use_megatron_fsdp,
         "set use_megatron_fsdp=False",
     ),
-    "Transformer Engine's Adam with decoupled weight decay": (
-        lambda part: _is_adam(part.optimizer),
-        "set optimizer='adam', decoupled_weight_decay=True, optimizer_cpu_offload=False and optimizer_cuda_graph=False",
-    ),
-    "float32 state": (
-        lambda part: not part.config.use_precision_aware_optimizer,
-        "set use_precision_aware_optimizer=False",
+    "Transformer Engine's Adam in float32, with decoupled weight decay": (
+        lambda part: _is_adam(part.optimizer) and not part.config.use_precision_aware_optimizer,
+        "set optimizer='adam', decoupled_weight_decay=True, optimizer_cpu_offload=False, optimizer_cuda_graph=False "
+        "and use_precision_aware_optimizer=False",
     ),
     "no loss scale, so float32 or bfloat16": (
         lambda part: part.grad_scaler is None,
