@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-TOKENS, COLUMNS = 16, 256  # at a time
+TOKENS, COLUMNS, WARPS = 16, 256, 4  # at a time, of a program
 _MOST = 1 << 31  # rows and tokens, as they are numbered in 32 bits
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,7 +44,7 @@ def add_embedding_gradient(
     ordered, places = tokens.flatten().int().sort(stable=True)
     count, width = len(ordered), total.shape[1]
     grid = (count, triton.cdiv(width, COLUMNS), 1)
-    _add_rows(grid, (grad.contiguous(), ordered, places, total, width), (TOKENS, COLUMNS), free=(count,))
+    _add_rows(grid, (grad.contiguous(), ordered, places, total, width), (TOKENS, COLUMNS), free=(count,), warps=WARPS)
 
 
 def _check(grad: Tensor, tokens: Tensor, total: Tensor) -> None:

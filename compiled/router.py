@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-FORWARD, GRAD_X, GRAD_WEIGHT = Tile(64, 64, 64), Tile(128, 64, 32, 8, 1), Tile(64, 128, 64, 8)
+FORWARD, GRAD_X, GRAD_WEIGHT = Tile(128, 64, 64, 8), Tile(128, 64, 32, 8, 1), Tile(64, 128, 64, 8)
 PROGRAMS = 264  # that sums are divided over, if tiles are fewer: two for each multiprocessor of an H200
 OPERANDS = tl.bfloat16  # of products
 

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bridge.huggingface": ("bridge.formats", "bridge.jobs", "compiled.fp8", "reference"),
     "bridge.model": (
         "bridge.jobs", "compiled", "compiled.adam", "compiled.embedding", "compiled.experts", "compiled.router",
-        "reference",
+        "compiled.tracing", "reference",
     ),
     "bridge.torch_dist": ("bridge.formats", "bridge.huggingface", "bridge.jobs", "reference"),
     "bridge.memory_plan": ("bridge.formats", "bridge.huggingface", "reference"),

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from bridge.model.optimizer_groups import keep_float32_apart
+from compiled.tracing import is_traced
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -55,11 +56,15 @@ class Float32Router(TopKRouter):
         setattr(self.weight, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010  # read by megatron-core
 
     def gating(self, input: Float[Tensor, "seq batch hidden"]) -> Float32[Tensor, "seq batch experts"]:
-        """Logits in float32.
+        """Logits in float32; of bfloat16 on a GPU by `compiled.router`.
 
         With Transformer Engine installed, megatron-core would take its matrix product, which computes float32 in
         TensorFloat-32 (seen on an H200: error 2e-4, not 5e-7) and refuses a float32 weight with a bfloat16 input.
         """
+        if input.is_cuda and input.dtype == torch.bfloat16 and not is_traced(input):
+            from compiled.router import router_logits  # it needs Triton, which hosts without a GPU may lack
+
+            return router_logits(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
         return _RouterLogits.apply(input, self.weight)
 
     def routing(
