@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compiled.triton_launch import Launcher
 
-TOKENS, COLUMNS, WARPS = 16, 256, 4  # at a time, of a program
+TOKENS, COLUMNS, WARPS = 8, 256, 1  # at a time, of a program
 _MOST = 1 << 31  # rows and tokens, as they are numbered in 32 bits
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

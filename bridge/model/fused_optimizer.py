@@ -9,7 +9,7 @@ when the step is on its way.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,13 +101,29 @@ class FusedOptimizer(ChainedOptimizer):
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         told = torch.stack([norm, finite.float()]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event()
+        counted = [group.get("step") for group in self.param_groups]
+        begun = [(state, weight) for state, weight in self._states() if not state.get(weight)]
         self._move(self._coefficient(norm).where(finite, torch.nan))
         arrived.synchronize()
         found, made = told.tolist()
         if not made:
-            for group in self.param_groups:
-                group["step"] -= 1
+            self._take_back(counted, begun)
         return bool(made), found, None
+
+    def _states(self) -> Iterator[tuple[dict[Tensor, Any], Tensor]]:
+        for part in self.parts:
+            for group in part.param_groups:
+                for weight in group["params"]:
+                    yield part.optimizer.state, weight
+
+    def _take_back(self, counted: list[int | None], begun: list[tuple[dict[Tensor, Any], Tensor]]) -> None:
+        """What the processor has noted of a step that the GPU did not make."""
+        for group, count in zip(self.param_groups, counted, strict=True):
+            group.pop("step")
+            if count is not None:
+                group["step"] = count
+        for state, weight in begun:
+            del state[weight]
 
     def _coefficient(self, norm: Tensor) -> Tensor:
         """What clips the gradients, as in `megatron.core.optimizer.clip_grads`."""

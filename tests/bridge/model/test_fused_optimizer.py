@@ -124,20 +124,21 @@ def test_a_step_that_is_not_finite_is_not_made(spoilt: float | None, loss: float
     with model_parallel():
         wrapped = wrapped_model(torch.bfloat16)
         optimizer = FusedOptimizer(made_of(wrapped, torch.bfloat16))
-        put_gradients(wrapped, 1)
-        assert optimizer.step()[0]
-        before = state_of(wrapped, optimizer)
-        put_gradients(wrapped, 3, spoilt)
-        gradients = [parameter.main_grad.clone() for parameter in wrapped.parameters()]
-        moved, norm, _ = optimizer.step(torch.tensor(loss, dtype=torch.float64, device="cuda"))
-        assert not moved
-        assert torch.tensor(norm).isfinite() == (spoilt is None)
-        after = state_of(wrapped, optimizer)
-        assert all(torch.equal(before[name], value) for name, value in after.items())
-        for one, parameter in zip(gradients, wrapped.parameters(), strict=True):
-            torch.testing.assert_close(parameter.main_grad, one, rtol=0, atol=0, equal_nan=True)
-        put_gradients(wrapped, 2)
-        assert optimizer.step()[0]
+        for made in (0, 1):
+            before = state_of(wrapped, optimizer)
+            put_gradients(wrapped, 3, spoilt)
+            gradients = [parameter.main_grad.clone() for parameter in wrapped.parameters()]
+            moved, norm, _ = optimizer.step(torch.tensor(loss, dtype=torch.float64, device="cuda"))
+            assert not moved
+            assert torch.tensor(norm).isfinite() == (spoilt is None)
+            after = state_of(wrapped, optimizer)
+            assert after.keys() == before.keys()
+            assert any("exp_avg" in name for name in after) == bool(made)
+            assert all(torch.equal(before[name], value) for name, value in after.items())
+            for one, parameter in zip(gradients, wrapped.parameters(), strict=True):
+                torch.testing.assert_close(parameter.main_grad, one, rtol=0, atol=0, equal_nan=True)
+            put_gradients(wrapped, 2)
+            assert optimizer.step()[0]
         assert {int(value) for name, value in state_of(wrapped, optimizer).items() if name.startswith("step")} == {2}
 
 
