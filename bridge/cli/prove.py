@@ -46,13 +46,14 @@ class Benchmark(StrEnum):
     LAYER = "layer"
     EXPERTS = "experts"
     ADAM = "adam"
+    ROUTER = "router"
     FP8 = "fp8"
     LOAD = "load"
     TRAIN = "train"
     OFFLINE = "offline"
 
 
-NEED_A_GPU = (Benchmark.NORM, Benchmark.LAYER, Benchmark.EXPERTS, Benchmark.ADAM)
+NEED_A_GPU = (Benchmark.NORM, Benchmark.LAYER, Benchmark.EXPERTS, Benchmark.ADAM, Benchmark.ROUTER)
 RUN_BY_RANKS = (Benchmark.NORM, Benchmark.LAYER, Benchmark.LOAD, Benchmark.TRAIN)
 STARTS_ITS_RANKS = (Benchmark.TRAIN,)  # and runs a tiny model by gloo where there is no GPU
 
@@ -128,7 +129,8 @@ def bench(
         Benchmark,
         typer.Argument(
             help="norm: query and key norms; layer: whole layers; experts: their products; adam: the optimizer's step; "
-            "fp8: block scales; load: live load and export; train: training steps; offline: import and export."
+            "router: its products; fp8: block scales; load: live load and export; train: training steps; "
+            "offline: import and export."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Where the result goes (JSON, with hardware, versions and date).")],
@@ -144,7 +146,7 @@ def bench(
         bool, typer.Option("--profile", help="Of train: one more step of each row, profiled, for the GPU's idle share.")
     ] = False,
 ) -> None:
-    """Run a benchmark of tests/benchmarks, with its baselines, here; norm, layer, experts and adam need a GPU."""
+    """Run a benchmark of tests/benchmarks, with its baselines, here. norm, layer, experts, adam, router need a GPU."""
     import torch
 
     script = Path(__file__).parents[2] / "tests" / "benchmarks" / f"bench_{what}.py"

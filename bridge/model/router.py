@@ -17,7 +17,7 @@ from bridge.model.optimizer_groups import keep_float32_apart
 from compiled.tracing import is_traced
 
 
-class _RouterLogits(torch.autograd.Function):
+class Float32Logits(torch.autograd.Function):
     """x @ weight.T in float32, keeping for the backward pass x as it came and not its float32 copy."""
 
     @staticmethod
@@ -65,7 +65,7 @@ class Float32Router(TopKRouter):
             from compiled.router import router_logits  # it needs Triton, which hosts without a GPU may lack
 
             return router_logits(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
-        return _RouterLogits.apply(input, self.weight)
+        return Float32Logits.apply(input, self.weight)
 
     def routing(
         self, logits: Float32[Tensor, "seq batch experts"], padding_mask: Bool[Tensor, "seq batch"] | None = None

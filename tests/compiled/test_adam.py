@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_triton_s_interpreter
 from torch import Tensor
 
 INTERPRETED = """
@@ -39,8 +39,7 @@ for step in (1, 2, 7):
 
 def test_every_element_is_moved_once() -> None:
     """Tensors that end inside a block, of no elements, with a rounded copy and without; and none if told so."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(INTERPRETED)
 
 
 def row(**changed: Any) -> Any:

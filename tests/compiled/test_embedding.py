@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_triton_s_interpreter
 from torch import Tensor
 
 # Triton's interpreter runs the kernel on the CPU; its bfloat16 is not the hardware's, so float16 it is.
@@ -26,8 +26,7 @@ for tokens, width in ((drawn, 40), (several, 16), (torch.full((8,), 3), 8), (tor
 
 def test_every_token_is_added_once() -> None:
     """Tokens that occur once, often, in every place, and not; rows that end inside a block."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(INTERPRETED)
 
 
 TOTAL = torch.zeros(10, 8)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.checks import NO_GPU, assert_calibrated, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, assert_calibrated, succeeds_in_triton_s_interpreter
 from torch import Tensor
 
 # Triton's interpreter runs the kernels on the CPU. Its bfloat16 is not the hardware's: it cuts off where that rounds,
@@ -56,14 +56,12 @@ assert router._grad_x(torch.tensor([[a, -1 - 2**-8]]), torch.tensor([[a], [1]]))
 
 def test_every_product_is_added_once() -> None:
     """Tokens, experts and widths that end inside a tile; sums that one program makes, and several; no tokens."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(SETUP + INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(SETUP + INTERPRETED)
 
 
 def test_no_bit_of_a_number_is_lost() -> None:
     """Sums of one product by 1 are the other factor; differences of numbers that are almost equal, to the last bit."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(SETUP + EXACT, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(SETUP + EXACT)
 
 
 x, weight = partial(torch.ones, dtype=torch.bfloat16), torch.ones

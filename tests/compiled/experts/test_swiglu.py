@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_triton_s_interpreter
 
 # Triton's interpreter runs the kernels on the CPU; its bfloat16 is not the hardware's, so float16 it is.
 INTERPRETED = """
@@ -32,8 +32,7 @@ for tokens, width in ((5, 40), (3, 16), (1, 8), (0, 16)):
 
 def test_every_element_of_every_row_is_made_once() -> None:
     """Rows that end inside a block, and no rows."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(INTERPRETED)
 
 
 ones = partial(torch.ones, dtype=torch.bfloat16)

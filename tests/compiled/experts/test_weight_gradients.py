@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_triton_s_interpreter
 from torch import Tensor
 
 # Triton's interpreter runs the kernel on the CPU; its bfloat16 is not the hardware's, so float16 it is.
@@ -31,8 +31,7 @@ for out_features, in_features, most in ((96, 136, 1 << 31), (40, 200, 1), (32, 6
 
 def test_every_tile_of_every_expert_is_made_once() -> None:
     """Tiles that stick out, an expert without tokens, rows that end inside a block; also counted in 64 bits."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(INTERPRETED)
 
 
 ones = partial(torch.ones, dtype=torch.bfloat16)

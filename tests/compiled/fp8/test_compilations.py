@@ -5,7 +5,7 @@ Their arithmetic is compared on a GPU, by the tests that run on each device.
 
 import pytest
 import torch
-from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter
+from support.checks import NO_GPU, succeeds_in_a_fresh_interpreter, succeeds_in_triton_s_interpreter
 from support.fp8_cases import same_bits, source
 
 from compiled.fp8 import dequantize_blockwise
@@ -75,8 +75,7 @@ assert damaged
 @pytest.mark.slow  # the kernels themselves are tested on a GPU
 def test_geometry_of_the_cuda_kernels():
     """Triton's interpreter runs them on the CPU; its bfloat16 and its NaN are not the hardware's, so float32 it is."""
-    pytest.importorskip("triton")
-    succeeds_in_a_fresh_interpreter(INTERPRETED, TRITON_INTERPRET="1")
+    succeeds_in_triton_s_interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu
