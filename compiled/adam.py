@@ -30,8 +30,8 @@ from torch import Tensor
 from compiled.triton_launch import Launcher
 
 BLOCK, BLOCKS, WARPS = 1024, 4, 4  # elements at a time, and how many times, of a program
-_FLOAT = tl.constexpr(tl.pointer_type(tl.float32))
-_BFLOAT = tl.constexpr(tl.pointer_type(tl.bfloat16))
+_FLOAT32 = tl.constexpr(tl.pointer_type(tl.float32))
+_BFLOAT16 = tl.constexpr(tl.pointer_type(tl.bfloat16))
 _ALIGNMENT = 16  # bytes of an address, elements of a length
 _COLUMNS = tl.constexpr(6)  # of the table: five addresses and a length
 
@@ -69,7 +69,8 @@ def adam_step(
         step: 1 the first time.
 
     Raises:
-        ValueError: a tensor is of another dtype, length or device, or not contiguous; names it, and what was found.
+        ValueError: a tensor is of another dtype, length or device, or not contiguous, `scale` is no scalar of float32,
+            or `step` is less than 1; names it, and what was found. Nothing was changed.
     """
     _check(tensors, scale, step)
     given = lr, *(1 - beta for beta in betas), *(1 - beta**step for beta in betas), eps, weight_decay
@@ -119,7 +120,7 @@ def _check(tensors: Sequence[AdamTensors], scale: Tensor, step: int) -> None:
 @Launcher
 @triton.jit(do_not_specialize=["tensors"])
 def _move(
-    tensors, lr, of_g, of_square, m_share, v_share, eps, weight_decay, table, scale,
+    tensors, lr, one_minus_beta1, one_minus_beta2, bias_correction1, bias_correction2, eps, weight_decay, table, scale,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A part of one tensor, which is found by bisection of the ends."""
@@ -135,12 +136,12 @@ def _move(
             low = tl.where(before, middle + 1, low)
             high = tl.where(before, high, middle)
         row = table + low * _COLUMNS
-        grad = tl.load(row).to(_FLOAT)
-        weight = tl.load(row + 1).to(_FLOAT)
-        exp_avg = tl.load(row + 2).to(_FLOAT)
-        exp_avg_sq = tl.load(row + 3).to(_FLOAT)
+        grad = tl.load(row).to(_FLOAT32)
+        weight = tl.load(row + 1).to(_FLOAT32)
+        exp_avg = tl.load(row + 2).to(_FLOAT32)
+        exp_avg_sq = tl.load(row + 3).to(_FLOAT32)
         address = tl.load(row + 4)
-        rounded = address.to(_BFLOAT)
+        rounded = address.to(_BFLOAT16)
         length = tl.load(row + 5)
         if ALIGNED:
             grad = tl.multiple_of(grad, 16)
@@ -157,10 +158,10 @@ def _move(
             m = tl.load(exp_avg + i, mask=here, other=0.0)
             v = tl.load(exp_avg_sq + i, mask=here, other=0.0)
             w = tl.load(weight + i, mask=here, other=0.0)
-            m += of_g * (g - m)  # of one constant, whose rounding is all that its own is off
-            v += of_square * (g * g - v)
-            root = tl.sqrt_rn(tl.div_rn(v, v_share)) + eps
-            w -= lr * (tl.div_rn(tl.div_rn(m, m_share), root) + weight_decay * w)
+            m += one_minus_beta1 * (g - m)  # of one constant, whose rounding is all that its own is off
+            v += one_minus_beta2 * (g * g - v)
+            root = tl.sqrt_rn(tl.div_rn(v, bias_correction2)) + eps
+            w -= lr * (tl.div_rn(tl.div_rn(m, bias_correction1), root) + weight_decay * w)
             tl.store(exp_avg + i, m, mask=here)
             tl.store(exp_avg_sq + i, v, mask=here)
             tl.store(weight + i, w, mask=here)

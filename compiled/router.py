@@ -10,8 +10,8 @@ in each pass for as many experts as a tile has, and its gradient is written once
 float32. x times a float32 number is three products, the smallest first; of two float32 numbers, six of nine are kept,
 the others being at most 2^-23 of the whole. Tensor cores cut sums off where float32 rounds: they start from zero for
 each block, and blocks are added by the other units. TensorFloat-32 is nowhere. What is divided over programs is written
-for each and added afterwards, so that two runs are equal; how it is divided depends on the number of tokens. Where
-weight or gradient is infinite, or above bfloat16's largest, results are NaN; below 2^-110, their last bits are lost.
+for each and added afterwards, so that two runs are equal; how it is divided depends on the number of tokens. Where an
+argument is infinite, or weight or gradient above bfloat16's largest, results are NaN; below 2^-110, last bits are lost.
 """
 
 # ruff: noqa: N803  (upper case: compile-time constants)

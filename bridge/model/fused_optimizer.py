@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import GRAD_NORM_GROUP_ATTR
 from torch import Tensor
 
 from bridge.model.layer_spec import default_backend
@@ -30,6 +29,7 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda part: not part.ddp_config.use_megatron_fsdp,
         "set use_megatron_fsdp=False",
     ),
+    "Transformer Engine, on a GPU": (lambda part: default_backend() == "transformer_engine", "install it there"),
     "Transformer Engine's Adam in float32, with decoupled weight decay": (
         lambda part: _is_adam(part.optimizer) and not part.config.use_precision_aware_optimizer,
         "set optimizer='adam', decoupled_weight_decay=True, optimizer_cpu_offload=False, optimizer_cuda_graph=False "
@@ -40,7 +40,7 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "set bf16=True, and no loss_scale",
     ),
     "one norm of all gradients": (
-        lambda part: all(getattr(one, GRAD_NORM_GROUP_ATTR, None) is None for one in part.get_parameters()),
+        lambda part: not any(chunk.config.mtp_num_layers for chunk in part.model_chunks),
         "leave out multi-token prediction, whose gradients have a norm of their own",
     ),
     "parameters that are not quantized": (
@@ -59,8 +59,6 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _is_adam(optimizer: Any) -> bool:
-    if default_backend() != "transformer_engine":
-        return False
     from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
     plain = isinstance(optimizer, FusedAdam) and not (optimizer.capturable or optimizer.master_weights)
@@ -77,6 +75,11 @@ class FusedOptimizer(ChainedOptimizer):
     """
 
     def __init__(self, optimizer: ChainedOptimizer) -> None:
+        if not isinstance(optimizer, ChainedOptimizer):
+            raise ValueError(
+                f"optimizer: found {type(optimizer).__name__}, expected a ChainedOptimizer, which megatron-core makes "
+                "with use_megatron_fsdp=False; set that, or keep megatron-core's optimizer as it is"
+            )
         super().__init__(optimizer.chained_optimizers)
         self.parts: list[Any] = [
             part for part in self.chained_optimizers if not getattr(part, "is_stub_optimizer", False)
@@ -85,29 +88,34 @@ class FusedOptimizer(ChainedOptimizer):
             for what, (holds, remedy) in _NEEDS.items():
                 if not holds(part):
                     raise ValueError(
-                        f"optimizer: found {type(part).__name__} of {type(part.optimizer).__name__}, which has not "
-                        f"{what}; {remedy}, or keep megatron-core's optimizer as it is"
+                        f"optimizer: found {type(part).__name__} of {type(part.optimizer).__name__}, and a step of one "
+                        f"kernel needs {what}; {remedy}, or keep megatron-core's optimizer as it is"
                     )
 
     @torch.no_grad()
     def step(self, loss: Tensor | None = None) -> tuple[bool, float, None]:
         """As megatron-core's: whether a step was made, the norm of the gradient before it was clipped, and None.
 
-        Gradients are left as they were, not clipped. If the norm, or `loss`, is not finite, nothing is changed.
+        Gradients are left as they were, not clipped, and megatron-core's timers of the parts of a step are not called.
+        If the norm or the loss is not finite, weights and their averages are not changed. What was before the step is
+        not undone by that, such as the routers' bias, which `finalize_model_grads` moves.
+
+        Args:
+            loss: on the GPU, and the same on all ranks, which must come to the same end.
         """
         self.prepare_grads()
         device = torch.device("cuda", torch.cuda.current_device())
         norm = torch.as_tensor(self.get_grad_norm(), dtype=torch.float32, device=device).reshape(())
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
-        told = torch.stack([norm, finite.float()]).to("cpu", non_blocking=True)
+        numbers = torch.stack([norm, finite.float()]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event()
-        counted = [group.get("step") for group in self.param_groups]
-        begun = [(state, weight) for state, weight in self._states() if not state.get(weight)]
-        self._move(self._coefficient(norm).where(finite, torch.nan))
+        steps = [group.get("step") for group in self.param_groups]
+        without_state = [(state, weight) for state, weight in self._states() if not state.get(weight)]
+        self._update(self._coefficient(norm).where(finite, torch.nan))
         arrived.synchronize()
-        found, made = told.tolist()
+        found, made = numbers.tolist()
         if not made:
-            self._take_back(counted, begun)
+            self._take_back(steps, without_state)
         return bool(made), found, None
 
     def _states(self) -> Iterator[tuple[dict[Tensor, Any], Tensor]]:
@@ -116,13 +124,13 @@ class FusedOptimizer(ChainedOptimizer):
                 for weight in group["params"]:
                     yield part.optimizer.state, weight
 
-    def _take_back(self, counted: list[int | None], begun: list[tuple[dict[Tensor, Any], Tensor]]) -> None:
+    def _take_back(self, steps: list[int | None], without_state: list[tuple[dict[Tensor, Any], Tensor]]) -> None:
         """What the processor has noted of a step that the GPU did not make."""
-        for group, count in zip(self.param_groups, counted, strict=True):
+        for group, step in zip(self.param_groups, steps, strict=True):
             group.pop("step")
-            if count is not None:
-                group["step"] = count
-        for state, weight in begun:
+            if step is not None:
+                group["step"] = step
+        for state, weight in without_state:
             del state[weight]
 
     def _coefficient(self, norm: Tensor) -> Tensor:
@@ -130,21 +138,22 @@ class FusedOptimizer(ChainedOptimizer):
         most = self.parts[0].config.clip_grad if self.parts else 0
         return (most / (norm + 1e-6)).clamp(max=1) if most > 0 else torch.ones_like(norm)
 
-    def _move(self, scale: Tensor) -> None:
+    def _update(self, scale: Tensor) -> None:
         """The experts' weights first: they take the GPU longest, and the processor prepares the others meanwhile."""
         for part in reversed(self.parts):
             pairs = zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups, strict=True)
             rounded = dict(pair for groups in pairs for pair in zip(*groups, strict=True))
             for group in part.param_groups:
-                _move_group(part.optimizer, group, rounded, scale)
+                _update_group(part.optimizer, group, rounded, scale)
+            _copy_float32(part)
         if self.parts and not self.parts[0].ddp_config.overlap_param_gather:
             self.parts[0].start_param_sync_for_bucket_group_subset()  # of all weights; each of them would
 
 
-def _move_group(optimizer: Any, group: dict[str, Any], rounded: dict[Tensor, Tensor], scale: Tensor) -> None:
+def _update_group(optimizer: Any, group: dict[str, Any], rounded: dict[Tensor, Tensor], scale: Tensor) -> None:
     from compiled.adam import AdamTensors, adam_step  # it needs Triton, which hosts without a GPU may lack
 
-    group["step"] = int(group.get("step", 0)) + 1  # also of no weights: other ranks may have some
+    step = int(group.get("step", 0)) + 1  # also of no weights: other ranks may have some
     moved = []
     for weight in group["params"]:
         if not optimizer.state[weight]:
@@ -153,5 +162,15 @@ def _move_group(optimizer: Any, group: dict[str, Any], rounded: dict[Tensor, Ten
             state = optimizer.state[weight]
             row = AdamTensors(weight.grad, weight, state["exp_avg"], state["exp_avg_sq"], rounded.get(weight))
             moved.append(row)
-    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "step")}
-    adam_step(moved, scale, **settings)
+    adam_step(moved, scale, step=step, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
+    group["step"] = step
+
+
+def _copy_float32(part: Any) -> None:
+    """To the model, what is float32 there, if it is not the same memory: `restore_from_cpu` gives it another."""
+    for shards, weights in zip(part.shard_fp32_groups, part.model_fp32_groups, strict=True):
+        for shard, weight in zip(shards, weights, strict=True):
+            own = part._get_model_param_range_map(weight)["param"]
+            of_model = weight.data.view(-1)[own.start : own.end]
+            if of_model.data_ptr() != shard.data_ptr():
+                of_model.copy_(shard)

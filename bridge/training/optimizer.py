@@ -139,6 +139,7 @@ def build_optimizer(job: TrainJob, wrapped: list[DistributedDataParallel]) -> An
 
 
 def with_fused_step(optimizer: ChainedOptimizer) -> ChainedOptimizer:
+    """The same with a step of one kernel, where there are Transformer Engine and a GPU."""
     return FusedOptimizer(optimizer) if default_backend() == "transformer_engine" else optimizer
 
 
