@@ -207,10 +207,16 @@ class Staging:
         """
         deadline, waited_for = time.monotonic() + LOCK_SECONDS, None
         while True:
-            self._journal.mkdir(parents=True, exist_ok=True)
             try:
+                self._journal.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self._journal, os.O_RDONLY)
             except FileNotFoundError:  # the other run was done between these two lines
+                continue
+            except FileExistsError:  # or in the first, which finds a folder, and then none
+                if self._journal.is_file():
+                    raise ValueError(
+                        f"{self._journal}: found a file, expected a folder or nothing; move it away, or write elsewhere"
+                    ) from None
                 continue
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(handle, mode | fcntl.LOCK_NB)

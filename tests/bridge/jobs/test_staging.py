@@ -192,3 +192,27 @@ def test_a_run_that_ends_while_another_looks_for_its_journal(tmp_path: Path, mon
     assert gone
     assert contents(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_ends_while_another_makes_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there when it is to be made, and gone when that is looked at."""
+    really, gone = os.mkdir, []
+
+    def made(path: Any, *arguments: Any, **named: Any) -> None:
+        if not gone and str(path).endswith(".journal"):
+            gone.append(path)
+            raise FileExistsError(path)
+        really(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "mkdir", made)
+    write(tmp_path / "out", "new")
+    assert gone
+    assert contents(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_where_the_journal_should_be_is_named_and_kept(tmp_path: Path) -> None:
+    (tmp_path / ".out.journal").write_text("mine")
+    with pytest.raises(ValueError, match=r"\.out\.journal: found a file, expected a folder or nothing; move it away"):
+        write(tmp_path / "out", "new")
+    assert contents(tmp_path) == {".out.journal": b"mine"}
