@@ -9,7 +9,7 @@ when the step is on its way.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,29 +109,22 @@ class FusedOptimizer(ChainedOptimizer):
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         numbers = torch.stack([norm, finite.float()]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event()
-        steps = [group.get("step") for group in self.param_groups]
-        without_state = [(state, weight) for state, weight in self._states() if not state.get(weight)]
         self._update(self._coefficient(norm).where(finite, torch.nan))
         arrived.synchronize()
         found, made = numbers.tolist()
         if not made:
-            self._take_back(steps, without_state)
+            self._take_back()
         return bool(made), found, None
 
-    def _states(self) -> Iterator[tuple[dict[Tensor, Any], Tensor]]:
+    def _take_back(self) -> None:
+        """What the processor has noted of a step that the GPU did not make: its number, of the first also averages."""
         for part in self.parts:
             for group in part.param_groups:
-                for weight in group["params"]:
-                    yield part.optimizer.state, weight
-
-    def _take_back(self, steps: list[int | None], without_state: list[tuple[dict[Tensor, Any], Tensor]]) -> None:
-        """What the processor has noted of a step that the GPU did not make."""
-        for group, step in zip(self.param_groups, steps, strict=True):
-            group.pop("step")
-            if step is not None:
-                group["step"] = step
-        for state, weight in without_state:
-            del state[weight]
+                group["step"] -= 1
+                if group["step"] == 0:
+                    del group["step"]
+                    for weight in group["params"]:
+                        del part.optimizer.state[weight]
 
     def _coefficient(self, norm: Tensor) -> Tensor:
         """What clips the gradients, as in `megatron.core.optimizer.clip_grads`."""
