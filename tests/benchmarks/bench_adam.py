@@ -9,7 +9,6 @@ megatron-core has it, 42. Baselines: these passes, Transformer Engine's Adam alo
 copy. Milliseconds between CUDA events, medians of 20 steps after 5.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor
 from compiled import adam
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import environment, median_ms
+from record import asked_on_a_gpu, environment, median_ms
 
 EXPERTS, LAYERS = 32, 2
 LAYER = [(3072, 8192), (6144, 3072), (3072,), (EXPERTS, 3072), *[(3072, 3072), (3072, 1536)] * EXPERTS]
@@ -99,12 +98,7 @@ def made_rows() -> list[adam.AdamTensors]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_adam needs an NVIDIA GPU: the kernel has no other form")
+    asked = asked_on_a_gpu(__doc__, "--sweep")
     rows = made_rows()
     elements = sum(row.weight.numel() for row in rows)
     own = tuple(getattr(adam, name) for name in SWEPT)

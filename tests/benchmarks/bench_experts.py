@@ -10,7 +10,6 @@ longer than the launches take, so that the processor does not count; "host" the 
 same wait.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -30,7 +29,7 @@ from bridge.model.fusions import FUSIONS
 from compiled.experts import weight_gradients
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import environment
+from record import asked_on_a_gpu, environment
 
 EXPERTS, ROWS = 32, 4096 * 8
 SHAPES = {"fc1": (3072, 3072), "fc2": (3072, 1536)}
@@ -156,12 +155,7 @@ def measured(product: Product, out_features: int, in_features: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_experts needs an NVIDIA GPU: the kernel has no other form")
+    asked = asked_on_a_gpu(__doc__, "--sweep")
     products, own = {what: dict(rows) for what, rows in PRODUCTS.items()}, [getattr(weight_gradients, x) for x in TILE]
     tiles = {f"tile {tile}": tile for tile in TILES} if asked.sweep else {}
     products[WEIGHTS] |= dict.fromkeys(tiles, weights_gradients)

@@ -8,7 +8,6 @@ are captured in CUDA graphs, as in training, and their replays timed: microsecon
 20 calls. The baseline is float32, not TensorFloat-32.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from bridge.model.router import Float32Logits
 from compiled.router import router_logits
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import environment, median_ms
+from record import asked_on_a_gpu, environment, median_ms
 
 TOKENS, HIDDEN, EXPERTS = 4096, 3072, (32, 256)
 SETS, CALLS, RUNS = 4, 20, 20  # inputs in turns, more than caches hold
@@ -54,11 +53,7 @@ def measured(logits: Callable[[Tensor, Tensor], Tensor], experts: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_router needs an NVIDIA GPU: the kernels have no other form")
+    asked = asked_on_a_gpu(__doc__)
     found: dict[str, Any] = {"what": "a router's products", **environment()}
     found["config"] = {"tokens": TOKENS, "hidden": HIDDEN, "sets": SETS, "calls": CALLS, "runs": RUNS}
     with torch.cuda.stream(torch.cuda.Stream()):  # pyright: ignore[reportArgumentType]

@@ -1,10 +1,12 @@
-"""What every recorded result says of the machine, and how a step is timed."""
+"""What every recorded result says of the machine, how a step is timed, and what a benchmark of kernels is asked."""
 
+import argparse
 import datetime
 import importlib.metadata
 import platform
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,18 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
     }
+
+
+def asked_on_a_gpu(description: str, *flags: str) -> argparse.Namespace:
+    """The command line of a benchmark of kernels that are only for GPUs: where the result goes, and flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{Path(parser.prog).stem} needs an NVIDIA GPU: its kernels have no other form")
+    return asked
 
 
 def median_ms(step: Callable[[], object], *, warm_up: int, runs: int) -> float:

@@ -4,7 +4,6 @@ On two gloo ranks that send gradients while the backward pass runs, against the 
 a layer are `support.expert_products`; Transformer Engine's layer is in `test_fusions_gpu.py`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,12 +22,6 @@ from bridge.model.expert_products import prepare_experts, put_experts_in_order
 from bridge.model.process_groups import model_parallel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its products are for a host without a GPU")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("overlap", [True, False])

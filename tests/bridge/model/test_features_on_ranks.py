@@ -30,12 +30,6 @@ Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def one() -> Iterator[RankPool]:
     with RankPool(1) as ranks:
         yield ranks

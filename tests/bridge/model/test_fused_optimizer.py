@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from support.accumulation import KEPT
 from support.checks import NO_GPU
 from support.small_model import SMALL
 from torch import Tensor
@@ -29,12 +30,11 @@ BOUNDS = {
 
 def wrapped_model(dtype: torch.dtype, **ddp: Any) -> Any:
     model = build_model(SMALL, params_dtype=dtype)
-    settings = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True} | ddp
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             generator = torch.Generator(parameter.device).manual_seed(number)
             parameter.copy_(torch.randn(parameter.shape, device=parameter.device, generator=generator))
-    return DistributedDataParallel(model.config, DistributedDataParallelConfig(**settings), model)
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(**KEPT | ddp), model)
 
 
 def made_of(wrapped: Any, dtype: torch.dtype, **settings: Any) -> Any:

@@ -4,20 +4,12 @@ Its kernel is in `tests/compiled/test_embedding.py`, the rest of `bridge.model.g
 `test_fusions_gpu.py`.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.embedding_sums import not_wrapped, summed
 from support.ranks import RankPool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its addition is for a host without a GPU")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("overlap", [True, False])
