@@ -1,4 +1,7 @@
-"""CUDA graphs of attention and router by Transformer Engine: captured after some eager steps.
+"""CUDA graphs of attention and router by Transformer Engine: captured before the first step that is made.
+
+A run that goes on replays as the uninterrupted one does, so both have the same bits, also where graphs and eager steps
+do not.
 
 What must be so for the capture: `DistributedDataParallel` is made on a stream of its own (`bridge.training.optimizer`),
 the random states are Transformer Engine's, and megatron-core's microbatch calculator is set up.
@@ -23,8 +26,6 @@ from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
 from bridge.training.step import Trained
 
-EAGER_STEPS = 3
-
 
 @contextmanager
 def without_gather_hooks(wrapped: Sequence[DistributedDataParallel]) -> Iterator[bool]:
@@ -40,11 +41,12 @@ def without_gather_hooks(wrapped: Sequence[DistributedDataParallel]) -> Iterator
 
 
 class CudaGraphs:
-    """Captures before the step after `EAGER_STEPS`."""
+    """Of a model that is not trained yet in this process; its steps are replays from `capture` to `delete`."""
 
     settings: ClassVar[dict[str, Any]] = {
         "cuda_graph_impl": "transformer_engine",
         "cuda_graph_modules": ["attn", "moe_router", "moe_preprocess"],
+        "cuda_graph_warmup_steps": 0,
         "use_te_rng_tracker": True,
     }
 
@@ -62,13 +64,11 @@ class CudaGraphs:
             optimizers=[trained.optimizer],
         )
 
-    def before(self, step: int) -> None:
-        """Call it before each step that is made here, counted from 1."""
-        if step == EAGER_STEPS + 1:
-            with without_gather_hooks(self._wrapped) as hooked:
-                self._helper.create_cudagraphs()
-            if hooked:
-                self._helper.cuda_graph_set_manual_hooks()
+    def capture(self) -> None:
+        with without_gather_hooks(self._wrapped) as hooked:
+            self._helper.create_cudagraphs()
+        if hooked:
+            self._helper.cuda_graph_set_manual_hooks()
 
     def delete(self) -> None:
         """Give back the memory of the graphs, for a process that goes on with another model."""

@@ -48,16 +48,16 @@ def run_steps(
         OSError: metrics or a checkpoint cannot be written.
     """
     job, checkpoints = trained.job, out / CHECKPOINTS
-    graphs = CudaGraphs(trained) if job.cuda_graphs else None
+    graphs = CudaGraphs(trained) if job.cuda_graphs and steps else None
     loss, world = None, rank_and_world_size()[1]
     with (
         short_collections(),
         Reporter(out, steps.start - 1, on_step) as reporter,
         Saver(trained, checkpoints, config) as saver,
     ):
+        if graphs is not None:
+            graphs.capture()
         for step in steps:
-            if graphs is not None:
-                graphs.before(step - steps.start + 1)
             began = time.perf_counter()
             batches = _batches(trained, dataset, step)
             result = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))

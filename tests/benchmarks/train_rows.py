@@ -146,8 +146,8 @@ class Shape(NamedTuple):
     layers: int
     seq: int
     microbatches: int
-    eager: int
-    """Steps before the measured ones; graphs are captured after three."""
+    warm_up: int
+    """Steps before the measured ones."""
     timed: int
     """Measured steps of a visit."""
     checked: int
@@ -168,5 +168,5 @@ class Shape(NamedTuple):
         )
 
 
-TRUE_WIDTH = Shape(3072, 1536, 48, 8, 128, 64, 32, 8, 32768, 4, 4096, 4, eager=5, timed=6, checked=6)
-TINY = Shape(64, 48, 8, 2, 16, 8, 4, 2, 256, 2, 32, 2, eager=1, timed=2, checked=2)
+TRUE_WIDTH = Shape(3072, 1536, 48, 8, 128, 64, 32, 8, 32768, 4, 4096, 4, warm_up=5, timed=6, checked=6)
+TINY = Shape(64, 48, 8, 2, 16, 8, 4, 2, 256, 2, 32, 2, warm_up=1, timed=2, checked=2)

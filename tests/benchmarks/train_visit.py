@@ -135,12 +135,12 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], purpose: Purpose) -> d
         except ValueError as error:
             return {"refused": str(error)}
     graphs = CudaGraphs(trained) if row.graphs else None
+    if graphs is not None:
+        graphs.capture()
     data = microbatches(shape, seed=0)
 
     def steps(first: int, count: int) -> Iterator[tuple[float, Any]]:
         for number in range(first, first + count):
-            if graphs is not None:
-                graphs.before(number)
             synchronize()
             began = time.perf_counter()
             result = train_step(trained, [iter(data) for _ in trained.chunks])
@@ -153,12 +153,12 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], purpose: Purpose) -> d
         found: dict[str, Any] = {"losses": [one.loss for one in made], "norms": [one.grad_norm for one in made]}
     else:
         built = time.perf_counter() - arrived
-        warm_up = [seconds for seconds, _ in steps(1, shape.eager)]
+        warm_up = [seconds for seconds, _ in steps(1, shape.warm_up)]
         if purpose == "profile":
-            found = {"profiled": profiled(lambda: list(steps(shape.eager + 1, 1)))}
+            found = {"profiled": profiled(lambda: list(steps(shape.warm_up + 1, 1)))}
         else:
             found = timed(steps, shape)
-        found["before"] = {"to build": round(built, 2), "eager steps": [round(one, 2) for one in warm_up]}
+        found["before"] = {"to build": round(built, 2), "first steps": [round(one, 2) for one in warm_up]}
     if graphs is not None:
         graphs.delete()
     return found
@@ -168,7 +168,7 @@ def timed(steps: Callable[[int, int], Iterator[tuple[float, Any]]], shape: Shape
     """Seconds of the measured steps, of the slowest rank each, and the most memory that any rank had."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    measured = [seconds for seconds, _ in steps(shape.eager + 1, shape.timed)]
+    measured = [seconds for seconds, _ in steps(shape.warm_up + 1, shape.timed)]
     seconds = [max(of_ranks) for of_ranks in zip(*all_gather_objects(measured), strict=True)]
     found: dict[str, Any] = {"seconds": seconds, "peak GB": max(all_gather_objects(memory_gb()))}
     if torch.cuda.is_available():  # what graphs keep for themselves is in this alone

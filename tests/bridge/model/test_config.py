@@ -103,7 +103,8 @@ def _expert_biases(model):
 
 
 def _megatron_model(hf, **settings):
-    model = build_gpt_model(ModelConfig.from_hf(hf.config.to_dict()), perform_initialization=False, **settings)
+    config = ModelConfig.from_hf(hf.config.to_dict())
+    model = build_gpt_model(config, backend="local", perform_initialization=False, **settings)
     model.load_state_dict({**_megatron_names(hf.config, hf.state_dict()), **_expert_biases(hf)})
     return model.train()
 

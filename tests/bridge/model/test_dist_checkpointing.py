@@ -155,7 +155,7 @@ class LoadedModel:
         wrong = []
         for parameter in self.held:
             value, wanted = self.state[parameter.name], shard(parameter, tensors)
-            if not torch.equal(value, wanted.to(value.dtype)):
+            if not torch.equal(value, wanted.to(value)):
                 wrong.append(parameter.name)
         return wrong
 
