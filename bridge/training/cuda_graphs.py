@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import (
@@ -23,6 +24,7 @@ from megatron.core.num_microbatches_calculator import (
     unset_num_microbatches_calculator,
 )
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from bridge.training.step import Trained
 
@@ -65,6 +67,9 @@ class CudaGraphs:
         )
 
     def capture(self) -> None:
+        """Call it once, before the first step."""
+        # Where replays read it; the scale of each step is copied there, and has one entry.
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=torch.cuda.current_device()))
         with without_gather_hooks(self._wrapped) as hooked:
             self._helper.create_cudagraphs()
         if hooked:

@@ -103,7 +103,9 @@ class _Exchange:
 
     def buffer(self, route: Route, segments: list[_Segment], requests: list[GatherRequest]) -> Tensor:
         """A message's bytes: filled if this rank sends it, else room to receive them."""
-        buffer = torch.empty(segments[-1].stop, dtype=torch.uint8, device=self._sharded.device)
+        # gloo sends nothing of a GPU's.
+        device = "cpu" if distributed.get_backend() == "gloo" else self._sharded.device
+        buffer = torch.empty(segments[-1].stop, dtype=torch.uint8, device=device)
         if route[0] == self._sharded.rank:
             for segment in segments:
                 request = requests[segment.index]
@@ -115,7 +117,7 @@ class _Exchange:
         if route[0] == self._sharded.rank:
             return self._held(request.source, segment.replicas)
         assert buffer is not None
-        return _view(buffer, segment, request.dtype)
+        return _view(buffer, segment, request.dtype).to(self._sharded.device)
 
     def _held(self, source: Source, replicas: Replicas) -> Tensor:
         value = self._sharded.state[self._shard_map.parameter(source)].detach()

@@ -1,9 +1,10 @@
 """`bridge.jobs.rank_pool` for tests, whose ranks start in milliseconds.
 
 Without a GPU they are forks (`support.forks`). CUDA does not survive a fork: where there is one, each rank is a fresh
-process.
+process. gloo's ranks are the processor's on every host, and see no GPU.
 """
 
+from collections.abc import Mapping
 from multiprocessing.context import BaseContext
 
 import torch
@@ -17,6 +18,10 @@ __all__ = ["RankError", "RankPool"]
 
 class RankPool(rank_pool.RankPool):
     """Ranks that are forks where they may be."""
+
+    def __init__(self, world: int, backend: str = "gloo", *, environment: Mapping[str, str] | None = None):
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
+        super().__init__(world, backend, environment={**hidden, **(environment or {})})
 
     def context(self) -> BaseContext:
         if torch.cuda.is_available():

@@ -236,7 +236,7 @@ def test_virtual_stages_on_two_ranks_are_wrong_with_megatrons_default() -> None:
 def test_mtp_layers_fail_far_from_their_cause() -> None:
     """In megatron-core's own model, which is given no block of them either."""
     with model_parallel():
-        config = transformer_config(SMALL, backend="local", normalization="LayerNorm")
+        config = transformer_config(SMALL, backend="local", normalization="LayerNorm", params_dtype=torch.float32)
         config.mtp_num_layers = 1
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
         model = GPTModel(config, spec, **gpt_model_arguments(SMALL)).to(DEVICE)

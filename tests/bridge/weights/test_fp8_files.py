@@ -83,7 +83,7 @@ def test_a_running_model_gives_back_what_it_was_loaded_with(
     source = all_tensors(copy)
     with model_parallel(), MiniMaxM2Bridge.from_hf_pretrained(copy) as bridge:
         model = bridge.to_megatron_model(params_dtype=params_dtype)
-        stream = dict(bridge.export_hf_weights(model, "source"))
+        stream = dict(bridge.export_hf_weights(model, "source", device="cpu"))
         bridge.save_hf_pretrained(model, tmp_path / "out")
         parts = bridge.maybe_modify_loaded_hf_weight({"q": Q}, source)
     wanted = written(source)
@@ -102,7 +102,7 @@ def test_scales_of_a_dtype_that_is_not_known_are_refused_by_name(bridge_of_power
 def test_a_float32_model_of_bfloat16_values_is_untouched(scales: str, checkpoint: Path, source: dict) -> None:
     with model_parallel(), MiniMaxM2Bridge.from_hf_pretrained(checkpoint) as bridge:
         model = bridge.to_megatron_model().float()
-        found = dict(bridge.export_hf_weights(model, "source", scales=scales))
+        found = dict(bridge.export_hf_weights(model, "source", scales=scales, device="cpu"))
     kept = {name: value for name, value in source.items() if "model.layers.2." not in name}
     if scales == "source":
         assert_same_tensors(found, kept)
@@ -134,13 +134,13 @@ def test_powers_of_two_stay_and_are_made(bridge_of_powers: MiniMaxM2Bridge, of_p
     save(tmp_path / "untouched")
     assert_same_tensors(all_tensors(tmp_path / "untouched"), source)
     assert (tmp_path / "untouched/config.json").read_bytes() == (of_powers / "config.json").read_bytes()
-    fresh = dict(bridge.export_hf_weights(model, "fp8", scales="fresh"))
+    fresh = dict(bridge.export_hf_weights(model, "fp8", scales="fresh", device="cpu"))
     assert all(powers_of_two(scales_of(fresh)))
     assert torch.equal(fresh[Q + SCALE], quantize_blockwise(dequantised(source)[Q], scale_fmt="ue8m0")[1])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.37)
-    weights = dict(bridge.export_hf_weights(model, "bf16"))
+    weights = dict(bridge.export_hf_weights(model, "bf16", device="cpu"))
     save(tmp_path / "trained")
     found = all_tensors(tmp_path / "trained")
     assert all(powers_of_two(scales_of(found)))
