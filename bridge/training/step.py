@@ -278,11 +278,12 @@ def _forward_step(trained_on: Tensor, batches: Iterator[dict[str, Tensor]], mode
 
 def _aux_loss(trained: Trained) -> Tensor:
     """Mean over layers and microbatches, on all ranks; of one entry."""
-    job, entry = trained.job, get_moe_metrics_tracker().metrics.get(AUX_LOSS)
-    destroy_moe_metrics_tracker()
+    job, tracker = trained.job, get_moe_metrics_tracker()
+    entry = tracker.metrics.get(AUX_LOSS)
     layers = trained.chunks[0].config.num_layers
     device = torch.cuda.current_device()
     values = torch.zeros(layers, device=device) if entry is None else entry.values.to(device).clone()
+    tracker.clear()  # and kept: CUDA graphs add to the tensor that was there when they were captured
     if entry is not None and entry.reduce_group is not None:
         torch.distributed.all_reduce(values, group=entry.reduce_group)
     # Each tensor- and context-parallel rank has the same now, each data-parallel rank its own sequences.

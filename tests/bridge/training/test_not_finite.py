@@ -56,7 +56,7 @@ def test_squares_that_overflow_name_the_largest_gradient(source: Path, tmp_path:
 @pytest.mark.gpu
 @NO_GPU
 def test_a_loss_under_cuda_graphs_names_its_layer(source: Path, tmp_path: Path) -> None:
-    """Which a replay does not go through; the weight is bad from the fifth step on, two after the capture."""
+    """Which a replay does not go through; the weight is bad from the fifth step on."""
     job = job_of(source, tmp_path / "run", warmup_steps=0, dtype="bf16", cuda_graphs=True)
     microbatches = 4 * job.global_batch_size
 

@@ -7,7 +7,7 @@ from weakref import ref
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from support.checks import assert_relative
 from support.ranks import RankPool
 from support.training_runs import SECONDS, gathers_of_a_run, job_of, make_source, values_of
@@ -16,7 +16,7 @@ from torch import Tensor
 from bridge.model.process_groups import model_parallel
 from bridge.training.optimizer import ddp_config
 from bridge.training.start import open_start
-from bridge.training.step import forward
+from bridge.training.step import AUX_LOSS, StepResult, forward, train_step
 from bridge.training.train import build
 
 
@@ -46,6 +46,23 @@ def test_the_load_balancing_loss_weighs_the_same_however_few_tokens_are_trained_
         of_all, of_few = (gradient(1.0, one) - gradient(0.0, one) for one in (1, share))
         assert of_all.norm() > 0.01
         assert_relative(of_few, of_all, 1e-4, "router")
+
+
+def test_each_step_reports_its_own_load_balancing_loss(source: Path, tmp_path: Path) -> None:
+    """And leaves the tensor where it is, which a CUDA graph adds to; at a learning rate of 0 all steps are the same."""
+    job = job_of(source, tmp_path / "run", micro_batch_size=2, lr=0.0, min_lr=0.0, bias_update_rate=0.0)
+    reported, tensors = [], []
+    with open_start(job) as start, model_parallel():
+        trained = build(job, start)
+        for _ in range(3):
+            result = train_step(trained, [iter(batches_of(1))])
+            assert isinstance(result, StepResult)
+            reported.append(result.aux_loss)
+            tensors.append(get_moe_metrics_tracker().metrics[AUX_LOSS].values)
+    destroy_moe_metrics_tracker()
+    assert reported[0] == pytest.approx(1, abs=0.5)  # 1 of experts in balance
+    assert reported == pytest.approx(3 * reported[:1], rel=1e-6)
+    assert tensors[0] is tensors[1] is tensors[2]
 
 
 def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Path) -> None:
