@@ -72,6 +72,11 @@ def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
     """
     parallelism = layout(config, gpus=world, **job.sizes)
     job.workload.check(config, parallelism)
+    if job.cp > 1 and job.dtype == "fp32":
+        raise ValueError(
+            f"cp ({job.cp}) above 1 needs dtype bf16, found fp32, of which Transformer Engine has no attention across "
+            "ranks"
+        )
     if job.cp > 1 and not torch.cuda.is_available():
         raise ValueError(f"cp ({job.cp}) above 1 needs Transformer Engine's attention, and a GPU for it")
     if job.cuda_graphs and not torch.cuda.is_available():

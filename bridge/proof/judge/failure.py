@@ -38,6 +38,11 @@ KNOWN = (
         "GPUs, or one of your own",
     ),
     Known(
+        r"No dot product attention backend is available",
+        "Transformer Engine has no attention of this dtype at this layout, as of float32 across context-parallel "
+        "ranks: judge it with --dtype bf16, or an attention of your own",
+    ),
+    Known(
         r"sequence parallel not supported by torch LayerNorm",
         "its norms are megatron-core's WrappedTorchNorm, which refuses sequence parallelism, without which experts are "
         "not trained under tensor parallelism: use norms that carry it (bridge.model.layer_spec.RMSNorm, or "

@@ -174,6 +174,8 @@ on_their_ranks = pytest.mark.parametrize(
 @on_their_ranks
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_equals_transformers(pool: RankPool, name: str, dtype: torch.dtype, record_property) -> None:
+    if SETUPS[name].layout.cp > 1 and dtype == FLOAT32:
+        pytest.skip("Transformer Engine has no attention of float32 across context-parallel ranks")
     oracle = oracle_of(SETUPS[name].case, dtype)
     run = run_megatron(pool, SETUPS[name], dtype, oracle.batches)
     trained, unit = set(oracle.truth.grads), torch.finfo(dtype).eps / 2

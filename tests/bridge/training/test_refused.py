@@ -97,7 +97,8 @@ LAYOUTS = {
     "virtual stages": ({"pp": 2, "vpp": 2, "global_batch_size": 3}, 2, r"the 3 microbatches of a step"),
     "sequence": ({"tp": 2, "etp": 1, "seq_length": 33}, 2, r"seq_length \(33\) must be a multiple of 2"),
     "too long": ({"seq_length": 8192}, 1, r"seq_length \(8192\) is above the model's max_position_embeddings \(4096\)"),
-    "context": ({"cp": 2}, 2, r"cp \(2\) above 1 needs Transformer Engine's attention"),
+    "context": ({"cp": 2, "dtype": "bf16"}, 2, r"cp \(2\) above 1 needs Transformer Engine's attention"),
+    "context, float32": ({"cp": 2, "dtype": "fp32"}, 2, r"cp \(2\) above 1 needs dtype bf16, found fp32"),
     "graphs": ({"cuda_graphs": True}, 1, r"cuda_graphs need a GPU"),
     "fusions": ({"fusions": ("router", "permute")}, 1, r"fusions: router, permute need Transformer Engine and a GPU"),
 }

@@ -40,6 +40,13 @@ def test_the_rank_that_is_to_blame_is_told(how: str, reason: str, monkeypatch: p
     assert failure_of(raised.value).reason == reason
 
 
+def test_an_attention_that_there_is_not_is_told_with_its_remedy() -> None:
+    error = RankError(
+        "failed", ["Traceback\nValueError: No dot product attention backend is available for the inputs\n"]
+    )
+    assert "--dtype bf16" in failure_of(error).reason
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_transformer_engine_is_missed_only_where_it_is_missing(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "_transformer_engine_is_here", lambda: here)
