@@ -1,7 +1,7 @@
 """CUDA graphs of attention and router by Transformer Engine: captured before the first step that is made.
 
-A run that goes on replays as the uninterrupted one does, so both have the same bits, also where graphs and eager steps
-do not.
+So a run that goes on replays where the uninterrupted one does; an eager step may have other bits (of sequences of 32
+tokens Transformer Engine's attention has, of 128 and more not).
 
 What must be so for the capture: `DistributedDataParallel` is made on a stream of its own (`bridge.training.optimizer`),
 the random states are Transformer Engine's, and megatron-core's microbatch calculator is set up.

@@ -18,10 +18,9 @@ from reference.parallelism import Parallelism
 from reference.step_traffic import Traffic, most_layers, traffic
 
 # Model FLOP/s of a GPU in such layers, in bfloat16 with fusions and CUDA graphs, by `bench train`'s records: of two
-# H200s at EP 2 (`train_speed_h200_ep2.json`, with older kernels), and of one H100 (`train_speed_h100.json`) with
-# older and slower kernels, when the processor still waited for the GPU in each layer, as it does where ranks send each
-# other tokens.
-RATES = {"H100": 296e12, "H200": 324e12}
+# H200s at EP 2 (`train_speed_h200_ep2.json`), and of one H100 (`train_speed_h100.json`) with older and slower kernels,
+# when the processor still waited for the GPU in each layer, as it does where ranks send each other tokens.
+RATES = {"H100": 296e12, "H200": 345e12}
 MEMORY = {"H100": "80GB", "H200": "141GB"}
 ROOM = 0.9  # of a GPU's memory may be planned: the rest is what is not counted
 

@@ -5,12 +5,11 @@ What each fusion gains is in `bridge.model.fusions`. That losses and gradient no
 - of graphs with all of the fusions on one GPU, at EP 2, TP 2 (whole experts), DP 2, PP 2 and CP 2, over six steps;
 - of the same on one GPU over 200 steps, all of which have the digits of the fusions without graphs.
 
-The records are `train_checked_h200_second.json`, `train_checked_h200_two_ranks.json` and `steps200_h200_second.json`.
-EP 2 was recorded with older kernels; with those of now there are ten steps at TP 2 x EP 2 against `transformers`
-(`steps_h200_layouts_second.json`). More ranks of PP, EP, CP and DP are taken to make no difference. Whatever is not
-among these, more tensor parallelism, experts that are cut, virtual stages, recomputation, frozen parameters or
-HybridModel, has no graphs unless they are asked for, and the fusions that every bfloat16 model on a GPU has; float32
-has none.
+The records are `train_checked_h200_second.json`, `train_checked_h200_two_ranks.json` and `steps200_h200_second.json`,
+and of ten steps against `transformers`, at TP 2 x EP 2 too, `steps_h200_layouts_second.json`. More ranks of PP, EP, CP
+and DP are taken to make no difference. Whatever is not among these, more tensor parallelism, experts that are cut,
+virtual stages, recomputation, frozen parameters or HybridModel, has no graphs unless they are asked for, and the
+fusions that every bfloat16 model on a GPU has; float32 has none.
 """
 
 from bridge.model.fusions import FASTEST, MODEL_DEFAULTS
