@@ -1,7 +1,6 @@
 """CUDA graphs of attention and router by Transformer Engine: captured before the first step that is made.
 
-So a run that goes on replays where the uninterrupted one does; an eager step may have other bits (of sequences of 32
-tokens Transformer Engine's attention has, of 128 and more not).
+So a run that goes on replays where the uninterrupted one does; an eager step may differ in the last bits.
 
 What must be so for the capture: `DistributedDataParallel` is made on a stream of its own (`bridge.training.optimizer`),
 the random states are Transformer Engine's, and megatron-core's microbatch calculator is set up.
@@ -68,7 +67,8 @@ class CudaGraphs:
 
     def capture(self) -> None:
         """Call it once, before the first step."""
-        # Where replays read it; the scale of each step is copied there, and has one entry.
+        # Replays read this tensor, and each step's scale, of one entry, is copied into it: megatron-core would make one
+        # of no dimension in the capture.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=torch.cuda.current_device()))
         with without_gather_hooks(self._wrapped) as hooked:
             self._helper.create_cudagraphs()

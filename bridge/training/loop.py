@@ -79,6 +79,8 @@ def run_steps(
                 saver.finish()
                 reporter.raise_failure()  # a run that goes on from here would lack this step's line
                 saver.save(step)
+        if graphs is not None:
+            graphs.delete()  # their memory is the export's
     return loss
 
 

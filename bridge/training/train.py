@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import (
@@ -112,6 +113,7 @@ def train(
             parallelism = check_layout(job, start.config, rank_and_world_size()[1])
         check_same_on_all_ranks(_what_is_read(job, start))
         stack.enter_context(groups_of(parallelism, seed=job.seed))
+        stack.callback(destroy_moe_metrics_tracker)  # it has this model's layers, and a group of these
         if job.cuda_graphs:
             model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
         sources, begun = _prepare(job, start, out, progress)

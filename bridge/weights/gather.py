@@ -7,6 +7,7 @@ some of it. A rank that neither has nor wants a piece takes no part in moving it
 """
 
 import math
+from functools import cached_property
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -83,6 +84,13 @@ class _Exchange:
     def __init__(self, sharded: ShardedModel):
         self._sharded, self._shard_map = sharded, sharded.shard_map
 
+    @cached_property
+    def _message_device(self) -> torch.device:
+        """gloo's send and receive take host memory only."""
+        device = self._sharded.device
+        backends = dict(part.split(":") for part in str(distributed.get_backend_config()).split(","))
+        return torch.device("cpu") if backends.get(device.type) == "gloo" else device
+
     def moves(self, route: Route) -> bool:
         """Whether anything goes from one rank to another."""
         return route[0] != route[1] and distributed.get_world_size() > 1
@@ -103,9 +111,7 @@ class _Exchange:
 
     def buffer(self, route: Route, segments: list[_Segment], requests: list[GatherRequest]) -> Tensor:
         """A message's bytes: filled if this rank sends it, else room to receive them."""
-        # gloo sends nothing of a GPU's.
-        device = "cpu" if distributed.get_backend() == "gloo" else self._sharded.device
-        buffer = torch.empty(segments[-1].stop, dtype=torch.uint8, device=device)
+        buffer = torch.empty(segments[-1].stop, dtype=torch.uint8, device=self._message_device)
         if route[0] == self._sharded.rank:
             for segment in segments:
                 request = requests[segment.index]

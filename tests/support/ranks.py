@@ -6,6 +6,7 @@ process. gloo's ranks are the processor's on every host, and see no GPU.
 
 from collections.abc import Mapping
 from multiprocessing.context import BaseContext
+from types import MappingProxyType
 
 import torch
 
@@ -19,9 +20,16 @@ __all__ = ["RankError", "RankPool"]
 class RankPool(rank_pool.RankPool):
     """Ranks that are forks where they may be."""
 
-    def __init__(self, world: int, backend: str = "gloo", *, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        world: int,
+        backend: str = "gloo",
+        *,
+        quiet: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
-        super().__init__(world, backend, environment={**hidden, **(environment or {})})
+        super().__init__(world, backend, quiet=quiet, environment={**hidden, **environment})
 
     def context(self) -> BaseContext:
         if torch.cuda.is_available():

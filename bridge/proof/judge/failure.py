@@ -40,7 +40,7 @@ KNOWN = (
     Known(
         r"No dot product attention backend is available",
         "Transformer Engine has no attention of this dtype at this layout, as of float32 across context-parallel "
-        "ranks: judge it with --dtype bf16, or an attention of your own",
+        "ranks: judge it with --dtype bf16, or judge an attention of your own",
     ),
     Known(
         r"sequence parallel not supported by torch LayerNorm",

@@ -17,7 +17,7 @@ from bridge.model.process_groups import model_parallel
 from bridge.training.optimizer import ddp_config
 from bridge.training.start import open_start
 from bridge.training.step import AUX_LOSS, StepResult, forward, train_step
-from bridge.training.train import build
+from bridge.training.train import build, train
 
 
 def batches_of(share: int) -> list[dict[str, Tensor]]:
@@ -73,6 +73,11 @@ def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Pa
         with open_start(job) as start, model_parallel():
             forward(build(job, start), [iter(batches_of(1))])
     destroy_moe_metrics_tracker()
+
+
+def test_a_run_leaves_no_losses_to_models_of_other_depths(source: Path, tmp_path: Path) -> None:
+    train(job_of(source, tmp_path / "run", steps=1, warmup_steps=0))
+    assert get_moe_metrics_tracker().metrics == {}
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -1,4 +1,4 @@
-"""Models on a GPU whose ranks have gloo alone, which sends nothing of a GPU's: what comes out has the files' bytes."""
+"""Models on a GPU whose ranks have gloo alone, whose send takes host memory: what comes out has the files' bytes."""
 
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from reference.parallelism import Parallelism
 
 @pytest.mark.gpu
 @NO_GPU
-def test_it_is_exported_and_saved(wide_checkpoint: Path, tmp_path: Path) -> None:
-    with RankPool(2, "gloo") as pool:
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:gloo"])
+def test_it_is_exported_and_saved(backend: str, wide_checkpoint: Path, tmp_path: Path) -> None:
+    with RankPool(2, backend) as pool:
         pool.call(_export_and_save, str(wide_checkpoint), tmp_path / "out")
 
 

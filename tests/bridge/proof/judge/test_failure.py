@@ -41,10 +41,8 @@ def test_the_rank_that_is_to_blame_is_told(how: str, reason: str, monkeypatch: p
 
 
 def test_an_attention_that_there_is_not_is_told_with_its_remedy() -> None:
-    error = RankError(
-        "failed", ["Traceback\nValueError: No dot product attention backend is available for the inputs\n"]
-    )
-    assert "--dtype bf16" in failure_of(error).reason
+    report = "Traceback\nValueError: No dot product attention backend is available for the provided inputs. Please\n"
+    assert "--dtype bf16" in failure_of(RankError("failed", [report])).reason
 
 
 @pytest.mark.parametrize("here", [True, False])
