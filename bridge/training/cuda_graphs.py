@@ -42,7 +42,7 @@ def without_gather_hooks(wrapped: Sequence[DistributedDataParallel]) -> Iterator
 
 
 class CudaGraphs:
-    """Of a model that is not trained yet in this process; its steps are replays from `capture` to `delete`."""
+    """Of a model that has made no step in this process; from `capture` to `delete` its steps are replays."""
 
     settings: ClassVar[dict[str, Any]] = {
         "cuda_graph_impl": "transformer_engine",
