@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from bridge.jobs.durable import sync
+from bridge.jobs.os_errors import os_errors_of
 from bridge.jobs.ranks import end_with, is_rank_zero, raise_on_all_ranks, rank_and_world_size
 
 
@@ -151,12 +152,13 @@ def _written(buckets: list[Any], transforms: list[Any]) -> list[Any] | Exception
     for number, bucket in enumerate(buckets):
         file = Path(bucket[0])
         try:
-            _, written = FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, None, None, True)  # pyright: ignore
-            if isinstance(written, Exception):
-                raise written
-            sync(file)  # megatron-core syncs before its last bytes are there
+            with os_errors_of(file):
+                _, written = FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, None, None, True)  # pyright: ignore
+                if isinstance(written, Exception):
+                    raise written
+                sync(file)  # megatron-core syncs before its last bytes are there
         except OSError as error:
-            return OSError(error.errno, error.strerror, str(file))
+            return OSError(error.errno, error.strerror, error.filename)  # without what it was raised from
         except Exception as error:
             return RuntimeError("".join(format_exception(error)))
         found += written

@@ -15,6 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
+from bridge.jobs.os_errors import os_errors_of
 from bridge.training.data.indexed import Source
 from bridge.training.settings import TrainJob
 
@@ -26,6 +27,10 @@ class MaskedGPTDataset(GPTDataset):
         """Tokens, the label of each, and 1.0 where the label is trained on."""
         kept, _, _ = self._query_document_sample_shuffle_indices(idx or 0)
         return _sample(torch.from_numpy(kept))
+
+
+# Of a sample; megatron-core adds the number of its dataset in a blend.
+NAMES = ("tokens", "labels", "loss_mask")
 
 
 def _sample(kept: Int64[Tensor, " length"]) -> dict[str, Tensor]:
@@ -56,7 +61,9 @@ def build_dataset(job: TrainJob, sources: Sequence[Source], cache: Path) -> Any:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    train, *_ = BlendedMegatronDatasetBuilder(MaskedGPTDataset, [samples, 0, 0], lambda: True, config).build()
+    builder = BlendedMegatronDatasetBuilder(MaskedGPTDataset, [samples, 0, 0], lambda: True, config)
+    with os_errors_of(cache):
+        train, *_ = builder.build()
     return train
 
 
@@ -66,4 +73,4 @@ def microbatches(dataset: Any, job: TrainJob, step: int, *, dp: int, dp_rank: in
     start = (step - 1) * job.global_batch_size
     for first in range(start, start + job.global_batch_size, each * dp):
         samples = [dataset[first + dp_rank * each + i] for i in range(each)]
-        yield {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        yield {name: torch.stack([sample[name] for sample in samples]) for name in NAMES}

@@ -1,7 +1,7 @@
 """A file of training data, one document after another: token ids, and which of them are trained on.
 
     {"text": "..."}                                     all tokens
-    {"messages": [{"role": ..., "content": ...}, ...]}  the assistant's turns
+    {"messages": [{"role": ..., "content": ...}, ...]}  the assistant's turns; beside it may be "tools"
     {"tokens": [1, 2, 3]}                               all tokens, as they are
 
 A `.txt` file is one document. Text gets the tokenizer's end-of-sequence token at its end; conversations get what their
@@ -67,14 +67,17 @@ def _of_line(line: bytes, tokenizer: Tokenizer | None, where: str) -> Document:
     if kinds[0] == "tokens":
         if not isinstance(value, list) or not all(type(one) is int for one in value):
             raise ValueError(f"{where}: tokens must be a list of integers")
-        tokens = np.array(value, dtype=np.int64)
+        try:
+            tokens = np.array(value, dtype=np.int64)
+        except OverflowError as error:
+            raise ValueError(f"{where}: {max(value, key=abs)} is a token of no vocabulary") from error
         return Document(tokens, np.ones(len(tokens), dtype=bool))
-    ids, trained = _need(tokenizer, where).conversation(value, where)
+    ids, trained = _need(tokenizer, where).conversation(value, where, tools=found.get("tools"))
     return Document(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
 
 def _of_text(text: str, tokenizer: Tokenizer | None, where: str) -> Document:
-    tokens = np.array(_need(tokenizer, where).text(text), dtype=np.int64)
+    tokens = np.array(_need(tokenizer, where).text(text, where), dtype=np.int64)
     return Document(tokens, np.ones(len(tokens), dtype=bool))
 
 
@@ -98,7 +101,7 @@ def _checked(document: Document, vocab_size: int, where: str) -> Document:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(_text(line, where))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON ({error}); each line is one object") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected an object, found {type(found).__name__}")
@@ -107,6 +110,6 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # some editors write a mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: is not UTF-8 ({error}); convert the file") from error

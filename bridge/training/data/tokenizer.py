@@ -5,12 +5,17 @@ one that does not, turns are found by rendering the conversation up to each of t
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
          "merges.txt", "tokenizer.model")  # fmt: skip
 _GENERATION = "{% generation"
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class Tokenizer:
@@ -46,25 +51,33 @@ class Tokenizer:
             )
         self.fingerprint = _fingerprint(Path(source), self._tokenizer)
 
-    def text(self, text: str) -> list[int]:
+    def text(self, text: str, where: str) -> list[int]:
         """The text's tokens and end-of-sequence."""
+        _check_characters(text, where)
         return [
             *self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
             self._tokenizer.eos_token_id,
         ]
 
-    def conversation(self, messages: Any, where: str) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation by the chat template, and whether each is the assistant's.
+    def conversation(self, messages: Any, where: str, tools: Any = None) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation by the chat template, with `tools` if it says them; whether each is the assistant's.
 
         Raises:
-            ValueError: these are no messages, there is no template, or it does not say where the turns are.
+            ValueError: these are no messages or tools, there is no template, or it does not say where the turns are.
         """
         _check_messages(messages, where)
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
+            raise ValueError(f"{where}: tools must be a list of objects, found {type(tools).__name__}")
         template = self._tokenizer.chat_template
         if not template:
             raise ValueError(f"{where}: messages need a chat template, and the tokenizer has none; lay a "
                              "chat_template.jinja beside it")  # fmt: skip
-        spans = None if _GENERATION in str(template) else self._turns(messages, where)
+        messages = [{**one, "content": ""} if one.get("content") is None else one for one in messages]
+        render = partial(self._render, where=where, tools=tools)
+        whole = render(messages)
+        _check_characters(whole, where)
+        _check_roles(messages, render, where)
+        spans = None if _GENERATION in str(template) else _turns(messages, whole, render, where)
         if spans is None:
             if any(message.get("weight", 1) == 0 for message in messages):
                 raise ValueError(
@@ -72,43 +85,96 @@ class Tokenizer:
                     "what is trained on"
                 )
             found = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             return list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
-        found = self._tokenizer(self._render(messages, where), add_special_tokens=False, return_offsets_mapping=True)
+        found = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         trained = [any(a <= start < b for a, b in spans) for start, _ in found["offset_mapping"]]
         return list(found["input_ids"]), trained
-
-    def _turns(self, messages: list[dict[str, Any]], where: str) -> list[tuple[int, int]]:
-        """Where in the rendered conversation the assistant speaks, in characters."""
-        whole, spans = self._render(messages, where), []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or message.get("weight", 1) == 0:
-                continue
-            before = self._render(messages[:index], where, add_generation_prompt=True) if index else ""
-            upto = self._render(messages[: index + 1], where)
-            if not (whole.startswith(upto) and upto.startswith(before)):
-                raise ValueError(
-                    f"{where}: message {index + 1}: the chat template renders this turn in another way once others "
-                    'follow, so what the assistant said is not to be found; give it "weight": 0, or a template with '
-                    "{% generation %}"
-                )
-            spans.append((len(before), len(upto)))
-        return spans
 
     def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template raises what it likes
-            raise ValueError(f"{where}: the chat template refuses these messages ({error})") from error
+            hint = (
+                "; arguments of a tool call must be an object, found a string" if _has_text_arguments(messages) else ""
+            )
+            raise ValueError(f"{where}: the chat template refuses these messages ({error}){hint}") from error
+
+
+Render = Callable[..., str]  # of messages, and of a generation prompt after them
+
+
+def _turns(messages: list[dict[str, Any]], whole: str, render: Render, where: str) -> list[tuple[int, int]]:
+    """Where in the rendered conversation, `whole`, the assistant speaks, in characters.
+
+    A turn begins where the model would be asked for it, after the messages before. A template may ask with the
+    beginning of a thought, of which a turn without one has nothing; that one, and a first message, begins where it
+    would with any content.
+    """
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("weight", 1) == 0:
+            continue
+        before, upto = messages[:index], render(messages[: index + 1])
+        asked = render(before, add_generation_prompt=True) if before else None
+        if asked is None or not upto.startswith(asked):
+            said = {name: value for name, value in message.items() if name != "reasoning_content"}
+            one, other = (render([*before, {**said, "content": letter}]) for letter in "ab")
+            asked = one[: sum(takewhile(bool, map(eq, one, other)))]
+        if not (whole.startswith(upto) and upto.startswith(asked)):
+            raise ValueError(
+                f"{where}: message {index + 1}: the chat template renders this turn in another way once others follow, "
+                'perhaps without its reasoning, so that what was said is not there to be trained on; give it "weight": '
+                "0, and a line of its own that ends with it"
+            )
+        spans.append((len(asked), len(upto)))
+    return spans
 
 
 def _check_messages(messages: Any, where: str) -> None:
     whole = isinstance(messages, list) and all(isinstance(one, dict) and "role" in one for one in messages)
     if not whole or not messages:
         raise ValueError(f"{where}: messages must be a list of objects with a role and a content")
+    for number, one in enumerate(messages, 1):
+        content, instead = one.get("content"), any(one.get(name) for name in ("tool_calls", "reasoning_content"))
+        if not isinstance(one["role"], str):
+            raise ValueError(f"{where}: message {number}: role must be a string, found {one['role']!r}")
+        if not isinstance(content, str | list) and not (content is None and instead):
+            raise ValueError(
+                f"{where}: message {number}: content must be a string or a list of parts, found "
+                f"{type(content).__name__}; leave the message out, or give it one"
+            )
+        if one.get("weight", 1) not in (0, 1):
+            raise ValueError(f"{where}: message {number}: weight must be 0 or 1, found {one['weight']!r}")
     if not any(one["role"] == "assistant" and one.get("weight", 1) != 0 for one in messages):
         raise ValueError(f"{where}: no message is the assistant's, so nothing in it is trained on; leave the line out")
+
+
+def _check_roles(messages: list[dict[str, Any]], render: Render, where: str) -> None:
+    """A template may render nothing of a message whose role it does not know."""
+    for index, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            one, other = (render([*messages[:index], {**message, "content": letter}]) for letter in "ab")
+            if one == other:
+                raise ValueError(
+                    f"{where}: message {index + 1}: the chat template renders nothing of the role "
+                    f"{message['role']!r}; expected one of {', '.join(ROLES)}"
+                )
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {text[error.start]!r} is half of a character; write both halves of it, or leave it out"
+        ) from error
+
+
+def _has_text_arguments(messages: list[dict[str, Any]]) -> bool:
+    calls = [call for one in messages for call in one.get("tool_calls") or () if isinstance(call, dict)]
+    return any(isinstance((call.get("function") or call).get("arguments"), str) for call in calls)
 
 
 def _fingerprint(folder: Path, tokenizer: Any) -> str:

@@ -13,7 +13,8 @@ from support.training_runs import CHAT_TEMPLATE, CONFIG, TEXT, job_of
 
 from bridge.huggingface.byte_tokenizer import byte_tokenizer_files
 from bridge.model.process_groups import model_parallel
-from bridge.training.data.batches import build_dataset, microbatches
+from bridge.training.data.batches import NAMES, build_dataset, microbatches
+from bridge.training.data.documents import read_documents
 from bridge.training.data.indexed import make_sources
 from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.settings import TrainJob
@@ -89,6 +90,77 @@ def test_a_turn_that_the_template_renders_otherwise_later_is_refused(folder: Pat
     assert said(torch.tensor([one for one, kept in zip(ids, trained, strict=True) if kept])) == b"[yes]"
 
 
+# In short what MiniMax-M2's template does: a thought is asked for, and rendered of turns after the last user's alone;
+# tools are said first, and a role that it does not know is left out.
+THINKS = (
+    "{% set last = namespace(user=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "[system]{% for t in tools or [] %}{{ t.function.name }}{% endfor %};{% for m in messages %}"
+    "{% if m.role == 'assistant' %}[ai]"
+    "{% if m.reasoning_content and loop.index0 > last.user %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }}"
+    "{% for k, v in c.function.arguments | items %} {{ k }}={{ v }}{% endfor %}){% endfor %};"
+    "{% elif m.role == 'user' %}[user]{{ m.content }};{% elif m.role == 'tool' %}[tool]{{ m.content }};{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[ai]<think>{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "why"}, {"role": "assistant", "content": "<so>"}
+THOUGHT = ANSWER | {"reasoning_content": "hm"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+# Messages, and what of them is trained on.
+TALKS: dict[str, tuple[list[dict], bytes]] = {
+    "no thought": ([USER, ANSWER], b"<so>;"),
+    "a thought": ([USER, THOUGHT], b"hm</think><so>;"),
+    "several turns": ([USER, ANSWER, USER, ANSWER], b"<so>;<so>;"),
+    "a thought at last": ([USER, ANSWER, USER, THOUGHT], b"<so>;hm</think><so>;"),
+    "the assistant first": ([ANSWER, USER, ANSWER], b"<so>;<so>;"),
+    "a first thought": ([THOUGHT], b"<think>hm</think><so>;"),
+    "a call": ([USER, CALL, {"role": "tool", "content": "1"}, THOUGHT], b"(f x=1);hm</think><so>;"),
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_turns_of_a_template_that_asks_for_a_thought(folder: Path, name: str) -> None:
+    (folder / "chat_template.jinja").write_text(THINKS)
+    messages, expected = TALKS[name]
+    ids, trained = Tokenizer(str(folder), VOCABULARY).conversation(messages, "here")
+    assert said(torch.tensor([one for one, kept in zip(ids, trained, strict=True) if kept])) == expected
+
+
+def test_a_thought_that_the_template_drops_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(THINKS)
+    with pytest.raises(ValueError, match=r"message 2: .*perhaps without its reasoning, .*a line of its own"):
+        Tokenizer(str(folder), VOCABULARY).conversation([USER, THOUGHT, USER, ANSWER], "here")
+
+
+def test_tools_are_said_by_the_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(THINKS)
+    (folder / "a.jsonl").write_text(json.dumps({"messages": [USER, ANSWER], "tools": [{"function": {"name": "f"}}]}))
+    (document,) = read_documents(folder / "a.jsonl", Tokenizer(str(folder), VOCABULARY), VOCABULARY)
+    assert said(torch.from_numpy(document.tokens)) == b"[system]f;[user]why;[ai]<so>;"
+
+
+BAD_TALKS: dict[str, tuple[object, str]] = {
+    "weight": ([USER, ANSWER | {"weight": "0"}], r"message 2: weight must be 0 or 1, found '0'"),
+    "role": ([USER, ANSWER | {"role": 5}], r"message 2: role must be a string, found 5"),
+    "no content": ([USER, {"role": "assistant"}], r"message 2: content must be a string or .*, found NoneType"),
+    "a number": ([{"role": "user", "content": 1}, ANSWER], r"message 1: content must be a string or .*, found int"),
+    "unknown role": ([{"role": "owl", "content": "a"}, ANSWER], r"message 1: .*renders nothing of the role 'owl'"),
+    "arguments": (
+        [USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        r"the chat template refuses these messages \(.*\); arguments of a tool call must be an object, found a string",
+    ),
+    "half a character": ([USER, ANSWER | {"content": "\ud800"}], r"'\\ud800' is half of a character"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TALKS)
+def test_messages_that_are_none(folder: Path, name: str) -> None:
+    (folder / "chat_template.jinja").write_text(THINKS)
+    messages, words = BAD_TALKS[name]
+    with pytest.raises(ValueError, match=f"here: {words}"):
+        Tokenizer(str(folder), VOCABULARY).conversation(messages, "here")
+
+
 def test_a_template_that_marks_the_assistant_is_believed(folder: Path) -> None:
     marked = "<{% generation %}{{ m['content'] }}{% endgeneration %}>"
     turn = "{% if m['role'] == 'assistant' %}" + marked + "{% else %}{{ m['content'] }}{% endif %}"
@@ -152,7 +224,7 @@ def test_blends_of_indexed_datasets_follow_their_weights(folder: Path) -> None:
 
 
 def test_data_parallel_ranks_share_the_samples_of_a_step() -> None:
-    dataset = [{"tokens": torch.tensor([number])} for number in range(24)]
+    dataset = [{name: torch.tensor([number]) for name in NAMES} for number in range(24)]
     for dp, size in ((1, 1), (2, 1), (2, 2), (4, 1)):
         settings = job_of(Path("m"), Path("o"), global_batch_size=8, micro_batch_size=size)
         for step in (1, 3):
