@@ -40,7 +40,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
     check_files(job.data)
     job = with_speed_defaults(job)
     with open_start(job) as start:
-        parallelism = check_layout(job, start.config, gpus or _ranks_to_be())
+        parallelism = check_layout(job, start.config, _ranks_to_be() if gpus is None else gpus)
         found = plan.plan(
             start.config,
             parallelism,

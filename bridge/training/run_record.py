@@ -1,4 +1,4 @@
-"""What a run was begun with, `run.json` in its folder: a run that goes on must have the same."""
+"""What a run was begun with, `run.json` in its folder: a run that goes on from a checkpoint must have the same."""
 
 import json
 from dataclasses import asdict
@@ -13,28 +13,46 @@ NAME = "run.json"
 _SOURCES = ("model", "data", "tokenizer", "random")  # paths may be spelt otherwise, and what they name is compared
 
 
-def make_record(job: TrainJob, config: ModelConfig, data: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings that decide the numbers, the model, and fingerprints of the data."""
+def make_record(job: TrainJob, config: ModelConfig) -> dict[str, Any]:
+    """The settings that decide the numbers, and the model; `data` has the fingerprints of the data, once it is read."""
     settings = {name: value for name, value in job.decisive().items() if name not in _SOURCES}
-    return json.loads(json.dumps({"settings": settings, "model": asdict(config), "data": data}))
+    return json.loads(json.dumps({"settings": settings, "model": asdict(config), "data": []}))
 
 
-def check_record(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a run is in the folder already, begun with the same; on rank 0.
+def check_folder(folder: Path) -> None:
+    """A folder that is a run's, or may become one: it is not there, is empty, or has its data or `run.json`.
 
     Raises:
-        ValueError: it was begun with other settings, another model or other data; or files of something else are there.
+        ValueError: files of something else are there.
+    """
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != "data") if folder.is_dir() else []
+    if others and not (folder / NAME).is_file():
+        raise ValueError(f"{folder}: holds {', '.join(others[:3])} and no {NAME}, so is no run's; write elsewhere")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the run in a folder was begun with.
+
+    Raises:
+        ValueError: that is damaged.
     """
     path = folder / NAME
-    if not path.is_file():
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name != "data") if folder.is_dir() else []
-        if others:
-            raise ValueError(f"{folder}: holds {', '.join(others[:3])} and no {NAME}, so is no run's; write elsewhere")
-        return False
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); start anew in another --out") from error
+        shapes = [(dict, found["settings"]), (dict, found["model"]), (list, found["data"])]
+        if all(isinstance(value, kind) for kind, value in shapes):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: is damaged; copy it from a backup, or start another run, with --model {folder}")
+
+
+def check_settings(folder: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
+    """A run that was begun goes on with the same settings and a model of the same sizes.
+
+    Raises:
+        ValueError: one is another; names it.
+    """
     for part, what in (("settings", "setting"), ("model", "size of the model")):
         for name, value in record[part].items():
             if found[part].get(name) != value:
@@ -42,17 +60,23 @@ def check_record(folder: Path, record: dict[str, Any]) -> bool:
                     f"{folder}: this run was begun with {what} {name} = {found[part].get(name)!r}, and now it is "
                     f"{value!r}; go on with the same, or start another run, with --model {folder} from its weights"
                 )
+
+
+def check_data(folder: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
+    """A run that was begun goes on with the same data.
+
+    Raises:
+        ValueError: it is other data.
+    """
     if found["data"] != record["data"]:
         raise ValueError(
             f"{folder}: this run was begun with other data, {_amounts(found)}, and now it is {_amounts(record)}; go on "
             f"with the same files in the same order, or start another run, with --model {folder} from its weights"
         )
-    return True
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write it, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / NAME, json_bytes(record))
 
 

@@ -4,6 +4,7 @@ A setting is a field with its help text, the panel of `--help` that it is in, an
 another value: what decides the numbers may not change, the layout and what is written may.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -106,6 +107,9 @@ class TrainJob:
             "save_every": 1, "warmup_steps": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip_grad": 0, "aux_loss": 0,
             "bias_update_rate": 0, "beta1": 0, "beta2": 0, "epsilon": 0,
         }  # fmt: skip
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, found {value}")
         for name, least_value in least.items():
             found = getattr(self, name)
             if found is not None and not found >= least_value:
@@ -116,7 +120,14 @@ class TrainJob:
             raise ValueError(
                 f"data_weights has {len(self.data_weights)} shares for {len(self.data)} files; give one for each"
             )
-        if any(share <= 0 for share in self.data_weights):
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, found {getattr(self, name)}")
+        if not self.epsilon:
+            raise ValueError(f"epsilon must be above 0, found {self.epsilon}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, found {self.seed}")
+        if not all(0 < share < math.inf for share in self.data_weights):
             raise ValueError(f"data_weights must be positive, found {self.data_weights}; leave a file out instead")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
@@ -191,12 +202,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"{path}: reading YAML needs pyyaml; pip install -e '.[train]' brings it") from error
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), _loader(yaml))  # its own is a safe one
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML ({error})") from error
+        raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
+    if found is None:
+        return {}
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path}: expected settings, a line `name: value` for each, found {type(found).__name__}")
     return found
+
+
+def _loader(yaml: Any) -> Any:
+    """`SafeLoader`, which would take the last of several values of a setting."""
+
+    class OneEach(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} is there twice")
+            return super().construct_mapping(node, deep)
+
+    return OneEach
 
 
 def optional(hint: Any) -> tuple[Any, bool]:

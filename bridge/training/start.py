@@ -7,6 +7,7 @@ the same at any layout.
 
 import hashlib
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -151,9 +152,14 @@ def open_start(job: TrainJob) -> Any:
     return MegatronStart(path) if is_megatron else HuggingFaceStart(job.model)
 
 
-def lay_companions(source: Path, checkpoints: Path) -> None:
-    """config.json and the tokenizer's files beside the checkpoints of a run, for the way back; on rank 0."""
+def lay_companions(source: Path, checkpoints: Path, *, anew: bool) -> None:
+    """config.json and the tokenizer's files beside the checkpoints of a run, for the way back; on rank 0.
+
+    `anew`: in place of those that are there.
+    """
     target = checkpoints / HF_FOLDER
+    if anew and target.exists():
+        shutil.rmtree(target)
     for name in (Path(CONFIG_NAME), *companions(source).carried):
         if (source / name).is_file() and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

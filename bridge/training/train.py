@@ -16,6 +16,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
+from bridge.jobs.alone import alone_in
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import (
     all_gather_objects,
@@ -39,7 +40,14 @@ from bridge.training.data.tokenizer import Tokenizer
 from bridge.training.export import export_trained
 from bridge.training.loop import run_steps
 from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
-from bridge.training.run_record import check_record, make_record, write_record
+from bridge.training.run_record import (
+    check_data,
+    check_folder,
+    check_settings,
+    make_record,
+    read_record,
+    write_record,
+)
 from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
@@ -112,6 +120,11 @@ def train(
             start = stack.enter_context(open_start(job))
             parallelism = check_layout(job, start.config, rank_and_world_size()[1])
         check_same_on_all_ranks(_what_is_read(job, start))
+        with raise_on_all_ranks():
+            if is_rank_zero():
+                check_apart(out, [job.model] if Path(job.model).exists() else [])
+                check_folder(out)
+                stack.enter_context(alone_in(out))
         stack.enter_context(groups_of(parallelism, seed=job.seed))
         stack.callback(destroy_moe_metrics_tracker)  # it has this model's layers, and a group of these
         if job.cuda_graphs:
@@ -132,17 +145,22 @@ def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tupl
     found: tuple[list[Source], int] | None = None
     with raise_on_all_ranks():
         if is_rank_zero():
-            check_apart(out, [job.model] if Path(job.model).exists() else [])
+            begun, record = latest_step(out / CHECKPOINTS), make_record(job, start.config)
+            found_record = read_record(out) if begun else None
+            if found_record:
+                check_settings(out, found_record, record)
             vocab_size = start.config.vocab_size
             needed = need_tokenizer(job.data)
             tokenizer = Tokenizer(job.tokenizer or str(start.folder), vocab_size) if needed else None
             sources = make_sources(job.data, tokenizer, vocab_size, out / "data", progress=progress)
-            check_amount(sources, job.seq_length)
-            record = make_record(job, start.config, describe(sources))
-            if not check_record(out, record):
+            check_amount(job.data, sources, job.seq_length)
+            record["data"] = describe(sources)
+            if found_record:
+                check_data(out, found_record, record)
+            else:  # what an attempt before the first checkpoint was begun with binds nobody
                 write_record(out, record)
-            lay_companions(start.folder, out / CHECKPOINTS)
-            found = sources, latest_step(out / CHECKPOINTS) or 0
+            lay_companions(start.folder, out / CHECKPOINTS, anew=not begun)
+            found = sources, begun or 0
     shared = all_gather_objects(found)[0]
     assert shared is not None
     return [Source(*source) for source in shared[0]], shared[1]

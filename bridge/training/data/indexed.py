@@ -19,6 +19,7 @@ from bridge.training.data.documents import Document, needs_tokenizer, read_docum
 from bridge.training.data.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".txt", ".bin")
+INSTEAD = {".idx": "; name the .bin beside it", ".gz": "; unpack it"}
 SCANNED = 2**24  # tokens of a .bin that are looked at at a time
 
 
@@ -39,7 +40,10 @@ def check_files(paths: Sequence[str]) -> None:
     """
     for path in map(Path, paths):
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+            hint = INSTEAD.get(path.suffix, "")
+            raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}{hint}")
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; name the files in it")
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         if not path.stat().st_size:
@@ -82,8 +86,9 @@ def _source(path: Path, tokenizer: Tokenizer | None, vocab_size: int, cache: Pat
     fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     record = cache / f"{fingerprint[:16]}.json"
     prefix = path.with_suffix("") if path.suffix == ".bin" else cache / fingerprint[:16]
-    if record.is_file():  # wherever the file, or the run, was then
-        return Source(**json.loads(record.read_bytes()))._replace(prefix=str(prefix))
+    kept = _kept(record, prefix)
+    if kept is not None:
+        return kept
     if path.suffix == ".bin":
         source = _scanned(path, vocab_size, fingerprint)
     else:
@@ -92,23 +97,39 @@ def _source(path: Path, tokenizer: Tokenizer | None, vocab_size: int, cache: Pat
     return source
 
 
+def _kept(record: Path, prefix: Path) -> Source | None:
+    """What an earlier call made, wherever the file, or the run, was then; None if it is not whole."""
+    try:
+        source = Source(**json.loads(record.read_bytes()))
+        index = IndexedDataset(str(prefix)).index  # kept: its arrays are views of a file that it closes
+        whole = index.sequence_lengths.sum() == source.tokens
+    except Exception:  # the index asserts, and numpy raises of its own
+        return None
+    return source._replace(prefix=str(prefix)) if whole else None
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _indexed(documents: Iterator[Document], path: Path, prefix: Path, fingerprint: str, progress: Progress) -> Source:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    binary = prefix.with_suffix(".bin")
     tokens = trained = 0
-    for document in progress(documents, f"tokenise {path.name}", _lines(path)):
-        if not len(document.tokens):
-            continue
-        kept = np.where(document.trained, document.tokens, -document.tokens - 1)
-        builder.add_document(kept, [len(kept)])  # pyright: ignore[reportArgumentType]  # it makes an array of it
-        tokens, trained = tokens + len(kept), trained + int(document.trained.sum())
-    builder.finalize(f"{prefix}.idx")
-    for suffix in (".bin", ".idx"):
-        sync(prefix.with_suffix(suffix))
+    try:
+        builder = IndexedDatasetBuilder(str(binary), dtype=np.int32)
+        for document in progress(documents, f"tokenise {path.name}", _lines(path)):
+            if not len(document.tokens):
+                continue
+            kept = np.where(document.trained, document.tokens, -document.tokens - 1)
+            builder.add_document(kept, [len(kept)])  # pyright: ignore[reportArgumentType]  # it makes an array of it
+            tokens, trained = tokens + len(kept), trained + int(document.trained.sum())
+        builder.finalize(f"{prefix}.idx")
+    except BaseException:
+        binary.unlink(missing_ok=True)
+        raise
+    for file in (binary, prefix.with_suffix(".idx")):
+        sync(file)
     return Source(str(prefix), tokens, trained, fingerprint)
 
 
@@ -142,20 +163,22 @@ def _scanned(path: Path, vocab_size: int, fingerprint: str) -> Source:
     return Source(prefix, tokens, trained, fingerprint)
 
 
-def check_amount(sources: Iterable[Source], seq_length: int) -> None:
-    """There is a sequence in every dataset, and something in each to train on.
+def check_amount(paths: Sequence[str], sources: Sequence[Source], seq_length: int) -> None:
+    """There is a sequence in every file, and something in each to train on.
 
     Raises:
         ValueError: there is not.
     """
-    for source in sources:
+    for path, source in zip(paths, sources, strict=True):
         if source.tokens <= seq_length:
             raise ValueError(
-                f"{source.prefix}: has {source.tokens} tokens, fewer than one sequence of {seq_length} and the next "
+                f"{path}: has {source.tokens} tokens, fewer than one sequence of {seq_length} and the next "
                 "token; give more data, or a smaller --seq-length"
             )
         if not source.trained:
-            raise ValueError(f"{source.prefix}: no token in it is trained on")
+            raise ValueError(
+                f"{path}: no token in it is trained on; leave it out, or give the assistant something to say"
+            )
 
 
 def describe(sources: Iterable[Source]) -> list[dict[str, Any]]:

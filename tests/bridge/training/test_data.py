@@ -179,6 +179,25 @@ def test_files_are_tokenised_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache") == first
 
 
+@pytest.mark.parametrize("suffix", [".json", ".bin", ".idx"])
+def test_what_is_damaged_is_made_anew(folder: Path, suffix: str) -> None:
+    tokenizer = Tokenizer(str(folder), VOCABULARY)
+    (made,) = make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache")
+    file = Path(made.prefix + suffix)
+    whole = file.read_bytes()
+    for damage in (lambda: file.write_bytes(b""), file.unlink):
+        damage()
+        assert make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache") == [made]
+        assert file.read_bytes() == whole
+
+
+def test_of_data_that_is_refused_nothing_is_kept(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        make_sources([str(folder / "a.jsonl")], Tokenizer(str(folder), VOCABULARY), VOCABULARY, folder / "cache")
+    assert list((folder / "cache").iterdir()) == []
+
+
 def test_what_was_tokenised_is_found_where_the_run_is_now(folder: Path) -> None:
     text = folder / "a.txt"
     text.write_bytes(TEXT.read_bytes())

@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.checkpoints import edit_tensors
 from support.training_runs import TEXT, job_of, make_source
 
+from bridge.jobs import alone
 from bridge.training import train as training
 from bridge.training.loop import NotFiniteError
 from bridge.training.settings import TrainJob, read_yaml
@@ -63,6 +64,21 @@ DATA: dict[str, tuple[Callable[[Path], str], str]] = {
     "text after tokens": (
         lambda at: lines(at / "a.jsonl", {"tokens": [1] * 99}, {"text": "a"}),
         r"line 2: is text, and the first line of the file has token ids",
+    ),
+    "a folder": (lambda at: str((at / "a.jsonl").mkdir() or at / "a.jsonl"), r"a\.jsonl: is a folder"),
+    "packed": (lambda at: lines(at / "a.jsonl.gz", 1), r"expected a file that ends in .*; unpack it"),
+    "a number that no token has": (
+        lambda at: lines(at / "a.jsonl", {"tokens": [1] * 99}, {"tokens": [2**70]}),
+        rf"line 2: {2**70} is a token of no vocabulary",
+    ),
+    "half of a character": (lambda at: lines(at / "a.jsonl", {"text": "a\ud800"}), r"line 1: '\\ud800' is half of a"),
+    "nested without end": (
+        lambda at: str((at / "a.jsonl").write_text('{"text":' + "[" * 100_000) and at / "a.jsonl"),
+        r"line 1: is not JSON",
+    ),
+    "nothing trained": (
+        lambda at: lines(at / "a.jsonl", {"messages": [{"role": "assistant", "content": ""}]}, {"text": ""}),
+        r"a\.jsonl: ",
     ),
     "bytes that are no text": (
         lambda at: str((at / "a.txt").write_bytes(b"\xff" * 99) and at / "a.txt"),
@@ -125,6 +141,12 @@ SETTINGS = {
     "no such fusion": ({"fusions": ["rope"]}, r"here: fusions must be one of none, router, .*, found 'rope'"),
     "fusions": ({"fusions": ["none", "router"]}, r"fusions: found none beside router"),
     "shares": ({"data_weights": [0.5, 0.5]}, r"data_weights has 2 shares for 1 files"),
+    "share": ({"data_weights": [float("nan")]}, r"data_weights must be positive, found \(nan,\)"),
+    "infinite": ({"lr": float("inf")}, r"lr must be a finite number, found inf"),
+    "beta": ({"beta2": 1.0}, r"beta2 must be below 1, found 1\.0"),
+    "epsilon": ({"epsilon": 0.0}, r"epsilon must be above 0, found 0\.0"),
+    "seed": ({"seed": -1}, r"seed must be from 0 to 4294967295, found -1"),
+    "large seed": ({"seed": 2**32}, r"seed must be from 0 to 4294967295, found 4294967296"),
 }
 
 
@@ -146,6 +168,11 @@ def test_yaml_reads_what_a_command_line_says(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="expected settings, a line `name: value` for each, found list"):
         read_yaml(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert read_yaml(tmp_path / "empty.yaml") == {}
+    (tmp_path / "twice.yaml").write_text("steps: 2\nlr: 1\nsteps: 7\n")
+    with pytest.raises(ValueError, match=r"twice\.yaml: cannot be read as YAML .steps is there twice"):
+        read_yaml(tmp_path / "twice.yaml")
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: Path) -> None:
@@ -167,6 +194,32 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"full: holds thesis\.txt and no run\.json"):
         train(job_of(source, tmp_path / "full"))
+    assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json: is damaged"):
+        train(job_of(source, run, steps=3))
+
+
+def test_what_failed_before_the_first_checkpoint_binds_nobody(source: Path, tmp_path: Path) -> None:
+    """Settings, model and data may be others."""
+    wide = make_source(tmp_path / "wide", fp8=False, num_hidden_layers=2, head_dim=32)
+    with pytest.raises(ValueError, match="freeze: no parameter fits"):
+        train(job_of(wide, tmp_path / "run", freeze=("nope",)))
+    files = (str(TEXT), lines(tmp_path / "b.jsonl", {"tokens": [5] * 99}))
+    summary = train(job_of(source, tmp_path / "run", steps=1, warmup_steps=0, data=files, data_weights=(0.5, 0.5)))
+    assert summary.last == 1
+    laid = tmp_path / "run" / "checkpoints" / "hugging_face" / "config.json"
+    assert laid.read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_folder_in_which_another_run_is(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "SECONDS", 0.2)
+    with alone.alone_in(tmp_path / "run"), pytest.raises(ValueError, match="run: another process is at work in it"):
+        train(job_of(source, tmp_path / "run"))
+    assert train(job_of(source, tmp_path / "run", steps=1, warmup_steps=0)).last == 1
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(ValueError, match="file: found a file, expected a folder or nothing"):
+        train(job_of(source, tmp_path / "file"))
 
 
 def test_frozen_names_that_fit_nothing(source: Path, tmp_path: Path) -> None:
