@@ -47,6 +47,9 @@ Workers = Annotated[
     typer.Option(min=1, help="Local processes (default: one a core, at most 8; one below 2 GB); torchrun has its own."),
 ]
 
+# What gloo and NCCL say where another rank has ended.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
 SMALL_BYTES, MOST_WORKERS = 2 * 10**9, 8
 
 
@@ -105,7 +108,10 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, ClickException):
             raise
         except Exception as error:
-            _say_bug(error)
+            if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+                _say_error("the connection to another rank is lost: it has ended, and what it said says why")
+            else:
+                _say_bug(error)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(128 + signal.SIGINT) from error
@@ -117,7 +123,12 @@ def _say_bug(error: Exception) -> None:
     """On the rank that it happened to: the others may know nothing of it."""
     for line in "".join(traceback.format_exception(error)).splitlines():
         errors.print(Text(printable(line, errors)), soft_wrap=True)
-    said = f"a bug in minimax-m2 ({type(error).__name__}), not in your files; please report it with the lines above"
+    _say_error(
+        f"a bug in minimax-m2 ({type(error).__name__}), not in your files; please report it with the lines above"
+    )
+
+
+def _say_error(said: str) -> None:
     errors.print(Text.assemble(("error: ", "red"), said), soft_wrap=True)
 
 

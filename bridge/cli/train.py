@@ -44,7 +44,14 @@ def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int
         else:
             from bridge.training.train import train as run
 
-            fits, summary = True, run(job, progress=progress, on_step=_say_step if not as_json else lambda line: None)
+            try:
+                fits, summary = (
+                    True,
+                    run(job, progress=progress, on_step=_say_step if not as_json else lambda line: None),
+                )
+            except KeyboardInterrupt:
+                say_line(_what_is_kept(job), label="interrupted:", console=errors)
+                raise
     if dry_run:
         if not fits:
             raise typer.Exit(1)
@@ -52,7 +59,11 @@ def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int
     if as_json:
         say_json({name: str(v) if isinstance(v, Path) else v for name, v in summary._asdict().items()})
     else:
-        say_line(f"steps {summary.first + 1} to {summary.last} are done; {summary.checkpoint}")
+        made = summary.last > summary.first
+        done = (
+            f"steps {summary.first + 1} to {summary.last} are done" if made else f"step {summary.last} was done before"
+        )
+        say_line(f"{done}; {summary.checkpoint}")
         if summary.exported:
             say_line(f"exported to {summary.exported}")
 
@@ -75,6 +86,16 @@ def _job(config: Path | None, given: dict[str, Any], files: list[str]) -> TrainJ
     if files:
         options["data"] = [*options.get("data", []), *files]
     return TrainJob.from_values(values | options, str(config) if config else "train")
+
+
+def _what_is_kept(job: TrainJob) -> str:
+    from bridge.training.checkpoints import latest_step
+    from bridge.training.start import CHECKPOINTS
+
+    step = latest_step(Path(job.out) / CHECKPOINTS)
+    if step is None:
+        return "there is no checkpoint yet, and the same command begins anew"
+    return f"the checkpoint of step {step} is kept, and the same command goes on from there"
 
 
 def _say_step(line: dict[str, Any]) -> None:

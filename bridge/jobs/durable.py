@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from bridge.jobs.os_errors import os_errors_of
+
 
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
@@ -20,9 +22,10 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """A small file, whole or not at all."""
     unnamed = path.with_name(f".{path.name}.tmp")
-    unnamed.write_bytes(data)
-    sync(unnamed)
-    unnamed.rename(path)
+    with os_errors_of(path):
+        unnamed.write_bytes(data)
+        sync(unnamed)
+        unnamed.rename(path)
 
 
 def copy_file(source: Path, target: Path) -> None:

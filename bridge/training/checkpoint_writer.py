@@ -45,7 +45,7 @@ class CheckpointWriter:
     def __init__(self, state: dict[str, Any], target: Path, metadata: dict[str, Any], *, in_background: bool):
         self._target, self._strategy, self._caller = target, _Strategy(), TemporalAsyncCaller()
         # Else megatron-core starts a process for its queue of results.
-        with patch.object(filesystem_async, "get_write_results_queue", lambda: None):
+        with os_errors_of(target), patch.object(filesystem_async, "get_write_results_queue", lambda: None):
             request: Any = dist_checkpointing.save(
                 state,
                 str(target),
@@ -86,7 +86,7 @@ class CheckpointWriter:
         everyone = [written] * world if rank == 0 else None
         if world > 1:
             torch.distributed.gather_object(written, everyone)
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), os_errors_of(self._target):
             if is_rank_zero():
                 self._strategy.writer.finish(self._strategy.plan, everyone)
                 save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(self._target))

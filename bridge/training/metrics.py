@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from bridge.jobs.durable import write_bytes
+from bridge.jobs.os_errors import os_errors_of
 from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
 from bridge.training.settings import TrainJob
 from bridge.training.step import StepResult
@@ -84,12 +85,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / NAME if run.is_dir() else run
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the folder of a run")
-    found, lines = [], path.read_text().split("\n")
+    found, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # a whole line ends with a newline
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            one = json.loads(line)
+        except (ValueError, RecursionError):
+            one = None
+        if not isinstance(one, dict) or type(one.get("step")) is not int:
+            raise ValueError(f"{path}: line {number} is not what was written of a step; delete that line")
+        found.append(one)
     return found
 
 
@@ -117,7 +121,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        with self._file:
+        with os_errors_of(self._path), self._file:
             os.fsync(self._file.fileno())
         if self._board:
             self._board.close()

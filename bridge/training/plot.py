@@ -1,5 +1,6 @@
 """Curves of one or more runs, from their metrics.jsonl."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def draw(runs: Sequence[Path], out: Path) -> None:
             if not lines:
                 raise ValueError(f"{run}: has no step yet; train first")
             marker = "." if len(lines) < MARKED else ""
-            axis.plot([one["step"] for one in lines], [one[key] for one in lines], marker=marker, label=str(run))
+            axis.plot(
+                [one["step"] for one in lines], [one.get(key, math.nan) for one in lines], marker=marker, label=str(run)
+            )
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")

@@ -14,6 +14,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from bridge.jobs.durable import json_bytes, sync, write_bytes
+from bridge.jobs.os_errors import os_errors_of
 from bridge.jobs.progress import Progress, no_progress
 from bridge.training.data.documents import Document, needs_tokenizer, read_documents
 from bridge.training.data.tokenizer import Tokenizer
@@ -117,14 +118,15 @@ def _indexed(documents: Iterator[Document], path: Path, prefix: Path, fingerprin
     binary = prefix.with_suffix(".bin")
     tokens = trained = 0
     try:
-        builder = IndexedDatasetBuilder(str(binary), dtype=np.int32)
-        for document in progress(documents, f"tokenise {path.name}", _lines(path)):
-            if not len(document.tokens):
-                continue
-            kept = np.where(document.trained, document.tokens, -document.tokens - 1)
-            builder.add_document(kept, [len(kept)])  # pyright: ignore[reportArgumentType]  # it makes an array of it
-            tokens, trained = tokens + len(kept), trained + int(document.trained.sum())
-        builder.finalize(f"{prefix}.idx")
+        with os_errors_of(binary):
+            builder = IndexedDatasetBuilder(str(binary), dtype=np.int32)
+            for document in progress(documents, f"tokenise {path.name}", _lines(path)):
+                if not len(document.tokens):
+                    continue
+                kept = np.where(document.trained, document.tokens, -document.tokens - 1)
+                builder.add_document(kept, [len(kept)])  # pyright: ignore[reportArgumentType]  # it makes an array of it
+                tokens, trained = tokens + len(kept), trained + int(document.trained.sum())
+            builder.finalize(f"{prefix}.idx")
     except BaseException:
         binary.unlink(missing_ok=True)
         raise

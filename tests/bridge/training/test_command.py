@@ -56,6 +56,32 @@ def test_flags_win_over_yaml_and_a_run_writes_what_it_says(source: Path, tmp_pat
     assert found["problems"] == []
 
 
+def test_an_interrupted_run_says_what_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = arguments(source, tmp_path / "run")
+    run(*words, "--until", 1)
+    again = run(*words, "--until", 1)
+    assert "step 1 was done before" in again
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bridge.training.train.run_steps", interrupt)
+    said = " ".join(run(*words, status=128 + signal.SIGINT).split())
+    assert "interrupted: the checkpoint of step 1 is kept, and the same command goes on from there" in said
+    said = " ".join(run(*arguments(source, tmp_path / "other"), status=128 + signal.SIGINT).split())
+    assert "interrupted: there is no checkpoint yet, and the same command begins anew" in said
+
+
+def test_a_lost_rank_is_no_bug(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: object) -> None:
+        raise RuntimeError("[pair.cc:544] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr("bridge.training.train.run_steps", lose)
+    said = " ".join(run(*arguments(source, tmp_path / "run"), status=2).split())
+    assert "error: the connection to another rank is lost" in said
+    assert "a bug" not in said
+
+
 def test_json_is_one_object(source: Path, tmp_path: Path) -> None:
     found = json.loads(run(*arguments(source, tmp_path / "run"), "--until", 1, "--json"))
     assert (found["first"], found["last"]) == (0, 1)

@@ -132,6 +132,14 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [lines[0], {"step": 2, "loss": 0.5}]
 
 
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"step": "1"}', "\0\0", "\udcff", "[" * 100_000], ids=range(6))
+def test_a_line_that_is_no_step_s_is_refused(tmp_path: Path, line: str) -> None:
+    text = '{"step": 1, "loss": 4.0}\n' + line + "\n"
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not what was written of a step; delete that line"):
+        read_metrics(tmp_path)
+
+
 def test_what_was_just_saved_is_kept_whatever_else_is_there(source: Path, tmp_path: Path) -> None:
     """A run that was set back to an earlier step, and a checkpoint that someone copied aside."""
     run = tmp_path / "run"
