@@ -13,7 +13,8 @@ def checkpoint_folder(path_or_hub_id: str | Path, *, revision: str | None = None
     if folder.is_dir():
         return folder
     if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
-        raise ValueError(f"{folder}: no such folder; give the folder of a checkpoint, or a hub id such as owner/name")
+        what = "is no folder" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}; give the folder of a checkpoint, or a hub id such as owner/name")
     from huggingface_hub import snapshot_download  # 0.15 s, which a local folder need not wait for
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
