@@ -1,6 +1,7 @@
 """`minimax-m2 train` and `plot`: a training run, and what its metrics look like."""
 
 import inspect
+import signal
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -21,6 +22,7 @@ from bridge.training.settings import TrainJob, optional, read_yaml, setting_fiel
 
 SHOWN = {"loss": ".4f", "grad_norm": ".3f", "lr": ".2e", "tokens_per_second": ",.0f", "tflops_per_gpu": ".0f",
          "expert_load": ".2f"}  # fmt: skip
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int | None, memory: str, as_json: bool,
@@ -35,37 +37,34 @@ def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int
         minimax-m2 train --model checkpoint --data corpus.jsonl --out run --steps 1000 --seq-length 4096
         torchrun --nproc-per-node 8 --no-python minimax-m2 train --config run.yaml --tp 2 --ep 8
 
-    Without a GPU it trains on the processor, by gloo, for models that are small.
+    SIGTERM or Ctrl-C ends it after the step that it is at, with a checkpoint, and with status 143 or 130; Ctrl-C again
+    ends it at once. Without a GPU it trains on the processor, by gloo, for models that are small.
     """
     with reporting(models=True), progress_bars() as progress:
         job = _job(config, given, files or [])
         if dry_run:
-            fits = _dry_run(job, gpus, memory, as_json)
-        else:
-            from bridge.training.train import train as run
+            if not _dry_run(job, gpus, memory, as_json):
+                raise typer.Exit(1)
+            return
+        from bridge.training.train import train as run
 
-            try:
-                fits, summary = (
-                    True,
-                    run(job, progress=progress, on_step=_say_step if not as_json else lambda line: None),
-                )
-            except KeyboardInterrupt:
-                say_line(_what_is_kept(job), label="interrupted:", console=errors)
-                raise
-    if dry_run:
-        if not fits:
-            raise typer.Exit(1)
-        return
+        try:
+            on_step = (lambda line: None) if as_json else _say_step
+            summary = run(job, progress=progress, on_step=on_step, stop_signals=STOP_SIGNALS)
+        except KeyboardInterrupt:
+            say_line(_what_is_kept(job), label="interrupted:", console=errors)
+            raise
     if as_json:
         say_json({name: str(v) if isinstance(v, Path) else v for name, v in summary._asdict().items()})
     else:
-        made = summary.last > summary.first
-        done = (
-            f"steps {summary.first + 1} to {summary.last} are done" if made else f"step {summary.last} was done before"
-        )
+        made = f"steps {summary.first + 1} to {summary.last} are done"
+        done = made if summary.last > summary.first else f"step {summary.last} was done before"
         say_line(f"{done}; {summary.checkpoint}")
         if summary.exported:
             say_line(f"exported to {summary.exported}")
+    if summary.stopped_by is not None:
+        say_line(_what_is_kept(job), label="stopped:", console=errors)
+        raise typer.Exit(128 + (summary.stopped_by or signal.SIGTERM))
 
 
 def plot(

@@ -143,6 +143,7 @@ def _write(parent: int, buckets: list[Any], transforms: list[Any], results: _Res
     if os.getpid() != parent:
         end_with(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever that one does at it
     results.put(_written(buckets, transforms))
 
 

@@ -38,10 +38,12 @@ def run_steps(
     out: Path,
     steps: range,
     on_step: Callable[[dict[str, Any]], None] = lambda line: None,
-) -> float | None:
-    """Make the steps, numbered from 1, with metrics and checkpoints in `out`: the last loss, None if there is no step.
+    should_stop: Callable[[], object] = lambda: False,
+) -> tuple[int, float | None]:
+    """Make the steps, numbered from 1, with metrics and checkpoints in `out`: the last, and its loss if there is one.
 
-    All ranks must call it, and all raise the same.
+    After a step at which any rank `should_stop` there is a checkpoint, and no other step. All ranks must call it, and
+    all raise the same.
 
     Raises:
         NotFiniteError: the step was not made, and the model is as it was before it.
@@ -49,7 +51,7 @@ def run_steps(
     """
     job, checkpoints = trained.job, out / CHECKPOINTS
     graphs = CudaGraphs(trained) if job.cuda_graphs and steps else None
-    loss, world = None, rank_and_world_size()[1]
+    step, loss, world = steps.start - 1, None, rank_and_world_size()[1]
     with (
         short_collections(),
         Reporter(out, steps.start - 1, on_step) as reporter,
@@ -60,7 +62,7 @@ def run_steps(
         for step in steps:
             began = time.perf_counter()
             batches = _batches(trained, dataset, step)
-            result = train_step(trained, batches, Flags(reporter.failed, saver.is_writing()))
+            result = train_step(trained, batches, Flags(reporter.failed, saver.is_writing(), bool(should_stop())))
             if isinstance(result, NotFinite):
                 if graphs is not None:
                     graphs.delete()  # a replay calls no layer, whose output is looked at
@@ -75,13 +77,15 @@ def run_steps(
                 reporter.raise_failure()
             seconds, loss = time.perf_counter() - began, result.loss
             reporter.report(partial(step_metrics, job, config, step, result, seconds, world))
-            if step == steps[-1] or (job.save_every and step % job.save_every == 0):
+            if step == steps[-1] or result.flags.stopping or (job.save_every and step % job.save_every == 0):
                 saver.finish()
                 reporter.raise_failure()  # a run that goes on from here would lack this step's line
                 saver.save(step)
+            if result.flags.stopping:
+                break
         if graphs is not None:
             graphs.delete()  # their memory is the export's
-    return loss
+    return step, loss
 
 
 def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[str, Tensor]]]:

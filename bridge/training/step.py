@@ -35,6 +35,7 @@ class Flags(NamedTuple):
 
     failed: int  # an error is kept
     writing: int  # a checkpoint is being written
+    stopping: int = 0  # it was asked to stop
 
 
 class StepResult(NamedTuple):

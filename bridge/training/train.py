@@ -5,7 +5,7 @@ work (`bridge.training.loop`).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +52,7 @@ from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
 from bridge.training.step import Trained
+from bridge.training.stop import asked_to_stop
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
 
@@ -64,13 +65,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class TrainSummary(NamedTuple):
-    """What a call did: the step it went on from (0: from the start), the last, its loss, and what was written."""
+    """What a call did: the step it went on from (0: from the start), the last, its loss, and what was written.
+
+    `stopped_by` is the signal that this rank got, where the run ended before its last step for one on any rank.
+    """
 
     first: int
     last: int
     loss: float | None
     checkpoint: Path
     exported: Path | None
+    stopped_by: int | None = None
 
 
 def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
@@ -99,10 +104,12 @@ def train(
     *,
     progress: Progress = no_progress,
     on_step: Callable[[dict[str, Any]], None] = lambda line: None,
+    stop_signals: Sequence[int] = (),
 ) -> TrainSummary:
     """Train, or go on with a run that is in `job.out`; under torchrun all ranks must call it.
 
-    `on_step` is given each step's metrics, on rank 0.
+    `on_step` is given each step's metrics, on rank 0. One of `stop_signals` on any rank ends the run after the step
+    that it is at, with a checkpoint; they need the main thread.
 
     Raises:
         ValueError: something that was given is not possible, or not the same on all ranks (before any weight is read);
@@ -130,7 +137,7 @@ def train(
         if job.cuda_graphs:
             model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
         sources, begun = _prepare(job, start, out, progress)
-        return _run(job, start, out, sources, begun, progress, on_step)
+        return _run(job, start, out, sources, begun, progress, on_step, stop_signals)
 
 
 def _what_is_read(job: TrainJob, start: Start) -> dict[str, Any]:
@@ -174,6 +181,7 @@ def _run(
     begun: int,
     progress: Progress,
     on_step: Callable[[dict[str, Any]], None],
+    stop_signals: Sequence[int],
 ) -> TrainSummary:
     last = min(job.until or job.steps, job.steps)
     dataset = build_dataset(job, sources, out / "data" / "indices")
@@ -181,10 +189,13 @@ def _run(
     checkpoints = out / CHECKPOINTS
     if begun:
         load_checkpoint(trained, checkpoints, begun)
-    loss = run_steps(trained, start.config, dataset, out, range(begun + 1, last + 1), on_step)
-    finished = last == job.steps
+    with asked_to_stop(stop_signals) as signal_that_came:
+        steps = range(begun + 1, last + 1)
+        made, loss = run_steps(trained, start.config, dataset, out, steps, on_step, signal_that_came)
+    finished = made == job.steps
     exported = export_trained(job, start, trained.chunks, out, progress) if job.export and finished else None
-    return TrainSummary(begun, max(last, begun), loss, checkpoints, exported)
+    stopped_by = signal_that_came() if made < last else None
+    return TrainSummary(begun, made, loss, checkpoints, exported, stopped_by)
 
 
 def build(

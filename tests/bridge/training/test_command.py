@@ -16,6 +16,7 @@ from support.training_runs import TEXT
 from typer.testing import CliRunner
 
 from bridge.cli import app
+from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import flops_per_token, read_metrics
 from bridge.training.settings import setting_fields
 from reference.config import ModelConfig
@@ -70,6 +71,28 @@ def test_an_interrupted_run_says_what_is_kept(source: Path, tmp_path: Path, monk
     assert "interrupted: the checkpoint of step 1 is kept, and the same command goes on from there" in said
     said = " ".join(run(*arguments(source, tmp_path / "other"), status=128 + signal.SIGINT).split())
     assert "interrupted: there is no checkpoint yet, and the same command begins anew" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_ends_a_run_with_a_checkpoint(source: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """And the same command goes on."""
+    folder = tmp_path / "run"
+    words = [str(one) for one in arguments(source, folder)]
+    words[words.index("--steps") + 1] = "4000"
+    process = subprocess.Popen([COMMAND, *words], env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").is_file() or len(read_metrics(folder)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, said
+    last = read_metrics(folder)[-1]["step"]
+    assert f"stopped: the checkpoint of step {last} is kept, and the same command goes on from there" in said
+    assert latest_step(folder / "checkpoints") == last
+    again = run(*words, "--until", last + 1)
+    assert f"steps {last + 1} to {last + 1} are done" in again
 
 
 def test_a_lost_rank_is_no_bug(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

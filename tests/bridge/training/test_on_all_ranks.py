@@ -1,7 +1,9 @@
 """What one rank finds out is an error on all, in seconds: other arguments or files, metrics that cannot be written."""
 
+import itertools
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from support.training_faults import failed_run, planted
 from support.training_runs import SECONDS, TEXT, job_of, make_source, run_job, values_of
 from torch import distributed
 
+from bridge.training.checkpoints import latest_step
 from bridge.training.metrics import read_metrics
+from bridge.training.settings import TrainJob
+from bridge.training.train import train
 
 
 def failed_run_of_each(*values: dict[str, Any]) -> tuple[str, str]:
@@ -132,3 +137,26 @@ def test_a_folder_that_is_removed(source: Path, pair: RankPool, tmp_path: Path) 
     first, second = pair.call(failed_run_counted, values, run, seconds=SECONDS)
     words = f"[Errno 2] Was deleted while the run goes on: '{run / 'metrics.jsonl'}'"
     assert first == second == (("FileNotFoundError", words), 2)
+
+
+def run_that_rank_one_is_asked_to_end(values: dict[str, Any]) -> dict[str, Any]:
+    """In the second of its steps; it gets a signal that the others do not."""
+    passes = itertools.count(1)
+
+    def ask(*_: Any) -> None:
+        if next(passes) == values["global_batch_size"] // distributed.get_world_size() + 1 and distributed.get_rank():
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with planted(lambda trained: trained.chunks[0].register_forward_pre_hook(ask)):
+        return train(TrainJob(**values), stop_signals=(signal.SIGUSR2,))._asdict()
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(source: Path, pair: RankPool, tmp_path: Path) -> None:
+    """After the step in which it came, or the next: what a rank has to say goes with the losses."""
+    values = values_of(job_of(source, tmp_path / "run", steps=6))
+    one, other = pair.call(run_that_rank_one_is_asked_to_end, values, seconds=SECONDS)
+    assert one["last"] == other["last"] == latest_step(tmp_path / "run" / "checkpoints") in (2, 3)
+    assert (one["stopped_by"], other["stopped_by"]) == (0, signal.SIGUSR2)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, one["last"] + 1))
+    (first, *_) = pair.call(run_job, values, seconds=SECONDS)
+    assert (first["first"], first["last"], first["stopped_by"]) == (one["last"], 6, None)
