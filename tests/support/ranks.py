@@ -4,9 +4,8 @@ Without a GPU they are forks (`support.forks`). CUDA does not survive a fork: wh
 process. gloo's ranks are the processor's on every host, and see no GPU.
 """
 
-from collections.abc import Mapping
 from multiprocessing.context import BaseContext
-from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -20,16 +19,10 @@ __all__ = ["RankError", "RankPool"]
 class RankPool(rank_pool.RankPool):
     """Ranks that are forks where they may be."""
 
-    def __init__(
-        self,
-        world: int,
-        backend: str = "gloo",
-        *,
-        quiet: bool = False,
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ):
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
-        super().__init__(world, backend, quiet=quiet, environment={**hidden, **environment})
+    def __init__(self, world: int, backend: str = "gloo", **named: Any):
+        super().__init__(world, backend, **named)
+        if backend == "gloo":
+            self.environment = {"CUDA_VISIBLE_DEVICES": ""} | self.environment
 
     def context(self) -> BaseContext:
         if torch.cuda.is_available():
