@@ -108,7 +108,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, ClickException):
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+            if isinstance(error, RuntimeError) and any(words in str(error).split("\n")[0] for words in LOST):
                 _say_error("the connection to another rank is lost: it has ended, and what it said says why")
             else:
                 _say_bug(error)

@@ -91,7 +91,10 @@ def _what_is_kept(job: TrainJob) -> str:
     from bridge.training.checkpoints import latest_step
     from bridge.training.start import CHECKPOINTS
 
-    step = latest_step(Path(job.out) / CHECKPOINTS)
+    try:
+        step = latest_step(Path(job.out) / CHECKPOINTS)
+    except ValueError as error:
+        return str(error)
     if step is None:
         return "there is no checkpoint yet, and the same command begins anew"
     return f"the checkpoint of step {step} is kept, and the same command goes on from there"

@@ -1,6 +1,8 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder: of one host, for on network file systems others may not see its lock."""
 
+import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -8,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SECONDS = 10.0  # that is waited for a process that was killed, or ends
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -35,7 +39,14 @@ def _lock(handle: int, folder: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                logging.getLogger(__name__).warning(
+                    f"{folder}: its file system has no locks, so another process in it would not be found out"
+                )
+                return
+            if error.errno != errno.EWOULDBLOCK:
+                raise OSError(error.errno, error.strerror, str(folder)) from error
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"{folder}: another process is at work in it; wait until it ends, or write elsewhere"

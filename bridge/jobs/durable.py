@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """A small file, whole or not at all."""
     unnamed = path.with_name(f".{path.name}.tmp")
-    with os_errors_of(path):
-        unnamed.write_bytes(data)
-        sync(unnamed)
-        unnamed.rename(path)
+    try:
+        with os_errors_of(path):
+            unnamed.write_bytes(data)
+            sync(unnamed)
+            unnamed.rename(path)
+    except OSError:
+        with suppress(OSError):
+            unnamed.unlink()
+        raise
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -26,8 +26,10 @@ def os_errors_of(path: Path) -> Iterator[None]:
 
 def _cause_of(error: BaseException | None) -> OSError | None:
     """The first of them: the error, what it was raised from, or what was being handled then."""
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in OF_WRITING:
             return error
-        error = error.__cause__ or error.__context__
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None

@@ -142,8 +142,8 @@ def _write(parent: int, buckets: list[Any], transforms: list[Any], results: _Res
     """Write this rank's files, in the process of that id or in a fork of it."""
     if os.getpid() != parent:
         end_with(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever that one does at it
+        for number in (signal.SIGINT, signal.SIGTERM):  # the one that started it decides; all of a group get them
+            signal.signal(number, signal.SIG_IGN)
     results.put(_written(buckets, transforms))
 
 

@@ -103,7 +103,7 @@ class MetricsWriter:
     def __init__(self, run: Path, step: int):
         self._path = run / NAME
         if self._path.is_file():
-            kept = [one for one in read_metrics(run) if one["step"] <= step]
+            kept = [one for one in read_metrics(run) if one["step"] <= step] if step else []
             write_bytes(self._path, "".join(json.dumps(one) + "\n" for one in kept).encode())
         self._file = self._path.open("a")
         self._board = _tensorboard(run / "tensorboard", step)

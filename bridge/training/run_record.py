@@ -23,10 +23,14 @@ def check_folder(folder: Path) -> None:
     """A folder that is a run's, or may become one: it is not there, is empty, or has its data or `run.json`.
 
     Raises:
-        ValueError: files of something else are there.
+        ValueError: files of something else are there, or another's `run.json`.
     """
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name != "data") if folder.is_dir() else []
-    if others and not (folder / NAME).is_file():
+    if (folder / NAME).is_file():
+        read_record(folder)
+        return
+    own = ("data", f".{NAME}.tmp")  # the latter of a start that was killed
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in own) if folder.is_dir() else []
+    if others:
         raise ValueError(f"{folder}: holds {', '.join(others[:3])} and no {NAME}, so is no run's; write elsewhere")
 
 
@@ -34,7 +38,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with.
 
     Raises:
-        ValueError: that is damaged.
+        ValueError: that is damaged, or something else.
     """
     path = folder / NAME
     try:
@@ -44,7 +48,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path}: is damaged; copy it from a backup, or start another run, with --model {folder}")
+    raise ValueError(f"{path}: is damaged, or no run's; copy it from a backup, or write elsewhere")
 
 
 def check_settings(folder: Path, found: dict[str, Any], record: dict[str, Any]) -> None:

@@ -203,7 +203,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: reading YAML needs pyyaml; pip install -e '.[train]' brings it") from error
     try:
         found = yaml.load(path.read_text(), _loader(yaml))  # its own is a safe one
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
     if found is None:
         return {}
@@ -217,7 +217,7 @@ def _loader(yaml: Any) -> Any:
 
     class OneEach(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value]
+            names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise yaml.YAMLError(f"{twice} is there twice")

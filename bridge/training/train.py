@@ -67,7 +67,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class TrainSummary(NamedTuple):
     """What a call did: the step it went on from (0: from the start), the last, its loss, and what was written.
 
-    `stopped_by` is the signal that this rank got, where the run ended before its last step for one on any rank.
+    `stopped_by` is None, or, where the run ended for a signal before its last step, the one that this rank got: 0 if
+    only others did.
     """
 
     first: int

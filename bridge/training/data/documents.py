@@ -99,9 +99,10 @@ def _checked(document: Document, vocab_size: int, where: str) -> Document:
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
+    text = _text(line, where)
     try:
-        found = json.loads(_text(line, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number of too many digits
         raise ValueError(f"{where}: is not JSON ({error}); each line is one object") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected an object, found {type(found).__name__}")

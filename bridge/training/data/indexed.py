@@ -103,7 +103,9 @@ def _kept(record: Path, prefix: Path) -> Source | None:
     try:
         source = Source(**json.loads(record.read_bytes()))
         index = IndexedDataset(str(prefix)).index  # kept: its arrays are views of a file that it closes
-        whole = index.sequence_lengths.sum() == source.tokens
+        counted = int(index.sequence_lengths.sum())
+        written = Path(f"{prefix}.bin").stat().st_size
+        whole = counted == source.tokens and written == counted * np.dtype(index.dtype).itemsize
     except Exception:  # the index asserts, and numpy raises of its own
         return None
     return source._replace(prefix=str(prefix)) if whole else None
@@ -115,7 +117,7 @@ def _digest(path: Path) -> str:
 
 
 def _indexed(documents: Iterator[Document], path: Path, prefix: Path, fingerprint: str, progress: Progress) -> Source:
-    binary = prefix.with_suffix(".bin")
+    binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     tokens = trained = 0
     try:
         with os_errors_of(binary):
@@ -126,11 +128,12 @@ def _indexed(documents: Iterator[Document], path: Path, prefix: Path, fingerprin
                 kept = np.where(document.trained, document.tokens, -document.tokens - 1)
                 builder.add_document(kept, [len(kept)])  # pyright: ignore[reportArgumentType]  # it makes an array of it
                 tokens, trained = tokens + len(kept), trained + int(document.trained.sum())
-            builder.finalize(f"{prefix}.idx")
+            builder.finalize(str(index))
     except BaseException:
-        binary.unlink(missing_ok=True)
+        for file in (binary, index):
+            file.unlink(missing_ok=True)
         raise
-    for file in (binary, prefix.with_suffix(".idx")):
+    for file in (binary, index):
         sync(file)
     return Source(str(prefix), tokens, trained, fingerprint)
 

@@ -15,7 +15,7 @@ from typing import Any
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
          "merges.txt", "tokenizer.model")  # fmt: skip
 _GENERATION = "{% generation"
-ROLES = ("system", "user", "assistant", "tool")
+END_OF_THOUGHT = "</think>"
 
 
 class Tokenizer:
@@ -79,7 +79,7 @@ class Tokenizer:
         _check_roles(messages, render, where)
         spans = None if _GENERATION in str(template) else _turns(messages, whole, render, where)
         if spans is None:
-            if any(message.get("weight", 1) == 0 for message in messages):
+            if not all(map(_is_trained, messages)):
                 raise ValueError(
                     f"{where}: weight 0 does not go with a chat template that has {{% generation %}}: it says itself "
                     "what is trained on"
@@ -114,14 +114,20 @@ def _turns(messages: list[dict[str, Any]], whole: str, render: Render, where: st
     """
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or message.get("weight", 1) == 0:
+        if message["role"] != "assistant" or not _is_trained(message):
             continue
         before, upto = messages[:index], render(messages[: index + 1])
         asked = render(before, add_generation_prompt=True) if before else None
+        plain = {name: value for name, value in message.items() if name != "reasoning_content"}
         if asked is None or not upto.startswith(asked):
-            said = {name: value for name, value in message.items() if name != "reasoning_content"}
-            one, other = (render([*before, {**said, "content": letter}]) for letter in "ab")
+            one, other = (render([*before, _saying(plain, letter)]) for letter in "ab")
             asked = one[: sum(takewhile(bool, map(eq, one, other)))]
+        thought = message.get("reasoning_content") and render([*before, plain]) == upto
+        if thought or (END_OF_THOUGHT in str(message["content"]) and END_OF_THOUGHT not in upto[len(asked) :]):
+            raise ValueError(
+                f"{where}: message {index + 1}: the chat template leaves out its reasoning, which would not be trained "
+                "on; take it out of the message, or give a template that has it"
+            )
         if not (whole.startswith(upto) and upto.startswith(asked)):
             raise ValueError(
                 f"{where}: message {index + 1}: the chat template renders this turn in another way once others follow, "
@@ -145,22 +151,39 @@ def _check_messages(messages: Any, where: str) -> None:
                 f"{where}: message {number}: content must be a string or a list of parts, found "
                 f"{type(content).__name__}; leave the message out, or give it one"
             )
-        if one.get("weight", 1) not in (0, 1):
+        if one.get("weight") not in (None, 0, 1):
             raise ValueError(f"{where}: message {number}: weight must be 0 or 1, found {one['weight']!r}")
-    if not any(one["role"] == "assistant" and one.get("weight", 1) != 0 for one in messages):
+    if not any(one["role"] == "assistant" and _is_trained(one) for one in messages):
         raise ValueError(f"{where}: no message is the assistant's, so nothing in it is trained on; leave the line out")
 
 
+def _is_trained(message: dict[str, Any]) -> bool:
+    return message.get("weight") is None or message["weight"] != 0
+
+
+def _saying(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """The same with another content, of the same kind."""
+    content = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    return {**message, "content": content}
+
+
 def _check_roles(messages: list[dict[str, Any]], render: Render, where: str) -> None:
-    """A template may render nothing of a message whose role it does not know."""
+    """A template may render nothing of a message: of a role that it does not know, of a system's that is not first.
+
+    Looked at is the first of each such.
+    """
+    seen: set[tuple[str, bool]] = set()
     for index, message in enumerate(messages):
-        if message["role"] not in ROLES:
-            one, other = (render([*messages[:index], {**message, "content": letter}]) for letter in "ab")
-            if one == other:
-                raise ValueError(
-                    f"{where}: message {index + 1}: the chat template renders nothing of the role "
-                    f"{message['role']!r}; expected one of {', '.join(ROLES)}"
-                )
+        kind = message["role"], index == 0
+        if message["role"] in ("user", "assistant") or kind in seen:
+            continue
+        seen.add(kind)
+        one, other = (render([*messages[:index], _saying(message, text), *messages[index + 1 :]]) for text in "ab")
+        if one == other:
+            raise ValueError(
+                f"{where}: message {index + 1}: the chat template renders nothing of it, whose role is "
+                f"{message['role']!r}; leave it out, or give a template that has it"
+            )
 
 
 def _check_characters(text: str, where: str) -> None:
@@ -173,8 +196,9 @@ def _check_characters(text: str, where: str) -> None:
 
 
 def _has_text_arguments(messages: list[dict[str, Any]]) -> bool:
-    calls = [call for one in messages for call in one.get("tool_calls") or () if isinstance(call, dict)]
-    return any(isinstance((call.get("function") or call).get("arguments"), str) for call in calls)
+    calls = [one["tool_calls"] for one in messages if isinstance(one.get("tool_calls"), list)]
+    functions = [call.get("function", call) for some in calls for call in some if isinstance(call, dict)]
+    return any(isinstance(one, dict) and isinstance(one.get("arguments"), str) for one in functions)
 
 
 def _fingerprint(folder: Path, tokenizer: Any) -> str:

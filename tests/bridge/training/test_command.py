@@ -85,7 +85,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint(source: Path, tmp_path: Path, num
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.05)
-    process.send_signal(number)
+    for _ in range(3):  # a scheduler to all, and torchrun to its ranks
+        process.send_signal(number)
+        time.sleep(0.02)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, said
     last = read_metrics(folder)[-1]["step"]

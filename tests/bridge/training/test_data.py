@@ -95,10 +95,12 @@ def test_a_turn_that_the_template_renders_otherwise_later_is_refused(folder: Pat
 THINKS = (
     "{% set last = namespace(user=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-    "[system]{% for t in tools or [] %}{{ t.function.name }}{% endfor %};{% for m in messages %}"
+    "[system]{{ messages[0].content if messages[0].role == 'system' }}"
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %};{% for m in messages %}"
     "{% if m.role == 'assistant' %}[ai]"
     "{% if m.reasoning_content and loop.index0 > last.user %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }}"
+    "{{ m.content if m.content is string else m.content[0].text }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }}"
     "{% for k, v in c.function.arguments | items %} {{ k }}={{ v }}{% endfor %}){% endfor %};"
     "{% elif m.role == 'user' %}[user]{{ m.content }};{% elif m.role == 'tool' %}[tool]{{ m.content }};{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[ai]<think>{% endif %}"
@@ -114,6 +116,8 @@ TALKS: dict[str, tuple[list[dict], bytes]] = {
     "a thought at last": ([USER, ANSWER, USER, THOUGHT], b"<so>;hm</think><so>;"),
     "the assistant first": ([ANSWER, USER, ANSWER], b"<so>;<so>;"),
     "a first thought": ([THOUGHT], b"<think>hm</think><so>;"),
+    "weights that are null": ([USER, ANSWER | {"weight": None}], b"<so>;"),
+    "parts": ([USER, ANSWER | {"content": [{"type": "text", "text": "<so>"}]}], b"<so>;"),
     "a call": ([USER, CALL, {"role": "tool", "content": "1"}, THOUGHT], b"(f x=1);hm</think><so>;"),
 }
 
@@ -132,6 +136,21 @@ def test_a_thought_that_the_template_drops_is_refused(folder: Path) -> None:
         Tokenizer(str(folder), VOCABULARY).conversation([USER, THOUGHT, USER, ANSWER], "here")
 
 
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        ("{{ m.content }}", THOUGHT),
+        ("{{ m.content.split('</think>')[-1] }}", ANSWER | {"content": "<think>hm</think>so"}),
+    ],
+    ids=["never", "of what is inline"],
+)
+def test_a_thought_that_the_template_never_renders_is_refused(folder: Path, template: str, answer: dict) -> None:
+    asking = "{% if add_generation_prompt %}<think>{% endif %}"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}" + template + "{% endfor %}" + asking)
+    with pytest.raises(ValueError, match=r"message 2: the chat template leaves out its reasoning"):
+        Tokenizer(str(folder), VOCABULARY).conversation([USER, answer], "here")
+
+
 def test_tools_are_said_by_the_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(THINKS)
     (folder / "a.jsonl").write_text(json.dumps({"messages": [USER, ANSWER], "tools": [{"function": {"name": "f"}}]}))
@@ -144,7 +163,9 @@ BAD_TALKS: dict[str, tuple[object, str]] = {
     "role": ([USER, ANSWER | {"role": 5}], r"message 2: role must be a string, found 5"),
     "no content": ([USER, {"role": "assistant"}], r"message 2: content must be a string or .*, found NoneType"),
     "a number": ([{"role": "user", "content": 1}, ANSWER], r"message 1: content must be a string or .*, found int"),
-    "unknown role": ([{"role": "owl", "content": "a"}, ANSWER], r"message 1: .*renders nothing of the role 'owl'"),
+    "unknown role": ([{"role": "owl", "content": "a"}, ANSWER], r"message 1: .*renders nothing of it, .*'owl'"),
+    "a late system": ([USER, {"role": "system", "content": "b"}, ANSWER], r"message 2: .*nothing of it, .*'system'"),
+    "calls that are none": ([USER, ANSWER | {"tool_calls": 5}], r"the chat template refuses these messages"),
     "arguments": (
         [USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
         r"the chat template refuses these messages \(.*\); arguments of a tool call must be an object, found a string",
@@ -185,7 +206,7 @@ def test_what_is_damaged_is_made_anew(folder: Path, suffix: str) -> None:
     (made,) = make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache")
     file = Path(made.prefix + suffix)
     whole = file.read_bytes()
-    for damage in (lambda: file.write_bytes(b""), file.unlink):
+    for damage in (lambda: file.write_bytes(b""), lambda: file.write_bytes(whole[: len(whole) // 2]), file.unlink):
         damage()
         assert make_sources([str(TEXT)], tokenizer, VOCABULARY, folder / "cache") == [made]
         assert file.read_bytes() == whole

@@ -77,8 +77,8 @@ DATA: dict[str, tuple[Callable[[Path], str], str]] = {
         r"line 1: is not JSON",
     ),
     "nothing trained": (
-        lambda at: lines(at / "a.jsonl", {"messages": [{"role": "assistant", "content": ""}]}, {"text": ""}),
-        r"a\.jsonl: ",
+        lambda at: indexed(at / "a.bin", [-5] * 99),
+        r"a\.bin: no token in it is trained on",
     ),
     "bytes that are no text": (
         lambda at: str((at / "a.txt").write_bytes(b"\xff" * 99) and at / "a.txt"),
@@ -195,6 +195,10 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
     with pytest.raises(ValueError, match=r"full: holds thesis\.txt and no run\.json"):
         train(job_of(source, tmp_path / "full"))
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+    (tmp_path / "full" / "run.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"run\.json: is damaged, or no run's"):
+        train(job_of(source, tmp_path / "full"))
+    assert (tmp_path / "full" / "run.json").read_text() == '{"mine": 1}'
     (run / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run\.json: is damaged"):
         train(job_of(source, run, steps=3))
@@ -202,6 +206,8 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
 
 def test_what_failed_before_the_first_checkpoint_binds_nobody(source: Path, tmp_path: Path) -> None:
     """Settings, model and data may be others."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.tmp").write_text("{")
     wide = make_source(tmp_path / "wide", fp8=False, num_hidden_layers=2, head_dim=32)
     with pytest.raises(ValueError, match="freeze: no parameter fits"):
         train(job_of(wide, tmp_path / "run", freeze=("nope",)))
