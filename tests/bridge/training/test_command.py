@@ -73,7 +73,7 @@ def test_an_interrupted_run_says_what_is_kept(source: Path, tmp_path: Path, monk
     assert "interrupted: there is no checkpoint yet, and the same command begins anew" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
 def test_a_signal_ends_a_run_with_a_checkpoint(source: Path, tmp_path: Path, number: signal.Signals) -> None:
     """And the same command goes on."""
     folder = tmp_path / "run"
