@@ -159,7 +159,7 @@ def _written(buckets: list[Any], transforms: list[Any]) -> list[Any] | Exception
                     raise written
                 sync(file)  # megatron-core syncs before its last bytes are there
         except OSError as error:
-            return OSError(error.errno, error.strerror, error.filename)  # without what it was raised from
+            return OSError(error.errno, error.strerror, error.filename or str(file))  # without what it was raised from
         except Exception as error:
             return RuntimeError("".join(format_exception(error)))
         found += written

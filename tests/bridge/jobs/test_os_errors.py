@@ -1,6 +1,7 @@
 """Errors of a full disk that a library hides behind its own."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,17 @@ def test_what_is_handled_does_not_count(tmp_path: Path) -> None:
         look()
 
 
-def test_a_checkpoint_s_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        checkpoint_writer.FileSystemWriterAsync, "write_preloaded_data", staticmethod(lambda *_: hidden(1))
-    )
+def too_many(*_: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize(
+    ("fails", "number"), [(lambda *_: hidden(1), errno.ENOSPC), (too_many, errno.EMFILE)], ids=["hidden", "another"]
+)
+def test_a_checkpoint_s_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None], number: int
+) -> None:
+    monkeypatch.setattr(checkpoint_writer.FileSystemWriterAsync, "write_preloaded_data", staticmethod(fails))
     found = checkpoint_writer._written([(str(tmp_path / "__0_0.distcp"),)], [])
     assert isinstance(found, OSError)
-    assert (found.errno, found.filename) == (errno.ENOSPC, str(tmp_path / "__0_0.distcp"))
+    assert (found.errno, found.filename) == (number, str(tmp_path / "__0_0.distcp"))
