@@ -96,11 +96,18 @@ def _difference(a: Any, b: Any) -> tuple[Any, Any]:
     return a, b
 
 
+def backends() -> dict[str, str]:
+    """What moves tensors of each type of device between the ranks."""
+    from torch import distributed
+
+    return dict(part.split(":") for part in str(distributed.get_backend_config()).split(","))
+
+
 def _any_failed(failed: bool) -> bool:
     import torch
     from torch import distributed
 
-    on_host = "gloo" in distributed.get_backend_config()
+    on_host = backends().get("cpu") == "gloo"
     flag = torch.tensor([failed], dtype=torch.int32, device="cpu" if on_host else torch.cuda.current_device())
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return bool(flag.item())

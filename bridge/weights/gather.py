@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from bridge.jobs.ranks import backends
 from bridge.weights.shard_map import Replicas, Source
 from bridge.weights.sharded_model import ShardedModel
 
@@ -88,8 +89,7 @@ class _Exchange:
     def _message_device(self) -> torch.device:
         """gloo's send and receive take host memory only."""
         device = self._sharded.device
-        backends = dict(part.split(":") for part in str(distributed.get_backend_config()).split(","))
-        return torch.device("cpu") if backends.get(device.type) == "gloo" else device
+        return torch.device("cpu") if backends().get(device.type) == "gloo" else device
 
     def moves(self, route: Route) -> bool:
         """Whether anything goes from one rank to another."""

@@ -163,7 +163,7 @@ def _is_trained(message: dict[str, Any]) -> bool:
 
 def _saying(message: dict[str, Any], text: str) -> dict[str, Any]:
     """The same with another content, of the same kind."""
-    content = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    content = [{"type": "text", "text": text}] if isinstance(message["content"], list) else text
     return {**message, "content": content}
 
 
