@@ -18,7 +18,7 @@ from bridge.training.settings import TrainJob
 
 # Settings, and the values that the records have of them.
 RECORDED: dict[str, tuple[object, ...]] = {
-    "model_class": ("gpt",),
+    "model_class": ("gpt", "hybrid"),
     "tp": (1, 2),
     "etp": (1,),  # None is tp
     "vpp": (1,),

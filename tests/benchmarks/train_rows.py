@@ -10,7 +10,7 @@ and what happens is written down.
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,6 +45,7 @@ class Row(NamedTuple):
     graphs: bool = False
     layers: str = "ours"
     """A key of `LAYERS`."""
+    model: Literal["gpt", "hybrid"] = "gpt"
     dtype: str = "bf16"
     recompute: str = "none"
     their_experts: bool = False
@@ -68,6 +69,8 @@ ROWS: dict[str, Row] = {
     "fusions and graphs": Row(fusions=FASTEST, graphs=True),
     "fusions and graphs, Transformer Engine's experts": Row(fusions=FASTEST, graphs=True, their_experts=True),
     "fusions and graphs, megatron-core's step": Row(fusions=FASTEST, graphs=True, their_optimizer=True),
+    "HybridModel": Row(model="hybrid"),
+    "HybridModel, fusions and graphs": Row(fusions=FASTEST, graphs=True, model="hybrid"),
     PEER: Row(PEER_FLAGS, layers=PEER, their_optimizer=True),
     f"{PEER}, fusions and graphs": Row(
         fusions=FASTEST, graphs=True, layers=PEER, their_experts=True, their_optimizer=True

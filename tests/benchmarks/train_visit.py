@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -58,6 +59,7 @@ class RandomOnDevice(NamedTuple):
     """A `bridge.training.start.Start` whose weights are drawn where they stay: 1/sqrt(fan-in), norms 1."""
 
     config: Any
+    model: str
     folder: Path = Path()
     what: str = "random weights"
 
@@ -70,6 +72,8 @@ class RandomOnDevice(NamedTuple):
     def _drawn(self, name: str, parameter: Tensor) -> Tensor:
         if parameter.dim() == 1:
             return torch.ones_like(parameter)
+        if self.model == "hybrid":  # the attention of layer 3 is its layer 6, the experts its layer 7
+            name = re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) // 2), name)
         where = [SEED, name, parallel_state.get_pipeline_model_parallel_rank()]
         if not getattr(parameter, "allreduce", True):  # megatron-core's mark of an expert
             where += [parallel_state.get_expert_model_parallel_rank()]
@@ -89,6 +93,7 @@ def job_of(row: Row, shape: Shape, sizes: dict[str, Any], dp: int) -> TrainJob:
         model="random",
         data=("random",),
         out="nowhere",
+        model_class=row.model,
         steps=1000,
         seq_length=shape.seq,
         global_batch_size=shape.microbatches * dp,
@@ -122,7 +127,7 @@ def visit(name: str, shape: Shape, sizes: dict[str, Any], purpose: Purpose) -> d
     Or what was refused.
     """
     row, dp, arrived = ROWS[name], parallel_state.get_data_parallel_world_size(), time.perf_counter()
-    job, start = job_of(row, shape, sizes, dp), RandomOnDevice(shape.config(sizes["ep"]))
+    job, start = job_of(row, shape, sizes, dp), RandomOnDevice(shape.config(sizes["ep"]), row.model)
     model_parallel_cuda_manual_seed(SEED, te_rng_tracker=row.graphs, force_reset_rng=True)
     torch.manual_seed(SEED)  # the routing, on a processor
     with ExitStack() as stack:

@@ -34,8 +34,11 @@ context.set_forkserver_preload(WARM)
 
 
 def start_server() -> None:
-    """Unless it runs. It finds what it imports by PYTHONPATH alone: Python 3.12 hands it no other path."""
-    with patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"):
+    """Unless it runs. It finds what it imports by PYTHONPATH alone: Python 3.12 hands it no other path.
+
+    It sees no GPU: CUDA does not survive a fork.
+    """
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", CUDA_VISIBLE_DEVICES=""):
         _forkserver.ensure_running()
 
 

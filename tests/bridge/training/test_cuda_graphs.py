@@ -17,19 +17,22 @@ pytestmark = [pytest.mark.gpu, NO_GPU]
 RELATIVE = {"loss": 2**-8, "grad_norm": 2**-7, "aux_loss": 2**-7, "expert_load": 0.05}
 
 
-def test_they_report_what_eager_steps_do(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "layers"), {"gpt": 2, "hybrid": 4}.items())
+def test_they_report_what_eager_steps_do(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, layers: int
+) -> None:
     replayed: list[int] = []
 
     def counted(graphs: CudaGraphs) -> None:
         capture(graphs)
-        layers = graphs._wrapped[0].module.decoder.layers
-        replayed.extend(len(layer.cuda_graphs) for layer in layers)
+        replayed.extend(len(layer.cuda_graphs) for layer in graphs._wrapped[0].module.decoder.layers)
 
     capture = CudaGraphs.capture
     monkeypatch.setattr(CudaGraphs, "capture", counted)
+    settings = {"steps": 6, "lr": 1e-4, "warmup_steps": 1, "dtype": "bf16", "model_class": model}
     for name, graphs in {"eager": False, "graphs": True}.items():
-        train(job_of(source, tmp_path / name, steps=6, lr=1e-4, warmup_steps=1, dtype="bf16", cuda_graphs=graphs))
-    assert replayed == [1, 1]
+        train(job_of(source, tmp_path / name, cuda_graphs=graphs, **settings))
+    assert replayed == [1] * layers
     for eager, replay in zip(*(read_metrics(tmp_path / name) for name in ("eager", "graphs")), strict=True):
         for name, relative in RELATIVE.items():
             assert replay[name] == pytest.approx(eager[name], rel=relative), (name, eager["step"])

@@ -40,7 +40,7 @@ RECORDED = {
     "more tensor parallel": ({"tp": 4, "etp": 1}, (MODEL_DEFAULTS, False)),
     "experts cut": ({"etp": 2}, (MODEL_DEFAULTS, False)),
     "float32": ({"dtype": "fp32"}, (("none",), False)),
-    "hybrid": ({"model_class": "hybrid"}, (MODEL_DEFAULTS, False)),
+    "hybrid": ({"model_class": "hybrid"}, (FASTEST, True)),
     "asked for": ({"tp": 2, "fusions": ("router",), "cuda_graphs": True}, (("router",), True)),
     "asked for none": ({"fusions": ("none",), "cuda_graphs": False}, (("none",), False)),
 }
