@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from megatron.core import optimizer as optimizers
 from megatron.core import utils as core_utils
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.hybrid import hybrid_block
@@ -99,12 +100,17 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
     (hybrid_block, "torch", _TorchOnCPU()),  # the positions of `flash_decode`
 )
 
-# The gradient norm where Transformer Engine is installed, whose kernels need a GPU: what megatron-core has without it.
-if clip_grads.l2_norm_impl is not core_utils.local_multi_tensor_l2_norm:
+# Adam, clipping and the gradient norm where Transformer Engine or APEX is installed, whose kernels need a GPU: what
+# megatron-core has without them.
+if not optimizers.USING_PYTORCH_OPTIMIZER:
     _REPLACEMENTS += (
+        (optimizers, "USING_PYTORCH_OPTIMIZER", True),
+        (optimizer, "multi_tensor_applier", core_utils.local_multi_tensor_applier),
+        (optimizer, "multi_tensor_scale_impl", core_utils.local_multi_tensor_scale),
         (clip_grads, "multi_tensor_applier", core_utils.local_multi_tensor_applier),
-        (clip_grads, "l2_norm_impl", core_utils.local_multi_tensor_l2_norm),
+        (clip_grads, "multi_tensor_scale_impl", core_utils.local_multi_tensor_scale),
         (clip_grads, "multi_tensor_scale_tensor_impl", None),
+        (clip_grads, "l2_norm_impl", core_utils.local_multi_tensor_l2_norm),
     )
 
 

@@ -61,7 +61,7 @@ def test_what_is_refused_is_refused_and_nothing_else_is() -> None:
 
 
 def test_rows_say_what_they_need() -> None:
-    assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH]
+    assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH, "HybridModel"]
     assert lacks(ROWS["fusions"], "local", gpu=False) == (
         "Transformer Engine, for router, permute, gradient_accumulation, grouped_gemm"
     )
@@ -162,9 +162,9 @@ SIZES = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "cp": 1}
 @ON_CPU
 def test_rows_start_from_the_same_weights_and_are_timed() -> None:
     with groups_of(Parallelism()):
-        base, again, truth = (visit(name, TINY, SIZES, "check") for name in (BASE, BASE, TRUTH))
+        base, hybrid, truth = (visit(name, TINY, SIZES, "check") for name in (BASE, "HybridModel", TRUTH))
         timed = visit(BASE, TINY, SIZES, "time")
-    assert base == again
+    assert base == hybrid
     assert base["losses"][1] < base["losses"][0]
     assert base["losses"] != truth["losses"]
     assert base["losses"] == pytest.approx(truth["losses"], rel=0.05)  # bfloat16's rounding, and not another model
@@ -185,7 +185,7 @@ def test_nothing_is_profiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bench_train, "measure", measure)
     with pytest.raises(SystemExit):
         bench_train.main(bench_train.arguments([str(tmp_path / "out"), "--rounds", "1", "--unchecked", "--profile"]))
-    assert told == [[(1, BASE)]]
+    assert told == [[(1, BASE), (1, "HybridModel")]]
 
 
 @ON_CPU
