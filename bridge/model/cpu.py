@@ -21,7 +21,7 @@ from megatron.core import optimizer as optimizers
 from megatron.core import utils as core_utils
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.hybrid import hybrid_block
-from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import utils
@@ -105,6 +105,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Any], ...] = (
 if not optimizers.USING_PYTORCH_OPTIMIZER:
     _REPLACEMENTS += (
         (optimizers, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),  # whose state has no count of steps of each parameter
         (optimizer, "multi_tensor_applier", core_utils.local_multi_tensor_applier),
         (optimizer, "multi_tensor_scale_impl", core_utils.local_multi_tensor_scale),
         (clip_grads, "multi_tensor_applier", core_utils.local_multi_tensor_applier),
