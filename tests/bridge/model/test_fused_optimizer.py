@@ -4,19 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from support.accumulation import KEPT
 from support.checks import NO_GPU
-from support.small_model import SMALL
+from support.optimizer_steps import BETAS, made_of, put_gradients, wrapped_model
 from torch import Tensor
 
-from bridge.model.build import build_model
 from bridge.model.fused_optimizer import FusedOptimizer
 from bridge.model.process_groups import model_parallel
 
-STEPS, LR = 4, 1e-2
-BETAS = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+STEPS = 4
 EPS = torch.finfo(torch.float32).eps
 # Of the largest element, for others are sums that cancel. Transformer Engine has beta in float32, and so 1 - beta off
 # by up to EPS / 2.
@@ -26,36 +21,6 @@ BOUNDS = {
     "weight": 8 * EPS,
     "model": 8 * EPS,
 }
-
-
-def wrapped_model(dtype: torch.dtype, **ddp: Any) -> Any:
-    model = build_model(SMALL, params_dtype=dtype)
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            generator = torch.Generator(parameter.device).manual_seed(number)
-            parameter.copy_(torch.randn(parameter.shape, device=parameter.device, generator=generator))
-    return DistributedDataParallel(model.config, DistributedDataParallelConfig(**KEPT | ddp), model)
-
-
-def made_of(wrapped: Any, dtype: torch.dtype, **settings: Any) -> Any:
-    config = OptimizerConfig(
-        **{"optimizer": "adam", "lr": LR, "weight_decay": 0.1, "bf16": dtype == torch.bfloat16}
-        | BETAS
-        | {"params_dtype": dtype, "use_distributed_optimizer": wrapped.ddp_config.use_distributed_optimizer}
-        | settings
-    )  # fmt: skip
-    return get_megatron_optimizer(config, [wrapped], get_standard_config_overrides(config))
-
-
-def put_gradients(wrapped: Any, step: int, spoilt: float | None = None) -> None:
-    """Where a backward pass leaves them; small at the second step, and so not clipped."""
-    wrapped.zero_grad_buffer()
-    for number, parameter in enumerate(wrapped.parameters()):
-        generator = torch.Generator("cuda").manual_seed(1000 * step + number)
-        drawn = torch.randn(parameter.shape, device="cuda", generator=generator)
-        parameter.main_grad.copy_(drawn * (1e-6 if step == 2 else 1))
-    if spoilt is not None:
-        parameter.main_grad.view(-1)[-1] = spoilt
 
 
 def state_of(wrapped: Any, optimizer: Any) -> dict[str, Tensor]:
