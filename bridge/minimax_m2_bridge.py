@@ -26,10 +26,11 @@ from bridge.huggingface.writer import SHARD_BYTES
 from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from bridge.jobs.target import check_apart, real_path
-from bridge.model.build import build_model
+from bridge.model.build import build_model, sizes_of_groups
 from bridge.model.config import gpt_model_arguments, hybrid_model_arguments, transformer_config
 from bridge.weights.encode import WeightEncoder
 from bridge.weights.export import To, export_weights
+from bridge.weights.fillable import check_fillable
 from bridge.weights.load import load_weights
 from bridge.weights.param_mapping import MappingRegistry
 from bridge.weights.save import save_weights
@@ -105,8 +106,15 @@ class MiniMaxM2Bridge:
     def provider_bridge(
         self, *, model: str = DEFAULT_MODEL, params_dtype: torch.dtype = torch.bfloat16, **overrides: Any
     ) -> GPTModelProvider | HybridModelProvider:
-        """The source's config as megatron-core's, for the class `model`; `overrides` are `TransformerConfig` fields."""
-        megatron = transformer_config(self.config, model=model, params_dtype=params_dtype, **overrides)
+        """The source's config as megatron-core's, for the class `model`; `overrides` are `TransformerConfig` fields.
+
+        Parallel sizes are those of megatron-core's process groups, where they exist already.
+
+        Raises:
+            ValueError: `overrides` make another model or do not work together; the model does not divide by the sizes.
+        """
+        settings = sizes_of_groups(self.config) | overrides
+        megatron = transformer_config(self.config, model=model, params_dtype=params_dtype, **settings)
         if ModelClass(model) is ModelClass.HYBRID:
             return HybridModelProvider(megatron, hybrid_model_arguments(self.config, megatron))
         return GPTModelProvider(megatron, gpt_model_arguments(self.config))
@@ -162,11 +170,17 @@ class MiniMaxM2Bridge:
         Each rank reads only the rows that its own slices are in (`bridge.weights.read_plan` counts the bytes).
 
         Raises:
-            ValueError: the model is not this checkpoint's (found out before anything is changed), or a weight is
-                damaged. All ranks raise the same.
+            ValueError: the model is not this checkpoint's, by its shapes or by what it computes (found out before
+                anything is changed), or a weight is damaged. All ranks raise the same.
+
+        Warns:
+            UserWarning: an optimizer was made before; it needs `optimizer.reload_model_params()` afterwards.
         """
         self._check_same_on_all_ranks()
-        load_weights(sharded_model(model, self.config), self.checkpoint, progress=progress)
+        sharded = sharded_model(model, self.config)
+        with raise_on_all_ranks():
+            check_fillable(model, self.config)
+        load_weights(sharded, self.checkpoint, progress=progress)
 
     def export_hf_weights(
         self,

@@ -18,6 +18,7 @@ import torch
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -28,6 +29,7 @@ from megatron.core.utils import deprecate_inference_params, get_pg_rank, get_pg_
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from bridge.model.process_groups import check_group_sizes
 from bridge.model.safe_settings import check_settings
 from compiled import FullDimQKNorm
 from reference.weights import QK_NORMS, TABLE, Dialect, Row
@@ -53,7 +55,7 @@ class MiniMaxM2SelfAttention(SelfAttention):
 
     Raises:
         ValueError: settings of the config do not work together or with this attention (`bridge.model.safe_settings`),
-            or ask for YaRN's scaling.
+            or ask for YaRN's scaling; or its parallel sizes are not those of megatron-core's process groups.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class MiniMaxM2SelfAttention(SelfAttention):
         none = IdentityOp if config.qk_layernorm else None
         empty = replace(submodules, q_layernorm=none, k_layernorm=none)
         super().__init__(config, empty, layer_number, **kwargs)
+        if self.pg_collection.tp is get_tensor_model_parallel_group(check_initialized=False):
+            check_group_sizes(config)  # and not of groups that a host has made for itself
         if self._yarn_concentration_factor != 1:
             raise ValueError(
                 f"the config's YaRN settings scale cos and sin by {self._yarn_concentration_factor}, which MiniMax-M2 "

@@ -107,6 +107,18 @@ def parallel_settings(parallelism: Parallelism) -> dict[str, Any]:
     }
 
 
+def sizes_of_groups(config: ModelConfig) -> dict[str, Any]:
+    """`TransformerConfig` fields that follow from megatron-core's process groups; none where there are none yet.
+
+    Raises:
+        ValueError: the model does not divide by the sizes.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return {}
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return parallel_settings(group_parallelism(config)) | {"virtual_pipeline_model_parallel_size": virtual}
+
+
 def _gpt_stages(config: ModelConfig, parallelism: Parallelism) -> dict[str, Any]:
     """As megatron-core's `pipeline_model_parallel_layout` wants them, where they are uneven."""
     if len({len(layers) for layers in parallelism.stages(config)}) == 1:

@@ -14,28 +14,13 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.model.architecture import SIZES, check_sizes
 from bridge.model.fusions import CROSS_ENTROPY, MODEL_DEFAULTS, chosen_settings
 from bridge.model.layer_spec import Backend, default_backend
 from bridge.model.safe_settings import REFUSALS, VIRTUAL_STAGES_ON_TWO_RANKS, check_settings
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern, spread_layers
-
-# TransformerConfig field: ModelConfig field
-SIZES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "ffn_hidden_size": "intermediate_size",  # equal to the next, or megatron-core copies the config for every layer
-    "moe_ffn_hidden_size": "intermediate_size",
-    "num_moe_experts": "num_local_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_aux_loss_coeff": "router_aux_loss_coef",
-    "layernorm_epsilon": "rms_norm_eps",
-    "init_method_std": "initializer_range",
-}
 
 # What every MiniMax-M2 has, also where megatron-core's default happens to say the same.
 ARCHITECTURE: dict[str, Any] = {
@@ -161,9 +146,11 @@ def transformer_config(
     with which they are right, where `overrides` name no others.
 
     Raises:
-        ValueError: as `transformer_config_fields`; or `overrides` do not work together (`bridge.model.safe_settings`).
+        ValueError: as `transformer_config_fields`; `overrides` contradict `config` or make another model
+            (`bridge.model.architecture`), or do not work together (`bridge.model.safe_settings`).
     """
     fields = transformer_config_fields(config, model=model, params_dtype=params_dtype, backend=backend)
+    check_sizes(overrides, config)
     with without_outdated_warnings():
         megatron = TransformerConfig(**{**fields, **overrides})
     if megatron.pipeline_model_parallel_size == 2 and megatron.virtual_pipeline_model_parallel_size is not None:

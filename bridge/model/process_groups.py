@@ -5,7 +5,7 @@ or a test enters `model_parallel()`; under torchrun the same line joins the rank
 trainer, which has set up everything already, it does nothing. On exit only what was set up here is taken down.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,15 @@ from torch._C._distributed_c10d import HashStore
 from bridge.jobs.ranks import join_ranks, launched_by_torchrun
 from bridge.model.cpu import megatron_on_cpu
 from reference.parallelism import Parallelism
+
+# TransformerConfig field: the size of the process groups that are there
+PARALLEL_FIELDS: dict[str, Callable[[], int | None]] = {
+    "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
+    "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
+    "context_parallel_size": parallel_state.get_context_parallel_world_size,
+    "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size,
+    "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size,
+}
 
 
 @contextmanager
@@ -87,6 +96,24 @@ def groups_of(layout: Parallelism, *, seed: int = 1234) -> AbstractContextManage
         expert_tensor_parallel_size=layout.expert_tp,
         context_parallel_size=layout.cp,
     )
+
+
+def check_group_sizes(config: Any) -> None:
+    """Refuse a `TransformerConfig` whose parallel sizes are not those of megatron-core's process groups.
+
+    megatron-core reads now the one and now the other: whether gradients of experts are averaged over other ranks is in
+    the config.
+
+    Raises:
+        ValueError: names the field, its value, and the size of the groups.
+    """
+    for field, size in PARALLEL_FIELDS.items():
+        found, expected = getattr(config, field), size()
+        if found != expected:
+            raise ValueError(
+                f"{field}={found}: megatron-core's process groups have the size {expected}, and gradients would be "
+                f"added up over the wrong ranks; set {field}={expected}"
+            )
 
 
 def group_sizes(chunks: int) -> dict[str, int]:

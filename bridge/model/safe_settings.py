@@ -16,6 +16,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.model.architecture import check_architecture
+
 Condition = Callable[[Any], object]
 """Of a setting's value: whether it is one of those that a row is about."""
 
@@ -28,6 +30,11 @@ def on(value: Any) -> bool:
 def off(value: Any) -> bool:
     """The opposite of `on`."""
     return not on(value)
+
+
+def _any_on(values: Any) -> bool:
+    """`on` of a value, or of one in a list."""
+    return any(map(on, values)) if isinstance(values, list | tuple) else on(values)
 
 
 class Refusal(NamedTuple):
@@ -100,6 +107,18 @@ REFUSALS: dict[str, Refusal] = {
         "the model has no multi-token prediction layers (a checkpoint's are carried along), and the loss asks for them",
         {"mtp_num_layers": None},
         {"mtp_num_layers": on},
+    ),
+    "experts in chunks, load-balancing loss": Refusal(
+        "wrong",
+        "each chunk of a sequence adds a load-balancing loss of its own, which is so counted about as often",
+        {"mlp_chunks_for_training": 1},
+        {"mlp_chunks_for_training": lambda chunks: chunks > 1, "moe_aux_loss_coeff": _any_on},
+    ),
+    "experts in chunks, z-loss": Refusal(
+        "wrong",
+        "each chunk of a sequence adds a z-loss of its own, which is so counted about as often",
+        {"mlp_chunks_for_training": 1},
+        {"mlp_chunks_for_training": lambda chunks: chunks > 1, "moe_z_loss_coeff": on},
     ),
     "meta device": Refusal(
         "broken",
@@ -205,8 +224,10 @@ def check_settings(config: TransformerConfig, ddp: DistributedDataParallelConfig
     """Refuse settings that do not work together for this model; without `ddp`, those of the model alone.
 
     Raises:
-        ValueError: says what was found, what would happen, and what to set instead.
+        ValueError: says what was found, what would happen, and what to set instead; also of settings that make another
+            model (`bridge.model.architecture`).
     """
+    check_architecture(config)
     for refusal in REFUSALS.values():
         found = refusal.found(config, ddp)
         if found is not None:

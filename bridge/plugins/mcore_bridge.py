@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from bridge.jobs.ranks import raise_on_all_ranks
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
+from bridge.model.architecture import SIZES
 from bridge.model.attention import MiniMaxM2SelfAttention
 from bridge.model.build import with_frequencies_of_transformers
-from bridge.model.config import ARCHITECTURE, SIZES
+from bridge.model.config import ARCHITECTURE
 from bridge.model.layer_spec import minimax_m2_block_spec
 from bridge.plugins.host import require_host
 from bridge.plugins.save_beside import save_beside

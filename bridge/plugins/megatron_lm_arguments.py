@@ -15,7 +15,8 @@ from shlex import join
 from typing import Any, NamedTuple
 
 from bridge.huggingface.read_json import read_object
-from bridge.model.config import ARCHITECTURE, SIZES, gpt_model_arguments
+from bridge.model.architecture import ALLOWED, SIZES
+from bridge.model.config import ARCHITECTURE, gpt_model_arguments
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, hybrid_layer_pattern
@@ -70,7 +71,7 @@ def _size(option: str, parsed: str, field: str = "") -> Said:
 
 
 def _both(option: str, name: str, default: Any = None) -> LeftOut:
-    return LeftOut(option, name, name, default)
+    return LeftOut(option, name, name, ALLOWED[name][0] if name in ALLOWED else default)
 
 
 # fmt: off
@@ -108,23 +109,23 @@ SAID: tuple[Said, ...] = (
     Said("--moe-grouped-gemm", "", "", value=True),  # or Transformer Engine's experts have the local spec's names
 )
 LEFT_OUT: tuple[LeftOut, ...] = (
-    _both("--add-qkv-bias", "add_qkv_bias", False),
+    _both("--add-qkv-bias", "add_qkv_bias"),
     _both("--rotary-interleaved", "rotary_interleaved", False),
     _both("--no-rope-freq", "no_rope_freq"),
-    _both("--apply-layernorm-1p", "layernorm_zero_centered_gamma", False),
-    _both("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", False),
-    _both("--multi-latent-attention", "multi_latent_attention", False),
+    _both("--apply-layernorm-1p", "layernorm_zero_centered_gamma"),
+    _both("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm"),
+    _both("--multi-latent-attention", "multi_latent_attention"),
     _both("--attention-output-gate", "attention_output_gate", False),
     _both("--qk-l2-norm", "qk_l2_norm", False),
     _both("--window-size", "window_size"),
-    _both("--softmax-type", "softmax_type", "vanilla"),
+    _both("--softmax-type", "softmax_type"),
     _both("--moe-layer-freq", "moe_layer_freq", 1),
     _both("--moe-router-num-groups", "moe_router_num_groups"),
     _both("--moe-router-group-topk", "moe_router_group_topk"),
     _both("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor"),
     _both("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size"),
     _both("--moe-latent-size", "moe_latent_size"),
-    _both("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
+    _both("--moe-apply-probs-on-input", "moe_apply_probs_on_input"),
     _both("--mtp-num-layers", "mtp_num_layers"),
     LeftOut("--quick-geglu", "quick_geglu", "activation_func", ARCHITECTURE["activation_func"]),
     LeftOut("--use-rope-scaling", "use_rope_scaling", "", False),

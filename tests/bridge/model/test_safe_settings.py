@@ -58,6 +58,10 @@ TRIGGERS: dict[str, Trigger] = {
     "FP8 parameters": Trigger({"fp8_param": True}, needs=FP8),
     "Megatron-FSDP": Trigger({}, {"use_megatron_fsdp": True}),
     "MTP layers": Trigger({"mtp_num_layers": 1}),
+    "experts in chunks, load-balancing loss": Trigger({"mlp_chunks_for_training": 2, "moe_aux_loss_coeff": 0.01}),
+    "experts in chunks, z-loss": Trigger(
+        {"mlp_chunks_for_training": 2, "moe_z_loss_coeff": 0.001}, needs={"moe_aux_loss_coeff": 0.0}
+    ),
     "meta device": Trigger({"init_model_with_meta_device": True}),
     "operation fuser": Trigger({"use_transformer_engine_op_fuser": True}),
     "gradient accumulation of local layers": Trigger(
@@ -236,8 +240,8 @@ def test_virtual_stages_on_two_ranks_are_wrong_with_megatrons_default() -> None:
 def test_mtp_layers_fail_far_from_their_cause() -> None:
     """In megatron-core's own model, which is given no block of them either."""
     with model_parallel():
-        config = transformer_config(SMALL, backend="local", normalization="LayerNorm", params_dtype=torch.float32)
-        config.mtp_num_layers = 1
+        config = transformer_config(SMALL, backend="local", params_dtype=torch.float32)
+        config.normalization, config.mtp_num_layers = "LayerNorm", 1
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
         model = GPTModel(config, spec, **gpt_model_arguments(SMALL)).to(DEVICE)
         positions = torch.arange(TOKENS.shape[1], device=DEVICE).expand_as(TOKENS)

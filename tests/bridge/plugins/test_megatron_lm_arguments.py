@@ -18,8 +18,9 @@ from support.checks import ROOT
 from support.megatron_lm import NEEDS_A_GPU, cpu_words, parsed
 from support.small_model import SMALL
 
+from bridge.model.architecture import SIZES
 from bridge.model.build import build_model
-from bridge.model.config import ARCHITECTURE, SIZES, transformer_config
+from bridge.model.config import ARCHITECTURE, transformer_config
 from bridge.model.process_groups import model_parallel
 from bridge.plugins.megatron_lm_arguments import (
     LEFT_OUT,
