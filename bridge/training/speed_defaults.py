@@ -6,11 +6,11 @@ What each fusion gains is in `bridge.model.fusions`. That losses and gradient no
 - of the same on one GPU over 200 steps, all of which have the digits of the fusions without graphs.
 
 The records are `train_checked_h200_second.json`, `train_checked_h200_two_ranks.json` and `steps200_h200_second.json`,
-of HybridModel on one GPU `train_speed_h200_hybrid.json`, and of ten steps against `transformers`, at TP 2 x EP 2 too,
-`steps_h200_layouts_second.json`. More ranks of PP, EP, CP and DP are taken to make no difference, and HybridModel, of
-the same modules, at a layout that is recorded. Whatever is not among these, more tensor parallelism, experts that are
-cut, virtual stages, recomputation or frozen parameters, has no graphs unless they are asked for, and the fusions that
-every bfloat16 model on a GPU has; float32 has none.
+of HybridModel on one GPU `train_speed_h200_hybrid.json` and at EP 2 `train_checked_h200_hybrid_ep2.json`, and of ten
+steps against `transformers`, at TP 2 x EP 2 too, `steps_h200_layouts_second.json`. More ranks of PP, EP, CP and DP are
+taken to make no difference, and HybridModel, of the same modules, at any layout that is recorded. Whatever is not among
+these, more tensor parallelism, experts that are cut, virtual stages, recomputation or frozen parameters, has no graphs
+unless they are asked for, and the fusions that every bfloat16 model on a GPU has; float32 has none.
 """
 
 from bridge.model.fusions import FASTEST, MODEL_DEFAULTS

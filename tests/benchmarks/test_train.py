@@ -62,9 +62,9 @@ def test_what_is_refused_is_refused_and_nothing_else_is() -> None:
 
 def test_rows_say_what_they_need() -> None:
     assert [name for name in ROWS if lacks(ROWS[name], "local", gpu=False) is None] == [BASE, TRUTH, "HybridModel"]
-    assert lacks(ROWS["fusions"], "local", gpu=False) == (
-        "Transformer Engine, for router, permute, gradient_accumulation, grouped_gemm"
-    )
+    short = lacks(ROWS["fusions"], "local", gpu=False) or ""
+    assert short.startswith("Transformer Engine, for router, permute, ")
+    assert short.endswith("gradient_accumulation, grouped_gemm")  # and its cross entropy where that is the fastest
     assert lacks(ROWS["graphs"], "local", gpu=False) == "a GPU"
     ours = [name for name, row in ROWS.items() if row.layers == "ours"]
     assert [lacks(ROWS[name], "transformer_engine", gpu=True) for name in ours] == [None] * len(ours)

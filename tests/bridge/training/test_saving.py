@@ -101,6 +101,7 @@ def test_a_gradient_that_is_not_finite_waits_for_the_checkpoint(source: Path, pa
     assert latest_step(tmp_path / "run" / "checkpoints") == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL does not notice that a rank is gone; torchrun ends both")
 def test_an_error_of_one_rank_of_two_gives_the_checkpoint_up(source: Path, pair: RankPool, tmp_path: Path) -> None:
     """It ends without the other, whose error is what torch.distributed makes of that."""
     values = values_of(job_of(source, tmp_path / "run", **SHORT | {"save_every": 2}))
