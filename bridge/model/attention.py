@@ -23,12 +23,14 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params, get_pg_rank, get_pg_size
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from bridge.model.attention_mask import check_not_ignored, merged_with_causal
 from bridge.model.process_groups import check_group_sizes
 from bridge.model.safe_settings import check_settings
 from compiled import FullDimQKNorm
@@ -89,7 +91,7 @@ class MiniMaxM2SelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         key_value_states: Tensor | None = None,
         inference_context: Any = None,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -104,8 +106,16 @@ class MiniMaxM2SelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As megatron-core's; the rotation moves into the norm unless a cache needs plain heads.
 
+        Args:
+            attention_mask: None for causal attention. On the local backend, outside of inference, a bool mask, True
+                where a key is not to be seen, hides keys beside those that come after the query: `[batch, 1, 1, keys]`
+                of padding, or `[batch or 1, 1, queries, keys]`. A query that may see no key sees all of them alike, as
+                in megatron-core: leave it out of the loss. Transformer Engine's attention is causal whatever the mask,
+                and packed sequences are told apart by their borders alone.
+
         Raises:
-            ValueError: packed sequences without Transformer Engine; `flash_decode` where it would be wrong.
+            ValueError: packed sequences without Transformer Engine; a mask of another dtype or shape, or with
+                Transformer Engine one of padding; `flash_decode` where it would be wrong.
         """
         inference_context = deprecate_inference_params(inference_context, inference_params)
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" else None
@@ -115,6 +125,8 @@ class MiniMaxM2SelfAttention(SelfAttention):
                 "packed sequences: use the layer spec with backend='transformer_engine', or unpack them"
             )
         if inference_context is None:
+            if attention_mask is not None and packed is None and self.attn_mask_type is AttnMaskType.causal:
+                attention_mask = self._beside_causal(attention_mask, hidden_states)
             if rotary_pos_emb is not None:
                 self._angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
                 self._packed, rotary_pos_emb = packed, None
@@ -123,7 +135,7 @@ class MiniMaxM2SelfAttention(SelfAttention):
         try:
             return super().forward(
                 hidden_states,
-                attention_mask,
+                attention_mask,  # pyright: ignore[reportArgumentType]  # it takes None
                 key_value_states,
                 inference_context,
                 rotary_pos_emb,
@@ -136,6 +148,25 @@ class MiniMaxM2SelfAttention(SelfAttention):
             )
         finally:
             self._angles = self._packed = None
+
+    def _beside_causal(self, mask: Tensor, hidden_states: Tensor) -> Tensor:
+        """The mask that core attention is to get, so that attention is causal and `mask` counts.
+
+        Raises:
+            ValueError: core attention would ignore `mask`, or it is not one.
+        """
+        if not isinstance(self.core_attention, DotProductAttention):
+            check_not_ignored(mask)
+            return mask
+        softmax = self.core_attention.scale_mask_softmax
+        if softmax.window_size is not None or (softmax.scaled_masked_softmax_fusion and softmax.input_in_float16):
+            raise ValueError(
+                f"attention_mask is given, but with window_size={softmax.window_size} and masked_softmax_fusion="
+                f"{softmax.scaled_masked_softmax_fusion} megatron-core's local attention leaves it out: set "
+                "window_size=None and masked_softmax_fusion=False, or give None"
+            )
+        parts = get_pg_size(self.pg_collection.tp) if self.config.sequence_parallel else 1
+        return merged_with_causal(mask, batch=hidden_states.shape[1], length=len(hidden_states) * parts)
 
     def get_query_key_value_tensors(
         self,

@@ -18,18 +18,20 @@ from compiled.tracing import is_traced
 
 
 class Float32Logits(torch.autograd.Function):
-    """x @ weight.T in float32, keeping for the backward pass x as it came and not its float32 copy."""
+    """x @ weight.T in float32, also under autocast, keeping for the backward pass x as it came, not a float32 copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x.float(), weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), weight)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).float()
-        return (grad_output @ weight).to(x.dtype), grad_weight
+        with torch.autocast(x.device.type, enabled=False):
+            grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).float()
+            return (grad_output @ weight).to(x.dtype), grad_weight
 
 
 class Float32Router(TopKRouter):

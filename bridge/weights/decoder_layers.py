@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
+from bridge.weights.wrappers import unwrapped
 from reference.model_class import ModelClass
 
 HALVES = {Symbols.ATTENTION: "attention", Symbols.MOE: "experts"}  # in this order in each layer
@@ -33,6 +34,8 @@ def held_layers(chunk: nn.Module) -> HeldLayers:
             first layer that does not fit.
     """
     decoder = getattr(chunk, "decoder", None)
+    if decoder is not None:
+        decoder = unwrapped(decoder)
     if isinstance(decoder, HybridStack):
         layers, experts = _of_hybrid(decoder)
         return HeldLayers(ModelClass.HYBRID, layers, experts)
@@ -45,9 +48,9 @@ def held_layers(chunk: nn.Module) -> HeldLayers:
 
 
 def _of_gpt(decoder: TransformerBlock) -> tuple[list[int], set[tuple[int, ...]]]:
-    layers: list[Any] = list(decoder.layers)
+    layers: list[Any] = [unwrapped(layer) for layer in decoder.layers]
     for layer in layers:
-        if not isinstance(layer.mlp, MoELayer):
+        if not isinstance(unwrapped(layer.mlp), MoELayer):
             raise ValueError(
                 f"decoder.layers.{layer.layer_number - 1}: found {type(layer.mlp).__name__}, expected experts "
                 "(MoELayer) as in every layer of MiniMax-M2; build the model with bridge.build_model"
@@ -56,7 +59,7 @@ def _of_gpt(decoder: TransformerBlock) -> tuple[list[int], set[tuple[int, ...]]]
 
 
 def _of_hybrid(decoder: HybridStack) -> tuple[list[int], set[tuple[int, ...]]]:
-    layers: list[Any] = list(decoder.layers)
+    layers: list[Any] = [unwrapped(layer) for layer in decoder.layers]
     kinds, numbers = decoder.layer_type_list, [layer.layer_number - 1 for layer in layers]
     for kind, number in zip(kinds, numbers, strict=True):
         expected = list(HALVES)[number % 2]

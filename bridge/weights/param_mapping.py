@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bridge.weights.wrappers import unwrapped_name
 from reference.config import ModelConfig
 from reference.names import find
 from reference.sharding import Parallelism, Parameter, parameters, placements, shard, unshard
@@ -146,7 +147,11 @@ class MappingRegistry:
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; megatron-core's `_extra_state` entries are left out."""
     state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
+    return {
+        unwrapped_name(name): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and "_extra_state" not in name
+    }
 
 
 OTHER_SIZES = "model and checkpoint have different sizes"
