@@ -15,7 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
-from bridge.jobs.ranks import join_ranks, launched_by_torchrun
+from bridge.jobs.ranks import TorchrunRanks
 from bridge.model.cpu import megatron_on_cpu
 from reference.parallelism import Parallelism
 
@@ -62,18 +62,16 @@ def joined_ranks() -> Iterator[None]:
 
     Of one it needs no network port. Where there is a group already, nothing is done.
     """
-    if torch.distributed.is_initialized():
-        yield
-        return
-    if launched_by_torchrun():
-        join_ranks(models=True)
-    else:
+    with TorchrunRanks(models=True):
+        if torch.distributed.is_initialized():
+            yield
+            return
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def groups_of(layout: Parallelism, *, seed: int = 1234) -> AbstractContextManager[None]:
