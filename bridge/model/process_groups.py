@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from bridge.jobs.ranks import TorchrunRanks
 from bridge.model.cpu import megatron_on_cpu
+from bridge.model.loss_scales import reset_loss_scales
 from reference.parallelism import Parallelism
 
 
@@ -38,6 +39,8 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
             stack.callback(parallel_state.destroy_model_parallel)
+            reset_loss_scales()  # of loops outside; and those inside leave none
+            stack.callback(reset_loss_scales)
             # A cache of the class, which keeps modules, and by hooks on them all that `DistributedDataParallel` wraps.
             stack.callback(RotaryEmbedding.forward.cache_clear)
         elif sizes:
