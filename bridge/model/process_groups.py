@@ -25,6 +25,8 @@ from reference.parallelism import Parallelism
 def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
     """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
 
+    Where the process groups are made here, `reset_loss_scales` comes before and after.
+
     Args:
         seed: for megatron-core's CUDA random states; torch's CPU generator is left alone.
         sizes: for `megatron.core.parallel_state.initialize_model_parallel`, such as `pipeline_model_parallel_size=2`.
