@@ -19,6 +19,7 @@ from bridge.cli.common import (
     say_line,
     say_notes,
 )
+from bridge.jobs.ranks import TorchrunRanks
 from reference.activations import Recompute
 from reference.model_class import DEFAULT_MODEL, ModelClass
 
@@ -60,7 +61,7 @@ def verify(
 
     Tensors of one dtype are compared byte by byte; float8 against bfloat16 or float32 by value, exactly.
     """
-    with reporting(), progress_bars() as progress:
+    with reporting(), TorchrunRanks(), progress_bars() as progress:
         from bridge.proof.compare import compare_logits, compare_pair, open_pair
 
         count = default_workers(workers, left, right)

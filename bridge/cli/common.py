@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bridge.jobs.escaped import escaped
-from bridge.jobs.ranks import TorchrunRanks, all_gather_objects, is_rank_zero, raise_on_all_ranks
+from bridge.jobs.ranks import all_gather_objects, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.third_party_logs import drop_remark_on_gpus
 from reference.model_class import ModelClass
 
@@ -62,15 +62,15 @@ def default_workers(workers: int | None, *folders: Path) -> int:
 
 
 @contextmanager
-def reporting(*, models: bool = False) -> Iterator[None]:
-    """torchrun's process group (`models`: on GPUs where there are some); errors as one message on stderr and status 2;
-    what our own log says as notes there; third-party start-up noise silenced."""
+def reporting() -> Iterator[None]:
+    """Errors as one message on stderr and status 2; what our own log says as notes there; third-party start-up noise
+    silenced."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     drop_remark_on_gpus()
     try:
-        with TorchrunRanks(models=models), _notes():
+        with _notes():
             yield
     except (ValueError, OSError) as error:
         first, *others = "\n".join([str(error), *getattr(error, "__notes__", [])]).split("\n")

@@ -21,7 +21,7 @@ from bridge.cli.common import (
     say_json,
     say_notes,
 )
-from bridge.jobs.ranks import launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
+from bridge.jobs.ranks import TorchrunRanks, launched_by_torchrun, raise_on_all_ranks, rank_and_world_size
 from reference.model_class import DEFAULT_MODEL, ModelClass
 
 
@@ -70,7 +70,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make a small FP8 checkpoint, take it through a real megatron-core model and back, and prove it unchanged."""
-    with reporting(models=True), folder(keep) as target, progress_bars() as progress:
+    with reporting(), TorchrunRanks(models=True), folder(keep) as target, progress_bars() as progress:
         from bridge.proof.demo import demo as run
 
         findings = run(target, model=model, seed=seed, sizes=_sizes(tp, pp, ep), progress=progress)
@@ -97,7 +97,7 @@ def roundtrip(
     Under torchrun the model is spread over all ranks; the reference runs on rank 0, layer by layer. Memory: the ranks'
     shares of the model in --dtype, and one layer of it while the reference runs. Disk: as much as the checkpoint.
     """
-    with reporting(models=True), folder(out and out.parent) as parent, progress_bars() as progress:
+    with reporting(), TorchrunRanks(models=True), folder(out and out.parent) as parent, progress_bars() as progress:
         import torch
 
         from bridge.minimax_m2_bridge import MiniMaxM2Bridge

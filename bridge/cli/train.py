@@ -40,7 +40,7 @@ def train(files: list[str] | None, config: Path | None, dry_run: bool, gpus: int
     SIGTERM or Ctrl-C ends it after the step that it is at, with a checkpoint, and with status 143 or 130; Ctrl-C again
     ends it at once. Without a GPU it trains on the processor, by gloo, for models that are small.
     """
-    with reporting(models=True), progress_bars() as progress:
+    with reporting(), progress_bars() as progress:
         job = _job(config, given, files or [])
         if dry_run:
             if not _dry_run(job, gpus, memory, as_json):

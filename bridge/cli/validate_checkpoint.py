@@ -6,11 +6,12 @@ from pathlib import Path
 import typer
 
 from bridge.cli.common import default_workers, progress_bars, reporting, say, say_json, say_line
+from bridge.jobs.ranks import TorchrunRanks
 
 
 def validate_checkpoint_command(target: Path, source: Path, as_json: bool) -> None:
     """Judge a converted checkpoint by its original: a row for each kind of mistake. Exit status 1 if there is one."""
-    with reporting(), progress_bars() as progress:
+    with reporting(), TorchrunRanks(), progress_bars() as progress:
         from bridge.proof.judge_checkpoint import judge_checkpoint
 
         workers = default_workers(None, target, source)

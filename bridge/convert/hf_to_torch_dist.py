@@ -28,7 +28,7 @@ from bridge.huggingface.companions import Companions, companions, say_left_behin
 from bridge.huggingface.safetensors_folder import CONFIG_NAME
 from bridge.jobs.durable import copy_file, footprint, json_bytes, write_bytes
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
+from bridge.jobs.ranks import TorchrunRanks, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
@@ -136,6 +136,7 @@ class _Import(NamedTuple):
         return [Path(CONFIG_NAME), *self.others.carried]
 
 
+@TorchrunRanks()
 def import_checkpoint(
     job: ImportJob,
     *,
@@ -146,7 +147,7 @@ def import_checkpoint(
 ) -> ImportSummary:
     """Convert `job.source` into `job.out`, whole or not at all; the same call again finishes an interrupted one.
 
-    Under torchrun, in a process group, every rank calls it.
+    Under torchrun every rank calls it; without a process group they join for as long as it lasts.
 
     Raises:
         ValueError: the source is not a whole MiniMax-M2, a tensor is damaged or a file changed, or `out` is not fit.

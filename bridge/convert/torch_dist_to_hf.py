@@ -35,7 +35,7 @@ from bridge.huggingface.writer import (
     write_file,
 )
 from bridge.jobs.progress import Progress, no_progress
-from bridge.jobs.ranks import is_rank_zero, raise_on_all_ranks
+from bridge.jobs.ranks import TorchrunRanks, is_rank_zero, raise_on_all_ranks
 from bridge.jobs.resumable import Output, Work, run_resumable
 from bridge.jobs.staging import unfinished
 from bridge.jobs.target import check_apart, check_target, real_path
@@ -102,6 +102,7 @@ class _Export(NamedTuple):
     files: list[FilePlan]
 
 
+@TorchrunRanks()
 def export_checkpoint(
     job: ExportJob,
     *,
@@ -112,7 +113,7 @@ def export_checkpoint(
 ) -> ExportSummary:
     """Convert `job.megatron` into `job.out`, whole or not at all; the same call again finishes an interrupted one.
 
-    Under torchrun, in a process group, every rank calls it.
+    Under torchrun every rank calls it; without a process group they join for as long as it lasts.
 
     Raises:
         ValueError: a checkpoint is not whole or not MiniMax-M2's, `scales="source"` and there is no source, a weight is

@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ContextDecorator, contextmanager, suppress
 from datetime import timedelta
-from itertools import zip_longest
+from functools import cache
+from itertools import count, zip_longest
 from traceback import format_exception
 from typing import Any
 
@@ -128,6 +129,7 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+@cache
 def end_with(parent: int) -> None:
     """An orphan would go on writing where the same command, run again, writes."""
 
@@ -139,29 +141,37 @@ def end_with(parent: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def join_ranks(*, models: bool) -> None:
-    """Join torchrun's process group, which moves host tensors by gloo and, with `models`, a GPU's by NCCL."""
-    import torch
-    from torch import distributed
+@cache
+def _torchruns_store(timeout: timedelta) -> tuple[Any, int, int]:
+    """torchrun's store of keys, this rank and the number of ranks; one connection for as long as the process lasts.
 
-    gpus = models and torch.cuda.is_available()
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = LEADER_TIMEOUT if models else RANK_TIMEOUT
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+    Where torchrun has no store itself, rank 0 has one: if it closed that after a block, the others would lose the next.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=timeout)))
 
 
-class TorchrunRanks:
-    """`join_ranks` for as long as a `with` block lasts, and no longer than torchrun does; nothing for one process."""
+_times_joined = count()  # of this process; the ranks join together, so they agree on it
+
+
+class TorchrunRanks(ContextDecorator):
+    """torchrun's process group, for as long as a `with` block or a decorated function lasts.
+
+    It moves host tensors by gloo and, with `models`, a GPU's by NCCL; all ranks must enter it. Where there is a process
+    group already, or torchrun did not start this process, nothing is done. A rank lives no longer than torchrun does.
+    """
 
     def __init__(self, *, models: bool = False):
         self._models = models
 
     def __enter__(self) -> None:
-        self._mine = launched_by_torchrun() and rank_and_world_size()[1] == 1
+        from torch import distributed
+
+        self._mine = launched_by_torchrun() and not distributed.is_initialized()
         if self._mine:
             end_with(os.getppid())
-            join_ranks(models=self._models)
+            _join(models=self._models)
 
     def __exit__(self, *_: object) -> None:
         if self._mine:
@@ -169,3 +179,19 @@ class TorchrunRanks:
 
             with suppress(RuntimeError):
                 distributed.destroy_process_group()
+
+
+def _join(*, models: bool) -> None:
+    import torch
+    from torch import distributed
+    from torch._C._distributed_c10d import PrefixStore
+
+    gpus = models and torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = LEADER_TIMEOUT if models else RANK_TIMEOUT
+    store, rank, world = _torchruns_store(timeout)
+    # The store keeps every key, and ranks that found those of an earlier group would look for each other in vain.
+    own = PrefixStore(f"minimax-m2/{next(_times_joined)}", store)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world)

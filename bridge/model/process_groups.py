@@ -15,8 +15,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
-from bridge.jobs.ranks import join_ranks, launched_by_torchrun
+from bridge.jobs.ranks import TorchrunRanks
 from bridge.model.cpu import megatron_on_cpu
+from bridge.model.loss_scales import reset_loss_scales
 from reference.parallelism import Parallelism
 
 # TransformerConfig field: the size of the process groups that are there
@@ -33,6 +34,8 @@ PARALLEL_FIELDS: dict[str, Callable[[], int | None]] = {
 def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
     """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
 
+    Where the process groups are made here, `reset_loss_scales` comes before and after.
+
     Args:
         seed: for megatron-core's CUDA random states; torch's CPU generator is left alone.
         sizes: for `megatron.core.parallel_state.initialize_model_parallel`, such as `pipeline_model_parallel_size=2`.
@@ -47,6 +50,8 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
             stack.callback(parallel_state.destroy_model_parallel)
+            reset_loss_scales()  # of loops outside; and those inside leave none
+            stack.callback(reset_loss_scales)
             # A cache of the class, which keeps modules, and by hooks on them all that `DistributedDataParallel` wraps.
             stack.callback(RotaryEmbedding.forward.cache_clear)
         elif sizes:
@@ -71,18 +76,16 @@ def joined_ranks() -> Iterator[None]:
 
     Of one it needs no network port. Where there is a group already, nothing is done.
     """
-    if torch.distributed.is_initialized():
-        yield
-        return
-    if launched_by_torchrun():
-        join_ranks(models=True)
-    else:
+    with TorchrunRanks(models=True):
+        if torch.distributed.is_initialized():
+            yield
+            return
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def groups_of(layout: Parallelism, *, seed: int = 1234) -> AbstractContextManager[None]:

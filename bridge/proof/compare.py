@@ -89,7 +89,8 @@ def compare_checkpoints(
 ) -> Comparison:
     """Every weight, with its scales; what is carried along (MTP layers, files) where both sides are Hugging Face's.
 
-    How tensors are spread over files is not part of a checkpoint's content and may differ.
+    How tensors are spread over files is not part of a checkpoint's content and may differ. In a process group all ranks
+    must call it, and share the work; without one each process compares everything.
 
     Raises:
         ValueError: a checkpoint is not whole, or they are models of different sizes.

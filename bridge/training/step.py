@@ -20,11 +20,11 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from bridge.model.context_parallel import own_part
 from bridge.model.fused_optimizer import FusedOptimizer
+from bridge.model.loss_scales import reset_loss_scales
 from bridge.training.settings import TrainJob
 
 AUX_LOSS = "load_balancing_loss"
@@ -76,7 +76,7 @@ class Trained:
         modules = (module for chunk in self.chunks for module in chunk.modules())
         self.routers = [module for module in modules if getattr(module, "expert_bias", None) is not None]
         # Another loop in this process may have left a scale of another shape, and losses of another number of layers.
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        reset_loss_scales()
         destroy_moe_metrics_tracker()
         config = self.chunks[0].config
         # Python does not collect an optimizer that its model refers to: each run would keep its memory and groups.

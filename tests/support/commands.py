@@ -26,17 +26,15 @@ PROGRAM = """
 import json, os, sys
 from bridge.convert.hf_to_torch_dist import ImportJob
 from bridge.convert.torch_dist_to_hf import ExportJob
-from bridge.jobs.ranks import TorchrunRanks
 from support.conversions import convert
 if __name__ == "__main__":
     job = {"ImportJob": ImportJob, "ExportJob": ExportJob}[sys.argv[1]](**json.loads(sys.argv[2]))
-    with TorchrunRanks():
-        try:
-            os.write(2, f"rank {os.environ.get('RANK')} is {os.getpid()}\\n".encode())  # at once: ranks share it
-            convert(job, workers=int(sys.argv[3]))
-        except (ValueError, OSError) as error:
-            os.write(2, f"refused: {error}\\n".encode())
-            sys.exit(2)
+    try:
+        os.write(2, f"rank {os.environ.get('RANK')} is {os.getpid()}\\n".encode())  # at once: ranks share it
+        convert(job, workers=int(sys.argv[3]))
+    except (ValueError, OSError) as error:
+        os.write(2, f"refused: {error}\\n".encode())
+        sys.exit(2)
 """
 
 

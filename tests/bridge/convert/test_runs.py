@@ -84,35 +84,41 @@ def test_two_workers_write_the_same_bytes(imported: Path, plain: Path, checkpoin
 
 
 TORCHRUN = """
-import sys
-from bridge.convert.torch_dist_to_hf import ExportJob, export_checkpoint
-from bridge.convert.hf_to_torch_dist import ImportJob, import_checkpoint
+import os, sys
+from bridge import ExportJob, ImportJob, export_checkpoint, import_checkpoint
 from bridge.jobs.ranks import TorchrunRanks, is_rank_zero
 from pathlib import Path
 
+def error_of(job):
+    try:
+        import_checkpoint(job)
+    except ValueError as caught:
+        return str(caught)
+    return "none"
+
 if __name__ == "__main__":
+    import torch
     source, damaged, out = map(Path, sys.argv[1:4])
     unit_bytes, shard_bytes = map(int, sys.argv[4:])
+    import_checkpoint(ImportJob(str(source), str(out / "megatron"), unit_bytes=unit_bytes))
+    job = ExportJob(str(out / "megatron"), str(out / "hf"), source=str(source), max_shard_bytes=shard_bytes)
+    said = export_checkpoint(job)
+    wrong = ImportJob(str(damaged), str(out / "damaged"), unit_bytes=unit_bytes)
+    error = error_of(wrong)
+    assert not torch.distributed.is_initialized()
     with TorchrunRanks():
-        import torch
-        import_checkpoint(ImportJob(str(source), str(out / "megatron"), unit_bytes=unit_bytes))
-        job = ExportJob(str(out / "megatron"), str(out / "hf"), source=str(source), max_shard_bytes=shard_bytes)
-        said = export_checkpoint(job)
-        try:
-            import_checkpoint(ImportJob(str(damaged), str(out / "damaged"), unit_bytes=unit_bytes))
-            error = "none"
-        except ValueError as caught:
-            error = str(caught)
-        rank = torch.distributed.get_rank()
-        files = len(list((out / "megatron").rglob("*.distcp")))
-        (out / f"rank{rank}").write_text(f"{is_rank_zero()} {files} {said.identical}\\n{error}")
+        import_checkpoint(ImportJob(str(source), str(out / "again"), unit_bytes=unit_bytes))
+        assert error_of(wrong) == error
+        assert torch.distributed.get_world_size() == 2
+    files = len(list((out / "megatron").rglob("*.distcp")))
+    (out / f"rank{os.environ['RANK']}").write_text(f"{is_rank_zero()} {files} {said.identical}\\n{error}")
 """
 
 
 def test_torchruns_ranks_write_the_same_bytes(
     imported: Path, checkpoint: Path, source: dict, copy: Path, tmp_path: Path
 ) -> None:
-    """And an error that one of them meets is every rank's."""
+    """In the process group that there is, or in one of their own. An error that one of them meets is every rank's."""
     out, script = tmp_path / "out", tmp_path / "script.py"
     out.mkdir()
     script.write_text(TORCHRUN)
@@ -135,6 +141,7 @@ def test_torchruns_ranks_write_the_same_bytes(
         timeout=300,
     )
     assert contents(out / "megatron") == contents(imported)
+    assert contents(out / "again") == contents(imported)
     assert_same_tensors(all_tensors(out / "hf"), source)
     said = [(out / f"rank{rank}").read_text().split("\n", 1) for rank in range(2)]
     counts = f"{len(list((imported / 'iter_0000001').glob('*.distcp')))} {sum(name.endswith(SCALE) for name in source)}"

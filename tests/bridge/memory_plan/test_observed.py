@@ -13,7 +13,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.kept_tensors import kept_storages
 from support.ranks import RankPool
 from support.sent_tensors import Collectives
@@ -90,7 +89,6 @@ def sent_by(layers: int, recompute: str) -> int:
     _, losses = model_and_losses(layers, "gpt", recompute)
     with Collectives() as seen:
         losses().sum().backward()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than a schedule's
     return seen.nbytes
 
 

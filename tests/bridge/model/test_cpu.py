@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from bridge.model.build import build_gpt_model
 from bridge.model.cpu import _REPLACEMENTS, megatron_on_cpu
@@ -133,7 +132,6 @@ def _gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)  # the schedule sets it and leaves it
 def test_training_step_is_the_plain_gradient():
     """DistributedDataParallel, the schedule and finalize_model_grads, in one process, with the auxiliary loss on."""
     batches = _batches(2)
