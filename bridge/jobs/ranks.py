@@ -164,17 +164,19 @@ class TorchrunRanks(ContextDecorator):
 
     def __init__(self, *, models: bool = False):
         self._models = models
+        self._mine: list[bool] = []  # of each block that is open: a decorated function may call itself
 
     def __enter__(self) -> None:
         from torch import distributed
 
-        self._mine = launched_by_torchrun() and not distributed.is_initialized()
-        if self._mine:
+        mine = launched_by_torchrun() and not distributed.is_initialized()
+        if mine:
             end_with(os.getppid())
             _join(models=self._models)
+        self._mine.append(mine)
 
     def __exit__(self, *_: object) -> None:
-        if self._mine:
+        if self._mine.pop():
             from torch import distributed
 
             with suppress(RuntimeError):
