@@ -32,7 +32,7 @@ from bridge.model.build import MakeSpec, build_model
 from bridge.model.fusions import check_fusions, fusion_environment, fusion_settings
 from bridge.model.layer_spec import default_backend
 from bridge.model.process_groups import groups_of, joined_ranks
-from bridge.training.checkpoints import latest_step, load_checkpoint
+from bridge.training.checkpoints import load_checkpoint, whole_step
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.data.batches import build_dataset
 from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources, need_tokenizer
@@ -153,7 +153,7 @@ def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tupl
     found: tuple[list[Source], int] | None = None
     with raise_on_all_ranks():
         if is_rank_zero():
-            begun, record = latest_step(out / CHECKPOINTS), make_record(job, start.config)
+            begun, record = whole_step(out / CHECKPOINTS), make_record(job, start.config)
             found_record = read_record(out) if begun else None
             if found_record:
                 check_settings(out, found_record, record)
