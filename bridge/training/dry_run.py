@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 from torch import distributed
 
 from bridge.memory_plan import plan, report
+from bridge.model.layer_spec import default_backend
+from bridge.training.checks import begun_step, check_layout, check_place, tokenizer_of
 from bridge.training.data.indexed import check_files
 from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import open_start
-from bridge.training.train import check_layout
 
 
 class DryRun(NamedTuple):
@@ -38,9 +39,13 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
         ValueError: as `train`, but for what only the data's contents show.
     """
     check_files(job.data)
-    job = with_speed_defaults(job)
+    backend = default_backend()
+    job = with_speed_defaults(job, backend)
     with open_start(job) as start:
-        parallelism = check_layout(job, start.config, _ranks_to_be() if gpus is None else gpus)
+        parallelism = check_layout(job, start.config, _ranks_to_be() if gpus is None else gpus, backend)
+        check_place(job)
+        begun = begun_step(job, start.config)
+        tokenizer_of(job, start)
         found = plan.plan(
             start.config,
             parallelism,
@@ -56,7 +61,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
             "dp": parallelism.dp,
             "layers_per_stage": parallelism.layers_per_stage,
             "microbatches": job.workload.microbatches(parallelism),
-            "starts from": start.what,
+            "starts from": f"step {begun} of the run in {job.out}" if begun else start.what,
         }
         lines = report.summary(found, advice)
         return DryRun(settings, list(headings), list(rows), list(lines), report.to_json(found), advice is None)

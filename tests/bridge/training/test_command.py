@@ -129,6 +129,25 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_refuses(source: Path, tmp_path: Path) -> None:
+    """A run that was begun with another learning rate, a folder in the source, names that fit no parameter."""
+    begun = arguments(source, tmp_path / "run")
+    run(*begun, "--until", 1)
+    assert f"step 1 of the run in {tmp_path / 'run'}" in run(*begun, "--dry-run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    refused = {
+        "begun with setting lr = 1e-05, and now it is 0.1": [*begun, "--lr", 0.1],
+        "run: lies inside": arguments(source, source / "run"),
+        "holds thesis.txt and no run.json": arguments(source, tmp_path / "full"),
+        "found a file, expected a folder": arguments(source, tmp_path / "full" / "thesis.txt"),
+        "no tokenizer can be made of this": [*arguments(source, tmp_path / "new"), "--tokenizer", tmp_path / "full"],
+        "no parameter fits 'nope'": [*arguments(source, tmp_path / "new"), "--freeze", "nope"],
+    }
+    for words, command in refused.items():
+        assert words in " ".join(run(*command, "--dry-run", status=2).split())
+
+
 def test_an_unknown_setting_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"model: {source}\nlearning_rate: 1\n")
     said = " ".join(run("train", "--config", tmp_path / "run.yaml", "--out", "o", status=2).split())
