@@ -110,11 +110,11 @@ def _dry_run(job: TrainJob, gpus: int | None, memory: str, as_json: bool) -> boo
 
     found = dry_run(job, gpus, memory)
     if as_json:
-        say_json({"settings": found.settings, "plan": found.plan, "fits": found.fits})
+        say_json({"settings": found.settings, "plan": found.plan, "notes": found.notes, "fits": found.fits})
     elif is_rank_zero():
         say("settings", [(name, str(value)) for name, value in found.settings.items()])
         say("memory", [tuple(row) for row in found.rows], columns=tuple(found.headings))
-        for line in found.lines:
+        for line in (*found.lines, *found.notes):
             say_line(line)
     return found.fits
 

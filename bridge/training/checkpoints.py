@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.convert.training_arguments import common_state
 from bridge.formats import FORMAT_NAME

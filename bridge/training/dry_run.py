@@ -13,14 +13,20 @@ from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import open_start
 
+FROZEN = "frozen parameters are counted as if they were trained, with gradient and optimizer state"
+
 
 class DryRun(NamedTuple):
-    """The resolved settings, the memory plan as a table and as JSON, and whether the fullest rank fits."""
+    """The resolved settings, the memory plan as a table and as JSON, and whether the fullest rank fits.
+
+    `notes` say what is planned otherwise than it would be.
+    """
 
     settings: dict[str, Any]
     headings: list[str]
     rows: list[Any]
     lines: list[str]
+    notes: list[str]
     plan: dict[str, Any]
     fits: bool
 
@@ -63,5 +69,6 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
             "microbatches": job.workload.microbatches(parallelism),
             "starts from": f"step {begun} of the run in {job.out}" if begun else start.what,
         }
+        notes = [FROZEN] * bool(job.freeze)
         lines = report.summary(found, advice)
-        return DryRun(settings, list(headings), list(rows), list(lines), report.to_json(found), advice is None)
+        return DryRun(settings, list(headings), list(rows), list(lines), notes, report.to_json(found), advice is None)

@@ -129,6 +129,23 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_the_dtype_and_says_what_it_does_not_count(source: Path, tmp_path: Path) -> None:
+    words = [*arguments(source, tmp_path / "run"), "--dry-run", "--gpus", 1]
+    narrow, wide = (json.loads(run(*words, "--dtype", dtype, "--json")) for dtype in ("bf16", "fp32"))
+    (a,), (b,) = (found["plan"]["ranks"] for found in (narrow, wide))
+    assert a["parameters"] == b["parameters"]
+    trained = a["parameters"]["dense"] + a["parameters"]["expert"]
+    a, b = a["with_distributed_optimizer"], b["with_distributed_optimizer"]
+    changes = {name: b[name] - a[name] for name in ("weights", "gradients", "optimizer")}
+    assert changes == {"weights": 2 * trained, "gradients": 0, "optimizer": -4 * trained}
+    assert b["activations"] > a["activations"]
+    assert "float32 attention's probabilities" in wide["plan"]["not_counted"]
+    assert narrow["notes"] == []
+    frozen = "frozen parameters are counted as if they were trained, with gradient and optimizer state"
+    assert json.loads(run(*words, "--freeze", "*.experts.*", "--json"))["notes"] == [frozen]
+    assert frozen in " ".join(run(*words, "--freeze", "*.experts.*").split())
+
+
 def test_a_dry_run_refuses_what_a_run_refuses(source: Path, tmp_path: Path) -> None:
     """A run that was begun with another learning rate, a folder in the source, names that fit no parameter."""
     begun = arguments(source, tmp_path / "run")
