@@ -4,11 +4,12 @@ One table has a row for everything that a decoder layer keeps for its backward p
 model keep; then the largest temporaries. A rank's peak is what its microbatches in flight keep
 (`reference.pipeline_schedule`), plus the largest of the temporaries beside it.
 
-It is for megatron-core 0.19 with Transformer Engine, bfloat16, and the layer of `bridge.model.layer_spec`: attention
-that keeps no probabilities (flash or cuDNN), the `alltoall` dispatcher without fused permutation, grouped experts with
-the fused SwiGLU that takes the router's weights, a load-balancing loss, no accumulation of gradients inside the matrix
-products. Routing is assumed to be balanced: every expert gets equally many tokens. Not counted: the tables of the
-rotation, padding, the communication's and CUDA's own buffers, fragmentation.
+It is for megatron-core 0.19 with Transformer Engine, bfloat16 (of float32 twice as much where that is), and the layer
+of `bridge.model.layer_spec`: attention that keeps no probabilities (flash or cuDNN), the `alltoall` dispatcher without
+fused permutation, grouped experts with the fused SwiGLU that takes the router's weights, a load-balancing loss, no
+accumulation of gradients inside the matrix products. Routing is assumed to be balanced: every expert gets equally many
+tokens. Not counted: the tables of the rotation, padding, the communication's and CUDA's own buffers, fragmentation, and
+what attention keeps more of float32, for which Transformer Engine has no flash attention.
 
 Sources: megatron-core moe.token_dispatcher.MoEAlltoAllTokenDispatcher, moe.moe_utils (permute, sort_chunks_by_idxs,
 topk_routing_with_score_function), moe.experts.TEGroupedMLP, fusions.fused_bias_swiglu.WeightedSwiGLUFunction,
@@ -22,11 +23,13 @@ from enum import Enum
 from typing import Literal, NamedTuple, get_args
 
 from reference.config import ModelConfig
+from reference.memory import Dtype
 from reference.model_class import DEFAULT_MODEL, ModelClass
 from reference.parallelism import Parallelism, padded_vocab_size
 from reference.pipeline_schedule import in_flight
 
 Recompute = Literal["none", "selective", "full"]
+MODEL_DTYPE = 2  # bytes of an element that has the model's dtype, where that is bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Workload:
         recompute: what the backward pass computes again: "none", "selective" (the core of attention) or "full" (every
             layer, from its input).
         model: megatron-core's class; a HybridModel's attention and experts are layers of their own.
+        dtype: of the model.
 
     Raises:
         ValueError: a number is not positive, or `recompute` is none of these.
@@ -50,6 +54,7 @@ class Workload:
     global_batch_size: int | None = None
     recompute: Recompute = "none"
     model: ModelClass = DEFAULT_MODEL
+    dtype: Dtype = "bf16"
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):
@@ -58,6 +63,11 @@ class Workload:
                 raise ValueError(f"{name} must be a positive integer, found {size}")
         if self.recompute not in get_args(Recompute):
             raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, found {self.recompute!r}")
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a number in the model's dtype."""
+        return 4 if self.dtype == "fp32" else MODEL_DTYPE
 
     def microbatches(self, parallelism: Parallelism) -> int:
         """Forward passes of each data-parallel rank in a step.
@@ -126,7 +136,8 @@ class Widths(NamedTuple):
 class Kept(NamedTuple):
     """One tensor that is kept for the backward pass of one microbatch.
 
-    `size` is an element's bytes, `attention` says in which half of the layer it is.
+    `size` is an element's bytes, those of bfloat16 for the model's dtype; `attention` says in which half of the layer
+    it is.
     """
 
     what: str
@@ -224,9 +235,10 @@ def layer_rows(workload: Workload) -> list[Kept]:
     return [row for row in LAYER if row.what != CORE or workload.recompute == "none"]
 
 
-def row_bytes(rows: Iterable[Kept], widths: Widths, tokens: dict[Tokens, int]) -> int:
-    """Bytes that these rows take for one microbatch."""
-    return sum(tokens[row.tokens] * row.elements(widths) * row.size for row in rows)
+def row_bytes(rows: Iterable[Kept], widths: Widths, tokens: dict[Tokens, int], element: int = MODEL_DTYPE) -> int:
+    """Bytes that these rows take for one microbatch, with so many for an element of the model's dtype."""
+    sizes = {MODEL_DTYPE: element}
+    return sum(tokens[row.tokens] * row.elements(widths) * sizes.get(row.size, row.size) for row in rows)
 
 
 def activations(config: ModelConfig, parallelism: Parallelism, workload: Workload) -> list[Activations]:
@@ -239,8 +251,8 @@ def activations(config: ModelConfig, parallelism: Parallelism, workload: Workloa
     workload.check(config, parallelism)
     width, tokens = widths(config, parallelism), token_counts(config, parallelism, workload)
     stages, count = parallelism.stages(config), parallelism.pp * parallelism.vpp
-    a_layer = row_bytes(layer_rows(workload), width, tokens)
-    sent, head = row_bytes(SENT, width, tokens), row_bytes(HEAD, width, tokens)
+    element = workload.element_bytes
+    a_layer, sent, head = (row_bytes(rows, width, tokens, element) for rows in (layer_rows(workload), SENT, HEAD))
     moments = _moments(config, parallelism, workload, width, tokens)
     found = []
     for stage in range(parallelism.pp):
@@ -254,7 +266,7 @@ def activations(config: ModelConfig, parallelism: Parallelism, workload: Workloa
         computes = any(stages[chunk] for chunk in chunks)
         peaks = [Activations(kept, max(moments.values()) if computes else 0)]
         if stage == parallelism.pp - 1:  # the backward pass of a loss follows its forward pass at once
-            logits = 2 * tokens[Tokens.SEQUENCE] * width.vocabulary
+            logits = element * tokens[Tokens.SEQUENCE] * width.vocabulary
             peaks.append(Activations(kept + head, logits))
         found.append(max(peaks, key=lambda peak: peak.total))
     return found
@@ -287,5 +299,6 @@ def _moments(
     if workload.recompute == "full":
         alone = [row for row in LAYER if not row.attention] if workload.model is ModelClass.HYBRID else LAYER
         inputs = {row.what for row in layer_rows(workload)}
-        again = row_bytes([row for row in alone if row.what not in inputs], width, tokens)
-    return {what: 2 * (number + share * width.hidden) + again for what, number in elements.items()}
+        again = row_bytes([row for row in alone if row.what not in inputs], width, tokens, workload.element_bytes)
+    each = workload.element_bytes
+    return {what: each * (number + share * width.hidden) + again for what, number in elements.items()}

@@ -123,8 +123,9 @@ def advise(
 def _largest(
     config: ModelConfig, parallelism: Parallelism, distributed_optimizer: bool, workload: Workload | None
 ) -> int:
+    dtype = workload.dtype if workload else "bf16"
     kept = [
-        training_bytes(held, parallelism, distributed_optimizer=distributed_optimizer).total
+        training_bytes(held, parallelism, distributed_optimizer=distributed_optimizer, dtype=dtype).total
         for held in holdings(config, parallelism)
     ]
     if workload is None:

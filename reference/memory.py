@@ -4,27 +4,30 @@ All ranks of a pipeline stage hold equally many parameters, so a few sums over `
 hundreds of ranks. They equal the sums over `reference.sharding.parameters` of each rank.
 
 Bytes are those of megatron-core's Adam with bfloat16 parameters and float32 gradients: 2 + 4 + 12 a parameter (a
-float32 copy and two moments). The router's weight is float32 and needs no copy: 4 + 4 + 8. Its bias is not trained: 4.
-The distributed optimizer divides the 12 (or 8) among the ranks that hold the same parameters: dp x cp of them outside
-the experts, the expert-data-parallel ones inside. Not counted: the few elements that fill a gradient buffer up to its
-alignment, and what communication and CUDA take. Activations depend on more: `reference.activations`.
+float32 copy and two moments). The router's weight is float32 and needs no copy: 4 + 4 + 8; so has every weight of a
+float32 model. The router's bias is not trained: 4. The distributed optimizer divides the 12 (or 8) among the ranks that
+hold the same parameters: dp x cp of them outside the experts, the expert-data-parallel ones inside. Not counted: the
+few elements that fill a gradient buffer up to its alignment, and what communication and CUDA take. Activations depend
+on more: `reference.activations`.
 
 Source: megatron-core DistributedOptimizer._build_model_and_main_param_groups, Float16OptimizerWithFloat16Params.
 """
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism, padded_vocab_size
 from reference.weights import TABLE, Layout, Row, Scope, Storage
 
+Dtype = Literal["bf16", "fp32"]
+
 
 class Holding(NamedTuple):
     """Numbers of parameters on a rank: outside the experts, in the experts, and the routers' weights and biases.
 
-    The first two are bfloat16, the routers' float32.
+    The first two have the model's dtype, the routers' float32.
     """
 
     dense: int = 0
@@ -78,17 +81,20 @@ def holdings(config: ModelConfig, parallelism: Parallelism) -> list[Holding]:
     ]
 
 
-def training_bytes(holding: Holding, parallelism: Parallelism, *, distributed_optimizer: bool) -> Bytes:
+def training_bytes(
+    holding: Holding, parallelism: Parallelism, *, distributed_optimizer: bool, dtype: Dtype = "bf16"
+) -> Bytes:
     """What training keeps for these parameters; the distributed optimizer's share of a rank is rounded up."""
+    weight, state = {"bf16": (2, 12), "fp32": (4, 8)}[dtype]
     stage = parallelism.tp * parallelism.cp * parallelism.dp
     dense_ranks = parallelism.dp * parallelism.cp if distributed_optimizer else 1
     expert_ranks = stage // (parallelism.expert_tp * parallelism.ep) if distributed_optimizer else 1
     trained = holding.dense + holding.expert
     return Bytes(
-        weights=2 * trained + 4 * (holding.router + holding.bias),
+        weights=weight * trained + 4 * (holding.router + holding.bias),
         gradients=4 * (trained + holding.router),
-        optimizer=12 * -(-holding.dense // dense_ranks)
-        + 12 * -(-holding.expert // expert_ranks)
+        optimizer=state * -(-holding.dense // dense_ranks)
+        + state * -(-holding.expert // expert_ranks)
         + 8 * -(-holding.router // dense_ranks),
     )
 

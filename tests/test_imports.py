@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "bridge.training": (
         "bridge.minimax_m2_bridge", "bridge.convert", "bridge.weights", "bridge.memory_plan", "bridge.torch_dist",
-        "bridge.model", "bridge.huggingface", "bridge.jobs", "reference",
+        "bridge.model", "bridge.huggingface", "bridge.jobs", "bridge.formats", "reference",
     ),
     "bridge.proof": (
         "bridge.minimax_m2_bridge", "bridge.weights", "bridge.torch_dist", "bridge.model", "bridge.huggingface",

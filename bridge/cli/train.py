@@ -110,11 +110,14 @@ def _dry_run(job: TrainJob, gpus: int | None, memory: str, as_json: bool) -> boo
 
     found = dry_run(job, gpus, memory)
     if as_json:
-        say_json({"settings": found.settings, "plan": found.plan, "fits": found.fits})
+        say_json({"settings": found.settings, "plan": found.plan, "notes": found.notes, "fits": found.fits})
     elif is_rank_zero():
         say("settings", [(name, str(value)) for name, value in found.settings.items()])
         say("memory", [tuple(row) for row in found.rows], columns=tuple(found.headings))
-        for line in found.lines:
+        if found.advice:
+            headings, rows = found.advice
+            say("", [tuple(row) for row in rows], columns=tuple(headings))
+        for line in (*found.lines, *found.notes):
             say_line(line)
     return found.fits
 
@@ -144,8 +147,8 @@ def _signature() -> inspect.Signature:
         ("config", Annotated[Path | None, typer.Option(help="Settings in a YAML file.", show_default=False)], None),
         ("dry_run", Annotated[bool, typer.Option("--dry-run", help="Print the settings and what each rank would hold, "
                               "and stop: status 1 if it does not fit.")], False),
-        ("gpus", Annotated[int | None, typer.Option(help="GPUs of a --dry-run (default: those of this command).",
-                           show_default=False)], None),
+        ("gpus", Annotated[int | None, typer.Option(help="GPUs of a --dry-run, on other hosts if this one has none "
+                           "(default: those of this command).", show_default=False)], None),
         ("memory", Annotated[str, typer.Option(help="Memory of a GPU, for a --dry-run.")], "80GB"),
         ("as_json", AsJson, False),
     ]  # fmt: skip

@@ -184,9 +184,9 @@ def plan(
         ValueError: the model or the workload does not divide by the parallel sizes.
     """
     peaks = [peak.total for peak in activations(config, parallelism, workload)] if workload else [0] * parallelism.pp
-    held = []
+    held, dtype = [], workload.dtype if workload else "bf16"
     for holding, peak in zip(holdings(config, parallelism), peaks, strict=True):
-        both = (training_bytes(holding, parallelism, distributed_optimizer=on) for on in (False, True))
+        both = (training_bytes(holding, parallelism, distributed_optimizer=on, dtype=dtype) for on in (False, True))
         held.append((holding, *(one._replace(activations=peak) for one in both)))
     stages, local = parallelism.stages(config), config.num_local_experts // parallelism.ep
     ranks = []

@@ -15,6 +15,7 @@ NOT_COUNTED = "activations, communication buffers and CUDA's own memory are not 
 NOT_COUNTED_BESIDE_ACTIVATIONS = (
     "routing is assumed to be balanced; communication buffers, CUDA's own memory and fragmentation are not counted"
 )
+NOT_COUNTED_IN_FLOAT32 = NOT_COUNTED_BESIDE_ACTIVATIONS + ", nor is the memory of float32 attention's probabilities"
 
 
 def gigabytes(nbytes: int) -> str:
@@ -100,7 +101,9 @@ def summary(plan: Plan, found: Advice | None = None) -> list[str]:
 
 def not_counted(plan: Plan) -> str:
     """What a plan leaves out."""
-    return NOT_COUNTED if plan.workload is None else NOT_COUNTED_BESIDE_ACTIVATIONS
+    if plan.workload is None:
+        return NOT_COUNTED
+    return NOT_COUNTED_BESIDE_ACTIVATIONS if plan.workload.dtype == "bf16" else NOT_COUNTED_IN_FLOAT32
 
 
 def _workload(plan: Plan, workload: Workload) -> str:

@@ -15,14 +15,19 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.convert.training_arguments import common_state
+from bridge.formats import FORMAT_NAME
+from bridge.torch_dist.checkpoint import open_folder
+from bridge.torch_dist.metadata import METADATA_NAME
 from bridge.training.settings import TrainJob
 from bridge.training.step import Trained
 from reference.config import ModelConfig
 from reference.model_class import ModelClass
 
 TRACKER = "latest_checkpointed_iteration.txt"
+WRITTEN_LAST = (METADATA_NAME, FORMAT_NAME)  # in this order, when all else is there
 # To be copied: megatron-core lays process groups into what it is given.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -32,25 +37,87 @@ def iteration_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the run's complete checkpoints, in order: those that have the two files that a save writes last."""
+    numbers = {path: path.name.removeprefix("iter_") for path in folder.glob("iter_*")}
+    steps = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+    return sorted(
+        step
+        for path, step in steps.items()
+        if path.name == iteration_name(step) and all((path / name).is_file() for name in WRITTEN_LAST)
+    )
+
+
 def latest_step(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint of a run; None if there is none.
+    """The step of the newest complete checkpoint of a run, which the tracker file names; None if there is none.
+
+    Without a tracker file it is the only complete one, which a run that is killed after its first checkpoint and before
+    the tracker file leaves. Of several nobody knows which were meant to be kept, and a run that began anew would delete
+    them.
 
     Raises:
-        ValueError: the tracker file does not name a checkpoint that is there.
+        ValueError: the tracker file does not name a complete checkpoint, or is not there beside several.
     """
-    tracker = folder / TRACKER
+    tracker, complete = folder / TRACKER, complete_steps(folder)
     if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdecimal() or not (folder / iteration_name(int(text)) / ".metadata").is_file():
-        raise ValueError(
-            f"{tracker}: says {text!r}, and no such checkpoint is beside it; write the number of one that is there"
-        )
-    return int(text)
+        if len(complete) > 1:
+            names = ", ".join(map(iteration_name, complete))
+            raise ValueError(
+                f"{tracker}: is not there, and {names} are beside it; write the number of the one to go on from into "
+                f"it, {complete[-1]} for the newest"
+            )
+        return complete[0] if complete else None
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    step = int(text) if text.isdecimal() else None
+    if step not in complete:
+        raise ValueError(f"{tracker}: says {text[:40]!r}, and {_what_is_missing(folder, step)}; {remedy(folder, step)}")
+    return step
+
+
+def whole_step(folder: Path) -> int | None:
+    """`latest_step`, of which every file is there in its size; no tensor is read.
+
+    Raises:
+        ValueError: a file is missing or damaged; names it, and the newest older checkpoint that is whole.
+    """
+    step = latest_step(folder)
+    if step is not None and (reason := _damage(folder, step)):
+        raise ValueError(f"{reason}; {remedy(folder, step)}")
+    return step
+
+
+def remedy(folder: Path, step: int | None) -> str:
+    """What to do where the checkpoint of a step cannot be read; None: whichever it should have been."""
+    others = [one for one in complete_steps(folder) if step is None or one < step]
+    whole = next((one for one in reversed(others) if not _damage(folder, one)), None)
+    if whole is None:
+        return "no older checkpoint is whole: start anew in another folder"
+    return f"write {whole} into {folder / TRACKER}, and the same command goes on from that checkpoint, which is whole"
+
+
+def _what_is_missing(folder: Path, step: int | None) -> str:
+    if step is None:
+        return "that is no step"
+    target = folder / iteration_name(step)
+    missing = [name for name in WRITTEN_LAST if not (target / name).is_file()]
+    return f"{target / missing[0]} is missing" if target.is_dir() else f"{target} is not there"
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    """What its reader says of a checkpoint's files; None if they are whole."""
+    try:
+        open_folder(folder / iteration_name(step))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
-    """Put the model, the optimizer and the schedule where they were after a step; all ranks must call it."""
+    """Put the model, the optimizer and the schedule where they were after a step; all ranks must call it.
+
+    Raises:
+        ValueError: a file is damaged. All ranks raise the same.
+    """
     model, optimizers = model_state(trained.chunks), trained.optimizer.chained_optimizers
     for optimizer in optimizers:
         optimizer.load_state_dict(_groups_at(optimizer, step))  # makes room for the state
@@ -58,7 +125,12 @@ def load_checkpoint(trained: Trained, folder: Path, step: int) -> None:
         str(number): optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=dict(METADATA))
         for number, optimizer in enumerate(optimizers)
     }
-    loaded: Any = dist_checkpointing.load({**model, "optimizers": asked}, str(folder / iteration_name(step)))
+    target = folder / iteration_name(step)
+    try:
+        loaded: Any = dist_checkpointing.load({**model, "optimizers": asked}, str(target))
+    except CheckpointException as error:  # no `Exception`: it would go past all that ends a run on all ranks
+        reasons = [failure for failure, _ in error.failures.values()]
+        raise ValueError(f"{target}: cannot be read ({reasons[0]}); {remedy(folder, step)}") from error
     for name, chunk in zip(model, trained.chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     for number, optimizer in enumerate(optimizers):
@@ -108,11 +180,3 @@ def common_of(job: TrainJob, config: ModelConfig, step: int) -> dict[str, Any]:
         "train_iters": job.steps,
     }
     return state
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the run's complete checkpoints, in order."""
-    numbers = {path: path.name.removeprefix("iter_") for path in folder.glob("iter_*")}
-    return sorted(
-        int(number) for path, number in numbers.items() if number.isdecimal() and (path / "metadata.json").is_file()
-    )

@@ -97,8 +97,10 @@ def _batches(trained: Trained, dataset: Any, step: int) -> list[Iterator[dict[st
 
 def _not_finite(step: int, what: str, where: str, checkpoints: Path) -> str:
     kept = latest_step(checkpoints)
-    remains = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
-    return (
-        f"step {step}: the {what} is not finite; it began in {where}; this step was not made, and {remains}; lower the "
-        "learning rate, or look at the data and weights"
+    remains = (
+        f"the checkpoint of step {kept} is kept, which may have gone wrong already; look at the data, and a lower "
+        "learning rate needs another run, with another --out, from what this one started from or an older checkpoint"
+        if kept
+        else "there is no checkpoint yet; look at the data and weights, or give the same command a lower learning rate"
     )
+    return f"step {step}: the {what} is not finite; it began in {where}; this step was not made, and {remains}"

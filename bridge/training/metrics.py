@@ -23,8 +23,18 @@ from bridge.training.step import StepResult
 from reference.config import ModelConfig
 
 NAME = "metrics.jsonl"
-# Dense bfloat16 FLOP/s without sparsity, by what CUDA calls the device; NVIDIA's data sheets.
-PEAKS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "GB200": 2500e12}
+# Dense bfloat16 FLOP/s, by words of what CUDA calls the device; NVIDIA's data sheets, some of which say twice that.
+PEAKS = {
+    "A100": 312e12,
+    "H100": 989.4e12,  # SXM: "NVIDIA H100 80GB HBM3"
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H200": 989.4e12,
+    "H200 NVL": 835.5e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> float:
@@ -41,8 +51,14 @@ def peak_flops() -> float | None:
     """Of this rank's GPU; None without one, or if it is not in the table."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in sorted(PEAKS.items(), reverse=True) if part in name), None)
+    return peak_of(torch.cuda.get_device_name())
+
+
+def peak_of(device: str) -> float | None:
+    """Of a device by its name; a part of one (MIG) is in no table."""
+    words = set(device.replace("-", " ").split())
+    known = [name for name in PEAKS if words >= set(name.split())]
+    return PEAKS[max(known, key=len)] if known and "MIG" not in words else None
 
 
 def memory_gb() -> float:

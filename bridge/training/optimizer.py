@@ -6,7 +6,6 @@ On GPUs that share gradients with others communication overlaps with the backwar
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,43 +21,19 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from bridge.jobs.ranks import all_gather_objects
 from bridge.model.expert_products import prepare_experts, put_experts_in_order
 from bridge.model.fused_optimizer import FusedOptimizer
 from bridge.model.layer_spec import default_backend
 from bridge.model.safe_settings import REFUSALS, check_settings
+from bridge.training.checks import is_frozen
 from bridge.training.settings import TrainJob
 
 
-def freeze(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> None:
-    """Parameters whose name fits a pattern are not trained; all ranks must call it.
-
-    Raises:
-        ValueError: a pattern fits no parameter on any rank, nothing is left to train, or some experts of a layer are
-            frozen and others not, where they are trained together.
-    """
-    named = [(name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters()]
-    for name, parameter in named:
-        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
-    used = {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name, _ in named)}
-    torn = [name for chunk in chunks for name, module in chunk.named_modules() if _is_torn(module)]
-    everyone = all_gather_objects((used, any(parameter.requires_grad for _, parameter in named), torn))
-    for pattern in patterns:
-        if not any(pattern in found for found, _, _ in everyone):
-            raise ValueError(f"freeze: no parameter fits {pattern!r}; names are such as {named[0][0]}")
-    if not all(trains for _, trains, _ in everyone):
-        raise ValueError(f"freeze: {list(patterns)} leaves a rank nothing to train; freeze less")
-    first = next((name for _, _, names in everyone for name in names), None)
-    if first is not None:
-        raise ValueError(
-            f"freeze: {list(patterns)} leaves some experts of {first} trained and others not, where Transformer Engine "
-            f"trains all of them or none; freeze '{first}.*', or none of it"
-        )
-
-
-def _is_torn(module: nn.Module) -> bool:
-    """Whether it is Transformer Engine's layer of several experts, of which some are frozen."""
-    return hasattr(module, "num_gemms") and len({one.requires_grad for one in module.parameters(recurse=False)}) > 1
+def freeze(chunks: Sequence[nn.Module], patterns: tuple[str, ...]) -> None:
+    """Parameters whose name fits a pattern are not trained: `bridge.training.checks` has looked at the patterns."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not is_frozen(name, patterns))
 
 
 def ddp_config(model: TransformerConfig, *, overlap: bool) -> DistributedDataParallelConfig:

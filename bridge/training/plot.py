@@ -32,11 +32,12 @@ def draw(runs: Sequence[Path], out: Path) -> None:
             if not lines:
                 raise ValueError(f"{run}: has no step yet; train first")
             marker = "." if len(lines) < MARKED else ""
-            axis.plot(
-                [one["step"] for one in lines], [one.get(key, math.nan) for one in lines], marker=marker, label=str(run)
-            )
+            steps, values = [one["step"] for one in lines], [one.get(key, math.nan) for one in lines]
+            axis.plot(steps, values, marker=marker, label="run")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
-    axes[0].legend()
+    for text, run in zip(axes[0].legend().get_texts(), found, strict=True):  # a label in `plot` is read: of _ and $
+        text.set_parse_math(False)
+        text.set_text(str(run))
     figure.savefig(out)

@@ -23,8 +23,10 @@ def check_folder(folder: Path) -> None:
     """A folder that is a run's, or may become one: it is not there, is empty, or has its data or `run.json`.
 
     Raises:
-        ValueError: files of something else are there, or another's `run.json`.
+        ValueError: it is a file; files of something else are there, or another's `run.json`.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: found a file, expected a folder or nothing; write elsewhere")
     if (folder / NAME).is_file():
         read_record(folder)
         return

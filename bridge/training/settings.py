@@ -174,6 +174,7 @@ class TrainJob:
             global_batch_size=self.global_batch_size,
             recompute=self.recompute,
             model=ModelClass(self.model_class),
+            dtype=self.dtype,
         )
 
     def at(self, **changes: Any) -> Self:

@@ -14,7 +14,7 @@ unless they are asked for, and the fusions that every bfloat16 model on a GPU ha
 """
 
 from bridge.model.fusions import FASTEST, MODEL_DEFAULTS
-from bridge.model.layer_spec import default_backend
+from bridge.model.layer_spec import Backend
 from bridge.training.settings import TrainJob
 
 # Settings, and the values that the records have of them.
@@ -28,15 +28,11 @@ RECORDED: dict[str, tuple[object, ...]] = {
 }
 
 
-def with_speed_defaults(job: TrainJob) -> TrainJob:
-    """The job with `fusions` and `cuda_graphs` where it leaves them open, on this host."""
+def with_speed_defaults(job: TrainJob, backend: Backend) -> TrainJob:
+    """The job with `fusions` and `cuda_graphs` where it leaves them open, with layers of a backend."""
     settings = {name: getattr(job, name) for name in RECORDED} | {"etp": job.tp if job.etp is None else job.etp}
-    fused = _on_gpus() and job.dtype == "bf16"
+    fused = backend == "transformer_engine" and job.dtype == "bf16"
     recorded = fused and all(settings[name] in values for name, values in RECORDED.items())
     graphs = recorded if job.cuda_graphs is None else job.cuda_graphs
     fastest = FASTEST if recorded else MODEL_DEFAULTS if fused else ("none",)
     return job.at(cuda_graphs=graphs, fusions=job.fusions or fastest)
-
-
-def _on_gpus() -> bool:
-    return default_backend() == "transformer_engine"

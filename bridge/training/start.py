@@ -23,8 +23,7 @@ from bridge.jobs.progress import Progress, no_progress
 from bridge.jobs.ranks import raise_on_all_ranks
 from bridge.memory_plan.plan import read_config
 from bridge.minimax_m2_bridge import MiniMaxM2Bridge
-from bridge.torch_dist.checkpoint import HF_FOLDER, MegatronCheckpoint, beside
-from bridge.torch_dist.reader import TorchDistFolder
+from bridge.torch_dist.checkpoint import HF_FOLDER, MegatronCheckpoint, beside, open_folder
 from bridge.training.checkpoints import TRACKER
 from bridge.training.settings import TrainJob
 from bridge.weights.sharded_model import sharded_model
@@ -99,7 +98,7 @@ class MegatronStart(_WeightByWeight):
 
     def __init__(self, folder: Path):
         inside = folder / CHECKPOINTS
-        files = TorchDistFolder(inside if (inside / TRACKER).is_file() else folder)
+        files = open_folder(inside if (inside / TRACKER).is_file() else folder)
         self.checkpoint = MegatronCheckpoint(files)
         self.config, self.folder = self.checkpoint.config, beside(files)
         self.files = sorted((path.name, path.stat().st_size) for path in files.folder.iterdir() if path.is_file())

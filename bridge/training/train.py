@@ -26,35 +26,24 @@ from bridge.jobs.ranks import (
     rank_and_world_size,
 )
 from bridge.jobs.resumable import versions
-from bridge.jobs.target import check_apart
-from bridge.memory_plan.plan import layout
 from bridge.model.build import MakeSpec, build_model
-from bridge.model.fusions import check_fusions, fusion_environment, fusion_settings
+from bridge.model.fusions import fusion_environment, fusion_settings
 from bridge.model.layer_spec import default_backend
 from bridge.model.process_groups import groups_of, joined_ranks
-from bridge.training.checkpoints import latest_step, load_checkpoint
+from bridge.training.checkpoints import load_checkpoint
+from bridge.training.checks import begun_step, check_layout, check_place, tokenizer_of
 from bridge.training.cuda_graphs import CudaGraphs
 from bridge.training.data.batches import build_dataset
-from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources, need_tokenizer
-from bridge.training.data.tokenizer import Tokenizer
+from bridge.training.data.indexed import Source, check_amount, check_files, describe, make_sources
 from bridge.training.export import export_trained
 from bridge.training.loop import run_steps
 from bridge.training.optimizer import build_optimizer, build_scheduler, freeze, wrap
-from bridge.training.run_record import (
-    check_data,
-    check_folder,
-    check_settings,
-    make_record,
-    read_record,
-    write_record,
-)
+from bridge.training.run_record import check_data, make_record, read_record, write_record
 from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 from bridge.training.start import CHECKPOINTS, Start, lay_companions, open_start
 from bridge.training.step import Trained
 from bridge.training.stop import asked_to_stop
-from reference.config import ModelConfig
-from reference.parallelism import Parallelism
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -79,27 +68,6 @@ class TrainSummary(NamedTuple):
     stopped_by: int | None = None
 
 
-def check_layout(job: TrainJob, config: ModelConfig, world: int) -> Parallelism:
-    """The job's layout on so many ranks.
-
-    Raises:
-        ValueError: the sizes do not go together, or not with the model, the batch or the sequence.
-    """
-    parallelism = layout(config, gpus=world, **job.sizes)
-    job.workload.check(config, parallelism)
-    if job.cp > 1 and job.dtype == "fp32":
-        raise ValueError(
-            f"cp ({job.cp}) above 1 needs dtype bf16, found fp32, of which Transformer Engine has no attention across "
-            "ranks"
-        )
-    if job.cp > 1 and not torch.cuda.is_available():
-        raise ValueError(f"cp ({job.cp}) above 1 needs Transformer Engine's attention, and a GPU for it")
-    if job.cuda_graphs and not torch.cuda.is_available():
-        raise ValueError("cuda_graphs need a GPU and Transformer Engine; leave them out here")
-    check_fusions(job.fusions, default_backend())
-    return parallelism
-
-
 def train(
     job: TrainJob,
     *,
@@ -117,7 +85,8 @@ def train(
             or the loss or the gradient is not finite (`NotFiniteError`; the last checkpoint stays).
         OSError: something cannot be written. All ranks raise the same.
     """
-    out, job = Path(job.out), with_speed_defaults(job)
+    out, backend = Path(job.out), default_backend()
+    job = with_speed_defaults(job, backend)
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, fusion_environment(job.fusions)))
         stack.enter_context(joined_ranks())
@@ -126,12 +95,11 @@ def train(
         with raise_on_all_ranks():
             check_files(job.data)
             start = stack.enter_context(open_start(job))
-            parallelism = check_layout(job, start.config, rank_and_world_size()[1])
+            parallelism = check_layout(job, start.config, rank_and_world_size()[1], backend)
         check_same_on_all_ranks(_what_is_read(job, start))
         with raise_on_all_ranks():
             if is_rank_zero():
-                check_apart(out, [job.model] if Path(job.model).exists() else [])
-                check_folder(out)
+                check_place(job)
                 stack.enter_context(alone_in(out))
         stack.enter_context(groups_of(parallelism, seed=job.seed))
         stack.callback(destroy_moe_metrics_tracker)  # it has this model's layers, and a group of these
@@ -153,22 +121,17 @@ def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tupl
     found: tuple[list[Source], int] | None = None
     with raise_on_all_ranks():
         if is_rank_zero():
-            begun, record = latest_step(out / CHECKPOINTS), make_record(job, start.config)
-            found_record = read_record(out) if begun else None
-            if found_record:
-                check_settings(out, found_record, record)
-            vocab_size = start.config.vocab_size
-            needed = need_tokenizer(job.data)
-            tokenizer = Tokenizer(job.tokenizer or str(start.folder), vocab_size) if needed else None
+            begun, record = begun_step(job, start.config), make_record(job, start.config)
+            tokenizer, vocab_size = tokenizer_of(job, start), start.config.vocab_size
             sources = make_sources(job.data, tokenizer, vocab_size, out / "data", progress=progress)
             check_amount(job.data, sources, job.seq_length)
             record["data"] = describe(sources)
-            if found_record:
-                check_data(out, found_record, record)
+            if begun:
+                check_data(out, read_record(out), record)
             else:  # what an attempt before the first checkpoint was begun with binds nobody
                 write_record(out, record)
             lay_companions(start.folder, out / CHECKPOINTS, anew=not begun)
-            found = sources, begun or 0
+            found = sources, begun
     shared = all_gather_objects(found)[0]
     assert shared is not None
     return [Source(*source) for source in shared[0]], shared[1]

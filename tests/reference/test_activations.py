@@ -114,6 +114,17 @@ def test_what_is_recomputed_is_not_kept() -> None:
     assert [row.what for row in LAYER if row.what == CORE] == [CORE]
 
 
+def test_float32_has_twice_the_bytes_of_what_is_bfloat16() -> None:
+    layout, work = Parallelism(pp=2, ep=4, dp=4, layers_per_stage=(31, 31)), Workload(seq_length=1024)
+    wide, narrow = (activations(FULL, layout, replace(work, dtype=dtype))[0] for dtype in ("fp32", "bf16"))
+    width, tokens = widths(FULL, layout), token_counts(FULL, layout, work)
+    doubled = row_bytes([row for row in LAYER if row.size == 2], width, tokens)
+    assert wide.kept - narrow.kept == 2 * (31 * doubled + 1024 * 3072 * 2)
+    assert wide.temporary == 2 * narrow.temporary
+    last = [activations(FULL, layout, replace(work, dtype=dtype))[1].total for dtype in ("fp32", "bf16")]
+    assert last[1] < last[0] < 2 * last[1]
+
+
 # --------------------------------------------------------------------------------------- microbatches in flight
 
 

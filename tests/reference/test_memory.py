@@ -118,6 +118,15 @@ def test_bytes_by_hand():
     )
 
 
+def test_float32_needs_no_copy():
+    """4 + 4 + 8 a parameter, as the router's weight in a bfloat16 model."""
+    holding = Holding(dense=1000, expert=2400, router=80, bias=4)
+    parallelism = Parallelism(tp=4, cp=2, dp=4, ep=8, etp=1)
+    for on, moments in ((False, 8 * 3480), (True, 8 * (125 + 600 + 10))):
+        found = training_bytes(holding, parallelism, distributed_optimizer=on, dtype="fp32")
+        assert found == Bytes(4 * 3484, 4 * 3480, moments)
+
+
 def test_a_parameter_costs_18_bytes_or_6_and_12_divided():
     held = Holding(dense=10**9)
     for ranks in (1, 2, 64):

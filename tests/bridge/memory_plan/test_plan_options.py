@@ -131,7 +131,7 @@ def test_a_workload_is_counted_where_its_sequence_length_is_given(tmp_path: Path
         found[recompute] = json.loads(said)
         assert found[recompute]["workload"] == {
             "seq_length": 256, "micro_batch_size": 1, "global_batch_size": 16, "recompute": recompute, "model": "gpt",
-            "microbatches": 8,
+            "dtype": "bf16", "microbatches": 8,
         }  # fmt: skip
     assert found["full"]["largest"] < found["none"]["largest"]
     assert json.loads(run("--json")[1])["largest"] < found["full"]["largest"]

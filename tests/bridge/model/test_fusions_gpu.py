@@ -60,7 +60,7 @@ def summed_gradients(dtype: torch.dtype, model_class: ModelClass, frozen: list[s
     with model_parallel():
         model = random_model(model_class, generator, params_dtype=dtype, gradient_accumulation_fusion=fused)
         assert model.config.gradient_accumulation_fusion is fused
-        freeze([model], frozen)
+        freeze([model], tuple(frozen))
         (wrapped,) = wrap([model])
         wrapped.zero_grad_buffer()
         positions = torch.arange(32, device="cuda").expand(2, -1)

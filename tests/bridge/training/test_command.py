@@ -1,5 +1,6 @@
 """`minimax-m2 train` and `plot` as a user runs them: flags, YAML, a dry run, JSON, the picture; a rank that dies."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from support.training_runs import TEXT
 from typer.testing import CliRunner
 
 from bridge.cli import app
+from bridge.model.fusions import FASTEST
 from bridge.training.checkpoints import latest_step
-from bridge.training.metrics import flops_per_token, read_metrics
+from bridge.training.metrics import flops_per_token, peak_of, read_metrics
 from bridge.training.settings import setting_fields
 from reference.config import ModelConfig
 
@@ -129,6 +131,67 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(source: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_the_dtype_and_says_what_it_does_not_count(source: Path, tmp_path: Path) -> None:
+    words = [*arguments(source, tmp_path / "run"), "--dry-run", "--gpus", 1]
+    narrow, wide = (json.loads(run(*words, "--dtype", dtype, "--json")) for dtype in ("bf16", "fp32"))
+    (a,), (b,) = (found["plan"]["ranks"] for found in (narrow, wide))
+    assert a["parameters"] == b["parameters"]
+    trained = a["parameters"]["dense"] + a["parameters"]["expert"]
+    a, b = a["with_distributed_optimizer"], b["with_distributed_optimizer"]
+    changes = {name: b[name] - a[name] for name in ("weights", "gradients", "optimizer")}
+    assert changes == {"weights": 2 * trained, "gradients": 0, "optimizer": -4 * trained}
+    assert b["activations"] > a["activations"]
+    assert "float32 attention's probabilities" in wide["plan"]["not_counted"]
+    frozen = "frozen parameters are counted as if they were trained, with gradient and optimizer state"
+    assert json.loads(run(*words, "--freeze", "*.experts.*", "--json"))["notes"][-1] == frozen
+    assert frozen in " ".join(run(*words, "--freeze", "*.experts.*").split())
+
+
+def test_a_dry_run_names_layouts_that_fit_where_its_own_does_not(source: Path, tmp_path: Path) -> None:
+    words = [*arguments(source, tmp_path / "run"), "--dry-run", "--gpus", 4]
+    plan = json.loads(run(*words, "--json"))["plan"]
+    for part, shown in ((0.98, "layouts of 4 GPUs that fit"), (0.3, "layouts of 8 GPUs that fit")):
+        memory = f"{plan['largest'] * part / 1e6:.6f}MB"
+        found = json.loads(run(*words, "--memory", memory, "--json", status=1))["plan"]["advice"]
+        said = " ".join(run(*words, "--memory", memory, status=1).split())
+        assert shown in said
+        assert found["fits"][0]["options"][:12] in said
+
+
+def test_a_dry_run_of_other_hosts_takes_them_to_have_gpus(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [*arguments(source, tmp_path / "run"), "--dry-run", "--json"]
+    there = json.loads(run(*words, "--gpus", 16, "--cp", 2))
+    assert there["settings"]["cuda_graphs"]
+    assert tuple(there["settings"]["fusions"]) == FASTEST
+    assert "fusions and cuda_graphs are those of hosts with GPUs and Transformer Engine" in there["notes"][0]
+    here = json.loads(run(*words))
+    assert (here["settings"]["cuda_graphs"], here["settings"]["fusions"], here["notes"]) == (False, ["none"], [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "needs Transformer Engine's attention" in run(*words, "--cp", 2, status=2)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(source: Path, tmp_path: Path) -> None:
+    """A run that was begun with another learning rate, a folder in the source, names that fit no parameter."""
+    begun = arguments(source, tmp_path / "run")
+    run(*begun, "--until", 1)
+    assert f"step 1 of the run in {tmp_path / 'run'}" in run(*begun, "--dry-run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    refused = {
+        "begun with setting lr = 1e-05, and now it is 0.1": [*begun, "--lr", 0.1],
+        "run: lies inside": arguments(source, source / "run"),
+        "holds thesis.txt and no run.json": arguments(source, tmp_path / "full"),
+        "found a file, expected a folder": arguments(source, tmp_path / "full" / "thesis.txt"),
+        "no tokenizer can be made of this": [*arguments(source, tmp_path / "new"), "--tokenizer", tmp_path / "full"],
+        "no parameter fits 'nope'": [*arguments(source, tmp_path / "new"), "--freeze", "nope"],
+    }
+    for words, command in refused.items():
+        assert words in " ".join(run(*command, "--dry-run", status=2).split())
+
+
 def test_an_unknown_setting_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"model: {source}\nlearning_rate: 1\n")
     said = " ".join(run("train", "--config", tmp_path / "run.yaml", "--out", "o", status=2).split())
@@ -139,6 +202,19 @@ def test_model_flops_are_six_times_the_weights_a_token_goes_through() -> None:
     """Of the released model, without attention over the sequence: 6 x the 10 billion active parameters."""
     active = flops_per_token(ModelConfig(rotary_dim=64), 0) / 6
     assert active == pytest.approx(10e9, rel=0.06)
+
+
+PEAKS_OF = {
+    "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H200": 989.4e12, "NVIDIA H200 NVL": 835.5e12, "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
+    "NVIDIA RTX A1000": None, "NVIDIA H20": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEAKS_OF)
+def test_the_peak_is_that_of_the_device(name: str) -> None:
+    assert peak_of(name) == PEAKS_OF[name]
 
 
 def curve(run: Path, losses: list[float]) -> Path:
@@ -158,6 +234,17 @@ def test_plot_draws_each_run(tmp_path: Path, suffix: str) -> None:
     assert out.read_bytes().startswith(start)
     run("plot", one, "--out", tmp_path / f"alone.{suffix}")
     assert (tmp_path / f"alone.{suffix}").read_bytes() != out.read_bytes()
+
+
+def test_plot_shows_names_of_runs_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra train is not installed")
+    names = ["_hidden", "a$_b$", "$x^$"]
+    runs = [curve(tmp_path / name, [3.0, 2.0]) for name in names]
+    for given in (runs, [run.relative_to(tmp_path) for run in runs]):
+        with contextlib.chdir(tmp_path):
+            run("plot", *given, "--out", tmp_path / "curves.svg")
+        shown = (tmp_path / "curves.svg").read_text()
+        assert [one for one in given if f"<!-- {one} -->" not in shown] == []
 
 
 def test_plot_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,9 +16,10 @@ from support.training_runs import TEXT, job_of, make_source
 
 from bridge.jobs import alone
 from bridge.training import train as training
+from bridge.training.checks import check_layout
 from bridge.training.loop import NotFiniteError
 from bridge.training.settings import TrainJob, read_yaml
-from bridge.training.train import check_layout, train
+from bridge.training.train import train
 
 
 @pytest.fixture
@@ -120,14 +122,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two of these are possible with a GPU")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(source: Path, tmp_path: Path, name: str) -> None:
     from bridge.memory_plan.plan import read_config
 
     changes, world, words = LAYOUTS[name]
     with pytest.raises(ValueError, match=words):
-        check_layout(job_of(source, tmp_path / "run", **changes), read_config(source), world)
+        check_layout(job_of(source, tmp_path / "run", **changes), read_config(source), world, "local")
 
 
 SETTINGS = {
@@ -204,13 +205,17 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
         train(job_of(source, run, steps=3))
 
 
-def test_what_failed_before_the_first_checkpoint_binds_nobody(source: Path, tmp_path: Path) -> None:
+def test_what_failed_before_the_first_checkpoint_binds_nobody(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Settings, model and data may be others."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.tmp").write_text("{")
     wide = make_source(tmp_path / "wide", fp8=False, num_hidden_layers=2, head_dim=32)
-    with pytest.raises(ValueError, match="freeze: no parameter fits"):
-        train(job_of(wide, tmp_path / "run", freeze=("nope",)))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "build", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(job_of(wide, tmp_path / "run"))
     files = (str(TEXT), lines(tmp_path / "b.jsonl", {"tokens": [5] * 99}))
     summary = train(job_of(source, tmp_path / "run", steps=1, warmup_steps=0, data=files, data_weights=(0.5, 0.5)))
     assert summary.last == 1
@@ -228,9 +233,41 @@ def test_a_folder_in_which_another_run_is(source: Path, tmp_path: Path, monkeypa
         train(job_of(source, tmp_path / "file"))
 
 
-def test_frozen_names_that_fit_nothing(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"freeze: no parameter fits '\*\.expert\.\*'; names are such as"):
-        train(job_of(source, tmp_path / "run", freeze=("*.expert.*",)))
+FROZEN = {
+    "nothing": (
+        "*.expert.*",
+        "local",
+        r"freeze: no parameter fits '\*\.expert\.\*'; names are such as embedding",
+    ),
+    "what is not trained": ("*.expert_bias", "local", r"freeze: no parameter fits '\*\.expert_bias'"),
+    "all": ("*", "local", r"freeze: \['\*'\] leaves a rank nothing to train"),
+    "a stage": ("*.layers.*", "local", r"leaves a rank nothing to train"),
+    "some experts": (
+        "*.weight1",
+        "transformer_engine",
+        r"some experts of decoder\.layers\.0\.mlp\.experts\.linear_fc1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen(source: Path, tmp_path: Path, name: str) -> None:
+    """Of three stages, of which one has layers alone."""
+    from bridge.memory_plan.plan import read_config
+
+    pattern, backend, words = FROZEN[name]
+    config = replace(read_config(source), num_hidden_layers=3)
+    job = job_of(source, tmp_path / "run", freeze=(pattern,), pp=3)
+    with pytest.raises(ValueError, match=words):
+        check_layout(job, config, 3, backend)
+    check_layout(job.at(freeze=("*.experts.*",)), config, 3, backend)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_frozen_names_are_looked_at_before_there_is_a_model(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="freeze: no parameter fits 'nope'"):
+        train(job_of(source, tmp_path / "run", freeze=("nope",)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_under_another_name(source: Path, tmp_path: Path) -> None:
@@ -240,12 +277,20 @@ def test_a_config_under_another_name(source: Path, tmp_path: Path) -> None:
         train(job_of(other, tmp_path / "run"))
 
 
+IN_PLACE = " yet; look at the data and weights, or give the same command a lower learning rate$"
+ELSEWHERE = (
+    r", .* a lower learning rate needs another run, with another --out, from what this one started from or an older"
+)
+
+
 def test_a_loss_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path) -> None:
     """A weight of the second layer goes to infinity after a checkpoint: the run ends, and the checkpoint stays."""
     name = "model.layers.1.self_attn.o_proj.weight"
     broken = make_source(tmp_path / "broken", fp8=False, num_hidden_layers=2)
     edit_tensors(broken, lambda tensors: tensors[name].fill_(torch.inf))
-    with pytest.raises(NotFiniteError, match=r"step 1: the loss is not finite; it began in layer 1; .*no checkpoint"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 1: the loss is not finite; it began in layer 1; .*no checkpoint" + IN_PLACE
+    ):
         train(job_of(broken, tmp_path / "run"))
     run = tmp_path / "later"
     train(job_of(source, run, steps=3, until=1, warmup_steps=0))
@@ -258,7 +303,9 @@ def test_a_loss_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path)
 
     with (
         patch.object(training, "load_checkpoint", load_and_break),
-        pytest.raises(NotFiniteError, match=r"step 2: .*began in layer 0; .*and the checkpoint of step 1 is kept"),
+        pytest.raises(
+            NotFiniteError, match=r"step 2: .*began in layer 0; .*and the checkpoint of step 1 is kept" + ELSEWHERE
+        ),
     ):
         train(job_of(source, run, steps=3, warmup_steps=0))
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"

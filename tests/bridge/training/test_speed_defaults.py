@@ -5,26 +5,20 @@ from typing import Any
 import pytest
 
 from bridge.model.fusions import FASTEST, MODEL_DEFAULTS
-from bridge.training import speed_defaults
+from bridge.model.layer_spec import Backend
 from bridge.training.settings import TrainJob
 from bridge.training.speed_defaults import with_speed_defaults
 
 
-def resolved(**settings: Any) -> tuple[tuple[str, ...], bool | None]:
+def resolved(backend: Backend = "transformer_engine", **settings: Any) -> tuple[tuple[str, ...], bool | None]:
     given = {"model": "m", "data": ("d.txt",), "out": "o", "steps": 10, "seq_length": 8}
-    job = with_speed_defaults(TrainJob(**given | settings))
+    job = with_speed_defaults(TrainJob(**given | settings), backend)
     return job.fusions, job.cuda_graphs
 
 
-@pytest.fixture
-def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_defaults, "_on_gpus", lambda: True)
-
-
-def test_on_a_processor_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_defaults, "_on_gpus", lambda: False)
-    assert resolved() == (("none",), False)
-    assert resolved(fusions=("cross_entropy",)) == (("cross_entropy",), False)
+def test_on_a_processor_there_are_none() -> None:
+    assert resolved("local") == (("none",), False)
+    assert resolved("local", fusions=("cross_entropy",)) == (("cross_entropy",), False)
 
 
 RECORDED = {
@@ -46,7 +40,6 @@ RECORDED = {
 }
 
 
-@pytest.mark.usefixtures("on_gpus")
 @pytest.mark.parametrize("name", RECORDED)
 def test_on_gpus_there_are_those_that_are_recorded(name: str) -> None:
     settings, wanted = RECORDED[name]
