@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from bridge.jobs.durable import json_bytes, write_bytes
+from bridge.model.layer_spec import default_backend
 from bridge.training.settings import TrainJob
 from reference.config import ModelConfig
 
 NAME = "run.json"
+_LAYERS = {"local": "megatron-core's layers, without a GPU", "transformer_engine": "Transformer Engine's layers"}
 _SOURCES = ("model", "data", "tokenizer", "random")  # paths may be spelt otherwise, and what they name is compared
 
 
 def make_record(job: TrainJob, config: ModelConfig) -> dict[str, Any]:
-    """The settings that decide the numbers, and the model; `data` has the fingerprints of the data, once it is read."""
+    """The settings that decide the numbers, the model, and whose layers it has on this host.
+
+    `data` has the fingerprints of the data, once it is read.
+    """
     settings = {name: value for name, value in job.decisive().items() if name not in _SOURCES}
-    return json.loads(json.dumps({"settings": settings, "model": asdict(config), "data": []}))
+    record = {"settings": settings, "model": asdict(config), "layers": default_backend(), "data": []}
+    return json.loads(json.dumps(record))
 
 
 def check_folder(folder: Path) -> None:
@@ -54,11 +60,18 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
-    """A run that was begun goes on with the same settings and a model of the same sizes.
+    """A run that was begun goes on with the same settings and a model of the same sizes and layers.
 
     Raises:
         ValueError: one is another; names it.
     """
+    before = found.get("layers", record["layers"])  # runs of earlier versions do not say
+    if before != record["layers"]:
+        raise ValueError(
+            f"{folder}: this run was begun with {_LAYERS[before]}, and this host has {_LAYERS[record['layers']]}, "
+            f"whose checkpoints are others; go on on such a host, or start another run, with --model {folder} from its "
+            "weights"
+        )
     for part, what in (("settings", "setting"), ("model", "size of the model")):
         for name, value in record[part].items():
             if found[part].get(name) != value:

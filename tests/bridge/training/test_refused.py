@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -15,6 +16,7 @@ from support.checkpoints import edit_tensors
 from support.training_runs import TEXT, job_of, make_source
 
 from bridge.jobs import alone
+from bridge.model.layer_spec import Backend, default_backend
 from bridge.training import train as training
 from bridge.training.checks import check_layout
 from bridge.training.loop import NotFiniteError
@@ -191,6 +193,14 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
     for words, change in changes.items():
         with pytest.raises(ValueError, match=words):
             train(job_of(source, run, steps=3, **change))
+    record, here = json.loads((run / "run.json").read_text()), default_backend()
+    there = next(name for name in get_args(Backend) if name != here)
+    (run / "run.json").write_text(json.dumps(record | {"layers": there}))
+    with pytest.raises(ValueError, match=r"begun with .* layers.*, and this host has .* layers.* --model .*run from"):
+        train(job_of(source, run, steps=3))
+    del record["layers"]  # as of a run of an earlier version
+    (run / "run.json").write_text(json.dumps(record))
+    assert train(job_of(source, run, steps=3, until=2)).first == 1
     os.mkdir(tmp_path / "full")
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"full: holds thesis\.txt and no run\.json"):
