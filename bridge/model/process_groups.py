@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from bridge.jobs.ranks import TorchrunRanks
 from bridge.model.cpu import megatron_on_cpu
-from bridge.model.loss_scales import reset_loss_scales
+from bridge.model.router_losses import forget_router_losses
 from reference.parallelism import Parallelism
 
 # TransformerConfig field: the size of the process groups that are there
@@ -34,7 +34,7 @@ PARALLEL_FIELDS: dict[str, Callable[[], int | None]] = {
 def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
     """Process groups and random states for megatron-core; without a GPU also `megatron_on_cpu()`.
 
-    Where the process groups are made here, `reset_loss_scales` comes before and after.
+    Where the process groups are made here, `forget_router_losses` comes before and after.
 
     Args:
         seed: for megatron-core's CUDA random states; torch's CPU generator is left alone.
@@ -50,8 +50,8 @@ def model_parallel(*, seed: int = 1234, **sizes: Any) -> Iterator[None]:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(**sizes)
             stack.callback(parallel_state.destroy_model_parallel)
-            reset_loss_scales()  # of loops outside; and those inside leave none
-            stack.callback(reset_loss_scales)
+            forget_router_losses()  # of loops outside; and those inside leave none
+            stack.callback(forget_router_losses)
             # A cache of the class, which keeps modules, and by hooks on them all that `DistributedDataParallel` wraps.
             stack.callback(RotaryEmbedding.forward.cache_clear)
         elif sizes:

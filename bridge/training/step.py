@@ -19,12 +19,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor, nn
 
 from bridge.model.context_parallel import own_part
 from bridge.model.fused_optimizer import FusedOptimizer
-from bridge.model.loss_scales import reset_loss_scales
+from bridge.model.router_losses import forget_router_losses
 from bridge.training.settings import TrainJob
 
 AUX_LOSS = "load_balancing_loss"
@@ -76,8 +76,7 @@ class Trained:
         modules = (module for chunk in self.chunks for module in chunk.modules())
         self.routers = [module for module in modules if getattr(module, "expert_bias", None) is not None]
         # Another loop in this process may have left a scale of another shape, and losses of another number of layers.
-        reset_loss_scales()
-        destroy_moe_metrics_tracker()
+        forget_router_losses()
         config = self.chunks[0].config
         # Python does not collect an optimizer that its model refers to: each run would keep its memory and groups.
         config.finalize_model_grads_func = _weakly(self._finalize)

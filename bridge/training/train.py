@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from bridge.jobs.alone import alone_in
 from bridge.jobs.progress import Progress, no_progress
@@ -102,7 +101,6 @@ def train(
                 check_place(job)
                 stack.enter_context(alone_in(out))
         stack.enter_context(groups_of(parallelism, seed=job.seed))
-        stack.callback(destroy_moe_metrics_tracker)  # it has this model's layers, and a group of these
         if job.cuda_graphs:
             model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
         sources, begun = _prepare(job, start, out, progress)

@@ -6,7 +6,6 @@ Of megatron-core's dispatchers `alltoall` sorts.
 import pytest
 import torch
 from megatron.core.transformer.moe import token_dispatcher
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from support.small_model import SMALL, TOKENS
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from reference.model_class import ModelClass
 
 
 def outputs_and_gradients(model_class: ModelClass) -> list[Tensor]:
-    destroy_moe_metrics_tracker()  # it has as many layers as the last model of this process
     with model_parallel():
         model = build_model(SMALL, model=model_class, params_dtype=torch.float32, moe_token_dispatcher_type="alltoall")
         generator = torch.Generator().manual_seed(4)

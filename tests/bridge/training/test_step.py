@@ -7,7 +7,7 @@ from weakref import ref
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from support.checks import assert_relative
 from support.ranks import RankPool
 from support.training_runs import SECONDS, gathers_of_a_run, job_of, make_source, values_of
@@ -40,7 +40,6 @@ def test_the_load_balancing_loss_weighs_the_same_however_few_tokens_are_trained_
             trained.chunks[0].config.moe_aux_loss_coeff = coefficient
             trained.wrapped[0].zero_grad_buffer()
             forward(trained, [iter(batches_of(share))])
-            destroy_moe_metrics_tracker()  # the next model may have other layers
             return router.weight.main_grad.clone()
 
         of_all, of_few = (gradient(1.0, one) - gradient(0.0, one) for one in (1, share))
@@ -59,7 +58,6 @@ def test_each_step_reports_its_own_load_balancing_loss(source: Path, tmp_path: P
             assert isinstance(result, StepResult)
             reported.append(result.aux_loss)
             tensors.append(get_moe_metrics_tracker().metrics[AUX_LOSS].values)
-    destroy_moe_metrics_tracker()
     assert reported[0] == pytest.approx(1, abs=0.5)  # 1 of experts in balance
     assert reported == pytest.approx(3 * reported[:1], rel=1e-6)
     assert tensors[0] is tensors[1] is tensors[2]
@@ -72,7 +70,6 @@ def test_models_of_different_depths_are_trained_one_after_the_other(tmp_path: Pa
         job = job_of(source, tmp_path / "run", micro_batch_size=2, aux_loss=0.01)
         with open_start(job) as start, model_parallel():
             forward(build(job, start), [iter(batches_of(1))])
-    destroy_moe_metrics_tracker()
 
 
 def test_a_run_leaves_no_losses_to_models_of_other_depths(source: Path, tmp_path: Path) -> None:
