@@ -145,7 +145,8 @@ def test_router_chooses_and_weighs_as_transformers(top_k, dtype):
     ).to(DEVICE)
     torch.nn.init.normal_(theirs.weight, std=0.2)
     bias = torch.tensor([0.3, -0.2, 0.1, 0.0], device=DEVICE)
-    ours = _router(_config(moe_router_topk=top_k, params_dtype=dtype))
+    config = replace(SMALL, num_experts_per_tok=top_k)
+    ours = _router(transformer_config(config, backend="local", params_dtype=dtype))
     ours.load_state_dict({"weight": theirs.weight, "expert_bias": bias})
 
     x = torch.randn(40, 1, 32, device=DEVICE, dtype=dtype)
