@@ -61,6 +61,7 @@ def children(process: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow  # three times the start of a command and its workers; test_processes_killed.py has conversions killed
 def test_an_import_that_is_told_to_go_is_taken_up_again(imported: Path, checkpoint: Path, tmp_path: Path) -> None:
     """No worker goes on, what was finished is kept, and torch's remark is not shown by workers either."""
     out = tmp_path / "out"

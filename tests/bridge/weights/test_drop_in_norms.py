@@ -104,6 +104,7 @@ def _megatron_cores_own(folder: str, out: str) -> None:
                 tensor_model_parallel_size=layout.tp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=1,
+                sequence_parallel=False,  # torch's norm refuses it
             )
             layer: Any = get_gpt_layer_local_spec(num_experts=4, qk_layernorm=True, normalization="RMSNorm")
             attention = layer.submodules.self_attention.submodules
