@@ -108,8 +108,8 @@ class MiniMaxM2Bridge:
     ) -> GPTModelProvider | HybridModelProvider:
         """The source's config as megatron-core's, for the class `model`; `overrides` are `TransformerConfig` fields.
 
-        Parallel sizes are those of megatron-core's process groups, where they exist already, and sequence parallelism is
-        on beside tensor parallelism, without which experts cannot be trained.
+        Parallel sizes are those of megatron-core's process groups, where they exist already; beside tensor parallelism
+        sequence parallelism is on, without which experts cannot be trained.
 
         Raises:
             ValueError: `overrides` make another model or do not work together; the model does not divide by the sizes.
