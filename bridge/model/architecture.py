@@ -70,7 +70,8 @@ def check_architecture(megatron: TransformerConfig) -> None:
     """
     for name, allowed in ALLOWED.items():
         found = getattr(megatron, name)
-        if (tuple(found) if isinstance(found, list) else found) not in allowed:
+        is_off = not found and not allowed[0]  # None, False or 0, as hosts have it
+        if not is_off and (tuple(found) if isinstance(found, list) else found) not in allowed:
             raise ValueError(
                 f"{name}={_shown(found)}: with the same weights that is another model than MiniMax-M2; set "
                 f"{name}={_shown(allowed[0])}"

@@ -40,6 +40,7 @@ OTHERS: dict[str, Any] = {
 SAME: dict[str, Any] = {
     "window_size": (-1, -1),
     "moe_router_topk_scaling_factor": 1.0,
+    "moe_apply_probs_on_input": None,
     "moe_aux_loss_coeff": 0.5,
     "init_method_std": 0.5,
     "attention_dropout": 0.1,
