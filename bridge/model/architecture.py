@@ -73,8 +73,8 @@ def check_architecture(megatron: TransformerConfig) -> None:
         is_off = not found and not allowed[0]  # None, False or 0, as hosts have it
         if not is_off and (tuple(found) if isinstance(found, list) else found) not in allowed:
             raise ValueError(
-                f"{name}={_shown(found)}: with the same weights that is another model than MiniMax-M2; set "
-                f"{name}={_shown(allowed[0])}"
+                f"{name}={shown(found)}: with the same weights that is another model than MiniMax-M2; set "
+                f"{name}={shown(allowed[0])}"
             )
 
 
@@ -118,7 +118,7 @@ def _check_rotation(chunk: Any, config: ModelConfig) -> None:
     rotary: Any = getattr(chunk, "rotary_pos_emb", None)
     if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
         return  # a module of another kind, which says nothing of its frequencies
-    if getattr(rotary, "seq_len_interpolation_factor", None) not in (None, 1, 1.0):
+    if getattr(rotary, "seq_len_interpolation_factor", None) not in (None, 1):
         raise ValueError(
             f"seq_len_interpolation_factor={rotary.seq_len_interpolation_factor!r}: positions would be scaled, which "
             "the checkpoint was not trained with; leave it out"
@@ -135,5 +135,6 @@ def _frequencies(values: torch.Tensor) -> str:
     return f"{values.numel()} from {values.max():.4g} down to {values.min():.4g}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as an error names it."""
     return value.__name__ if callable(value) else repr(value)

@@ -5,7 +5,7 @@ or a test enters `model_parallel()`; under torchrun the same line joins the rank
 trainer, which has set up everything already, it does nothing. On exit only what was set up here is taken down.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -20,13 +20,13 @@ from bridge.model.cpu import megatron_on_cpu
 from bridge.model.router_losses import forget_router_losses
 from reference.parallelism import Parallelism
 
-# TransformerConfig field: the size of the process groups that are there
-PARALLEL_FIELDS: dict[str, Callable[[], int | None]] = {
-    "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
-    "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
-    "context_parallel_size": parallel_state.get_context_parallel_world_size,
-    "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size,
-    "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size,
+# TransformerConfig field: its name in `group_sizes`
+PARALLEL_FIELDS = {
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "context_parallel_size": "cp",
+    "expert_model_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
 }
 
 
@@ -110,8 +110,9 @@ def check_group_sizes(config: Any) -> None:
     Raises:
         ValueError: names the field, its value, and the size of the groups.
     """
-    for field, size in PARALLEL_FIELDS.items():
-        found, expected = getattr(config, field), size()
+    sizes = group_sizes(chunks=1)
+    for field, name in PARALLEL_FIELDS.items():
+        found, expected = getattr(config, field), sizes[name]
         if found != expected:
             raise ValueError(
                 f"{field}={found}: megatron-core's process groups have the size {expected}, and gradients would be "

@@ -15,7 +15,7 @@ from shlex import join
 from typing import Any, NamedTuple
 
 from bridge.huggingface.read_json import read_object
-from bridge.model.architecture import ALLOWED, SIZES
+from bridge.model.architecture import ALLOWED, SIZES, shown
 from bridge.model.config import ARCHITECTURE, gpt_model_arguments
 from reference.config import ModelConfig
 from reference.model_class import DEFAULT_MODEL, ModelClass
@@ -206,7 +206,7 @@ def _check_saving(arguments: argparse.Namespace) -> None:
 def _check_said(said: Said, found: Any, expected: Any) -> None:
     if found != expected:
         raise ValueError(
-            f"{said.option.rstrip('=')}: found {_shown(found)}, expected {_shown(expected)} for MiniMax-M2; pass "
+            f"{said.option.rstrip('=')}: found {shown(found)}, expected {shown(expected)} for MiniMax-M2; pass "
             f"{join(said.words(expected))}"
         )
 
@@ -215,12 +215,8 @@ def _check_left_out(left_out: LeftOut, found: Any, expected: Any) -> None:
     ones = left_out.option == "--moe-layer-freq" and isinstance(found, list) and set(found) == {1}  # 1 for each layer
     if found != expected and not ones:
         raise ValueError(
-            f"{left_out.option}: found {_shown(found)}, expected {_shown(expected)} for MiniMax-M2; leave it out"
+            f"{left_out.option}: found {shown(found)}, expected {shown(expected)} for MiniMax-M2; leave it out"
         )
-
-
-def _shown(value: Any) -> str:
-    return value.__name__ if callable(value) else repr(value)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from bridge.jobs.ranks import is_rank_zero
 from bridge.model.architecture import check_same_model
 from bridge.model.process_groups import check_group_sizes
-from bridge.weights.wrappers import unwrapped
+from bridge.weights.wrappers import unwrapped_chunks
 from reference.config import ModelConfig
 
 
@@ -22,7 +22,7 @@ def check_fillable(model: nn.Module | Sequence[nn.Module], config: ModelConfig) 
     Warns:
         UserWarning: an optimizer has float32 copies of the weights already, which loading does not reach.
     """
-    chunks = [unwrapped(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+    chunks = unwrapped_chunks(model)
     for chunk in chunks:
         check_same_model(chunk, config)
         check_group_sizes(chunk.config)

@@ -21,7 +21,7 @@ from bridge.weights.decoder_layers import HeldLayers, held_layers
 from bridge.weights.param_mapping import MappingRegistry, model_rows, model_state
 from bridge.weights.parameter_classes import check_plain
 from bridge.weights.shard_map import ShardMap
-from bridge.weights.wrappers import unwrapped
+from bridge.weights.wrappers import unwrapped_chunks
 from reference.config import ModelConfig
 from reference.parallelism import Parallelism
 from reference.weights import MODEL_DIALECTS, TABLE, Dialect, Row
@@ -88,7 +88,7 @@ def sharded_model(model: nn.Module | Sequence[nn.Module], config: ModelConfig) -
             "megatron.core.parallel_state.initialize_model_parallel() first"
         )
     with raise_on_all_ranks():
-        chunks = [unwrapped(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+        chunks = unwrapped_chunks(model)
         for chunk in chunks:
             check_plain(chunk)
         held = [held_layers(chunk) for chunk in chunks]

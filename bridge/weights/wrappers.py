@@ -1,5 +1,6 @@
 """What a model may be wrapped in: megatron-core's wrappers, and torch.compile's, around all of it or a module in it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.utils import unwrap_model
@@ -16,6 +17,11 @@ def unwrapped(module: nn.Module) -> Any:
         if inner is module:
             return module
         module = inner
+
+
+def unwrapped_chunks(model: nn.Module | Sequence[nn.Module]) -> list[Any]:
+    """Of one chunk, or of the list of a rank's chunks."""
+    return [unwrapped(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
 
 
 def unwrapped_name(name: str) -> str:
