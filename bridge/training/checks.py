@@ -99,8 +99,8 @@ def check_place(job: TrainJob) -> None:
     check_folder(Path(job.out))
 
 
-def begun_step(job: TrainJob, config: ModelConfig) -> int:
-    """The step that the run in the job's folder goes on from; 0 for its start.
+def begun_step(job: TrainJob, config: ModelConfig, backend: Backend) -> int:
+    """The step that the run in the job's folder goes on from, with layers of a backend; 0 for its start.
 
     Raises:
         ValueError: its newest checkpoint is damaged, or it was begun with other settings or another model.
@@ -109,7 +109,7 @@ def begun_step(job: TrainJob, config: ModelConfig) -> int:
     step = whole_step(out / CHECKPOINTS)
     if step is None:
         return 0
-    check_settings(out, read_record(out), make_record(job, config))
+    check_settings(out, read_record(out), make_record(job, config, backend))
     return step
 
 

@@ -62,7 +62,7 @@ def dry_run(job: TrainJob, gpus: int | None, memory: str) -> DryRun:
     with open_start(job) as start:
         parallelism = check_layout(job, start.config, _ranks_to_be() if gpus is None else gpus, backend)
         check_place(job)
-        begun = begun_step(job, start.config)
+        begun = begun_step(job, start.config, backend)
         tokenizer_of(job, start)
         found = plan.plan(
             start.config,

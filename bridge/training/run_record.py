@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.jobs.durable import json_bytes, write_bytes
-from bridge.model.layer_spec import default_backend
+from bridge.model.layer_spec import Backend
 from bridge.training.settings import TrainJob
 from reference.config import ModelConfig
 
@@ -15,13 +15,13 @@ _LAYERS = {"local": "megatron-core's layers, without a GPU", "transformer_engine
 _SOURCES = ("model", "data", "tokenizer", "random")  # paths may be spelt otherwise, and what they name is compared
 
 
-def make_record(job: TrainJob, config: ModelConfig) -> dict[str, Any]:
-    """The settings that decide the numbers, the model, and whose layers it has on this host.
+def make_record(job: TrainJob, config: ModelConfig, backend: Backend) -> dict[str, Any]:
+    """The settings that decide the numbers, the model, and whose layers it has.
 
     `data` has the fingerprints of the data, once it is read.
     """
     settings = {name: value for name, value in job.decisive().items() if name not in _SOURCES}
-    record = {"settings": settings, "model": asdict(config), "layers": default_backend(), "data": []}
+    record = {"settings": settings, "model": asdict(config), "layers": backend, "data": []}
     return json.loads(json.dumps(record))
 
 

@@ -27,7 +27,7 @@ from bridge.jobs.ranks import (
 from bridge.jobs.resumable import versions
 from bridge.model.build import MakeSpec, build_model
 from bridge.model.fusions import fusion_environment, fusion_settings
-from bridge.model.layer_spec import default_backend
+from bridge.model.layer_spec import Backend, default_backend
 from bridge.model.process_groups import groups_of, joined_ranks
 from bridge.training.checkpoints import load_checkpoint
 from bridge.training.checks import begun_step, check_layout, check_place, tokenizer_of
@@ -103,7 +103,7 @@ def train(
         stack.enter_context(groups_of(parallelism, seed=job.seed))
         if job.cuda_graphs:
             model_parallel_cuda_manual_seed(job.seed, te_rng_tracker=True, force_reset_rng=True)
-        sources, begun = _prepare(job, start, out, progress)
+        sources, begun = _prepare(job, start, backend, out, progress)
         return _run(job, start, out, sources, begun, progress, on_step, stop_signals)
 
 
@@ -114,12 +114,12 @@ def _what_is_read(job: TrainJob, start: Start) -> dict[str, Any]:
     return model | {f"files of {job.model}": start.files} | data
 
 
-def _prepare(job: TrainJob, start: Start, out: Path, progress: Progress) -> tuple[list[Source], int]:
+def _prepare(job: TrainJob, start: Start, backend: Backend, out: Path, progress: Progress) -> tuple[list[Source], int]:
     """The data, tokenised, and the step to go on from; nothing of the model is there yet."""
     found: tuple[list[Source], int] | None = None
     with raise_on_all_ranks():
         if is_rank_zero():
-            begun, record = begun_step(job, start.config), make_record(job, start.config)
+            begun, record = begun_step(job, start.config, backend), make_record(job, start.config, backend)
             tokenizer, vocab_size = tokenizer_of(job, start), start.config.vocab_size
             sources = make_sources(job.data, tokenizer, vocab_size, out / "data", progress=progress)
             check_amount(job.data, sources, job.seq_length)

@@ -19,6 +19,7 @@ from bridge.jobs import alone
 from bridge.model.layer_spec import Backend, default_backend
 from bridge.training import train as training
 from bridge.training.checks import check_layout
+from bridge.training.dry_run import dry_run
 from bridge.training.loop import NotFiniteError
 from bridge.training.settings import TrainJob, read_yaml
 from bridge.training.train import train
@@ -198,6 +199,8 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(source: Path, tmp_path: 
     (run / "run.json").write_text(json.dumps(record | {"layers": there}))
     with pytest.raises(ValueError, match=r"begun with .* layers.*, and this host has .* layers.* --model .*run from"):
         train(job_of(source, run, steps=3))
+    if here == "local":  # planned for the hosts that it was begun on
+        assert dry_run(job_of(source, run, steps=3), gpus=1, memory="80GB").fits
     del record["layers"]  # as of a run of an earlier version
     (run / "run.json").write_text(json.dumps(record))
     assert train(job_of(source, run, steps=3, until=2)).first == 1
